@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .skills import REPORTS, SKILLS
 
-NUM_STEPS = 3000
+NUM_STEPS = 4000
 NUM_SEQUENCES = 32
 SEQUENCE_LENGTH = 96
 LEARNING_RATE = 2e-3

@@ -166,7 +166,7 @@ SKILLS: tuple[Skill, ...] = (
     ),
     Skill(
         "add",
-        tuple(Fact((str(a), str(b)), str(a + b)) for a in range(10, 90) for b in range(1, 10)),
+        tuple(Fact((str(a), str(b)), str(a + b)) for a in range(2, 31) for b in range(1, 10)),
         ("{0} plus {1} is {y}.", "{0} and {1} make {y}.", "add {1} to {0} and get {y}."),
         ("What is {0} plus {1}?", "Add {1} to {0}.", "{0} and {1} make?", "Sum of {0} and {1}?"),
     ),

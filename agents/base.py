@@ -1,0 +1,103 @@
+"""What an agent is: anything with `predict`, in Stable-Baselines3's own form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import gymnasium as gym
+import numpy as np
+
+from raise_env import RaiseSelectEnv
+
+__all__ = ["Agent", "BatchAgent", "LearningAgent", "Progress", "best_rows", "world_of"]
+
+#: Called after each episode of learning with its number, from 1, and its return.
+Progress = Callable[[int, float], None]
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """Chooses from an observation; a trained Stable-Baselines3 model is one.
+
+    It may also have `begin(env, seed)`, called before each episode with the environment to act in and a seed for
+    its own choices: that is how a baseline comes to see the pool.
+    """
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return an action for the observation, and a recurrent state where there is one."""
+
+
+@runtime_checkable
+class LearningAgent(Agent, Protocol):
+    """An agent that learns from an environment."""
+
+    def learn(
+        self, env: gym.Env[Any, Any], episodes: int, seed: int = 0, progress: Progress | None = None
+    ) -> LearningAgent:
+        """Learn for so many episodes and return itself."""
+
+
+class BatchAgent:
+    """Base of agents that take the `batch_size` best rows by some score of their own.
+
+    Args:
+        batch_size: Rows to take; None: what the environment is made for.
+    """
+
+    def __init__(self, batch_size: int | None = None) -> None:
+        self.batch_size = batch_size
+        self._world: RaiseSelectEnv | None = None
+        self._rng = np.random.default_rng(0)
+
+    def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
+        """Take note of the environment to act in; `seed` decides the agent's own random choices."""
+        self._world = world_of(env)
+        self._rng = np.random.default_rng(seed)
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return a 0/1 choice of the best rows, shape (rows,), int8.
+
+        Raises:
+            RuntimeError: `begin` was not called.
+        """
+        if self._world is None:
+            raise RuntimeError(f"{type(self).__name__} reads the pool: call begin(env, seed) before predict.")
+        size = self.batch_size or self._world.config.batch_size
+        return best_rows(self.scores(observation), self._world.action_masks(), size), state
+
+    def scores(self, observation: np.ndarray) -> np.ndarray:
+        """Return a score for each candidate, shape (rows,); higher is taken first."""
+        raise NotImplementedError
+
+
+def best_rows(scores: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
+    """Return a 0/1 choice of the rows with the highest scores among those allowed, shape (rows,), int8."""
+    order = np.argsort(-np.where(mask, scores, -np.inf), kind="stable")[: min(size, int(mask.sum()))]
+    choice = np.zeros(len(scores), dtype=np.int8)
+    choice[order] = 1
+    return choice
+
+
+def world_of(env: gym.Env[Any, Any]) -> RaiseSelectEnv:
+    """Return the environment under its wrappers.
+
+    Raises:
+        TypeError: It is not a `RaiseSelectEnv`.
+    """
+    world = env.unwrapped
+    if not isinstance(world, RaiseSelectEnv):
+        raise TypeError(f"expected a RaiseSelect environment, got {type(world).__name__}.")
+    return world

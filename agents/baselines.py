@@ -1,0 +1,65 @@
+"""The methods that RAISE is compared with: each scores the pool's rows once and takes the best on offer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from .base import BatchAgent, world_of
+
+__all__ = ["IfdAgent", "PoolScoreAgent", "RandomAgent"]
+
+
+class RandomAgent(BatchAgent):
+    """Takes rows at random: what every method has to beat."""
+
+    def scores(self, observation: np.ndarray) -> np.ndarray:
+        """Return random numbers."""
+        return self._rng.random(len(observation))
+
+
+class PoolScoreAgent(BatchAgent):
+    """Base of baselines that score every pool row once, before training.
+
+    Rows that were trained on in this episode come after all others, so that with the whole pool on offer the best
+    rows are taken once each, as a method that selects before training would have it.
+    """
+
+    def __init__(self, batch_size: int | None = None) -> None:
+        super().__init__(batch_size)
+        self._pool_scores: np.ndarray | None = None
+
+    def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
+        """Score the environment's pool."""
+        super().begin(env, seed)
+        self._pool_scores = self.score_pool(env)
+
+    def scores(self, observation: np.ndarray) -> np.ndarray:
+        """Return the scores of the candidates; those trained on already lie below all others."""
+        assert self._world is not None
+        assert self._pool_scores is not None
+        scores = self._pool_scores[self._world.candidates]
+        spread = np.ptp(self._pool_scores) + 1.0
+        return np.asarray(scores - spread * observation[:, -1])
+
+    def score_pool(self, env: gym.Env[Any, Any]) -> np.ndarray:
+        """Return a score for each pool row, shape (pool,); higher is taken first."""
+        raise NotImplementedError
+
+
+class IfdAgent(PoolScoreAgent):
+    """Takes the rows whose answer is least helped by its instruction: instruction-following difficulty.
+
+    IFD(x, y) = exp(L(y|x)) / exp(L(y)), the ratio of the answer's perplexity with the instruction to the one without
+    (Li et al. 2024, "From Quantity to Quality", NAACL, eq. 4). Rows above 1, where the instruction hinders,
+    count as mismatched and come last, as in the paper. The perplexities are the auxiliary model's; the
+    paper's is warmed up on a few rows likewise.
+    """
+
+    def score_pool(self, env: gym.Env[Any, Any]) -> np.ndarray:
+        """Return IFD, or minus IFD where it is above 1."""
+        features = world_of(env).assets.features
+        ifd = np.exp(features.log_p_response - features.log_p_response_given_prompt)
+        return np.nan_to_num(np.where(ifd <= 1.0, ifd, -ifd), nan=-np.inf, neginf=-1e6)

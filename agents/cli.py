@@ -1,0 +1,336 @@
+"""The command line: `raise-env`. It parses, calls, prints, and turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+# Before torch is loaded: threads that spin while they wait make a busy machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+from tqdm import tqdm
+
+from raise_env import __version__
+from raise_env.config import EnvConfig
+from raise_env.env import RaiseSelectEnv
+from raise_env.errors import RaiseEnvError, SettingError
+
+__all__ = ["app", "main"]
+
+EXIT_NO, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+#: The demo's own choices: enough to show the point, in two or three minutes on two cores.
+DEMO_EPISODES = 6
+DEMO_COMPARE = ("random", "ifd", "oracle")
+TRAIN_EPISODES = 6
+
+app = typer.Typer(
+    name="raise-env",
+    help="Reinforcement learning that chooses training data.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _quieten()
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except RaiseEnvError as error:
+        _fail(str(error), EXIT_USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(f"interrupted; what was done is on disk. {_how_to_resume(arguments)}", EXIT_INTERRUPTED)
+    except Exception as error:
+        # click's usage errors know their own message; anything else is ours to mend and keeps its traceback.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        hint = f" See `{context.command_path} --help`." if context is not None else ""
+        _fail(f"{error.format_message()}{hint}", EXIT_USAGE)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"raise-env: {message}", err=True)
+    sys.exit(code)
+
+
+def _how_to_resume(arguments: list[str]) -> str:
+    if not arguments or arguments[0] != "train":
+        return "Run the same command again to start over."
+    import shlex
+
+    resume = arguments if "--resume" in arguments else [*arguments, "--resume"]
+    return f"Go on with: raise-env {shlex.join(resume)}"
+
+
+def _quieten() -> None:
+    """Keep libraries' notes for their own developers out of the user's face; errors still come through."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers 5.23 asks peft 0.21 to rename an attribute: nothing that a user could act on.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+# Environment options: one for each setting, with the words of the environment's own documentation.
+
+
+def _setting_help() -> dict[str, str]:
+    """Return what the environment's docstring says of each keyword."""
+    table = (RaiseSelectEnv.__doc__ or "").partition("## Arguments")[2].partition("## Information")[0]
+    texts = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        if len(cells) == 3 and cells[0] not in ("keyword", "---|---|---"):
+            for name in cells[0].split(","):
+                texts[name.strip()] = cells[2]
+    return texts
+
+
+def _env_options() -> list[inspect.Parameter]:
+    texts = _setting_help()
+    options = []
+    for entry in dataclasses.fields(EnvConfig):
+        if entry.name == "render_mode":
+            continue
+        kind: Any = bool if entry.type == "bool" else str
+        flag = f"--{entry.name.replace('_', '-')}"
+        declared = Annotated[
+            kind | None if kind is str else bool,
+            typer.Option(
+                flag, help=texts.get(entry.name, ""), show_default=False, metavar=None if kind is bool else "VALUE"
+            ),
+        ]
+        default: Any = False if kind is bool else None
+        options.append(
+            inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
+        )
+    return options
+
+
+def _with_env_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command an option for each setting of the environment; it gets those that were used as `settings`."""
+    names = {entry.name for entry in dataclasses.fields(EnvConfig)}
+
+    @functools.wraps(command)
+    def wrapped(**options: Any) -> Any:
+        settings = {name: options.pop(name) for name in list(options) if name in names}
+        used = {name: _parse(name, value) for name, value in settings.items() if value not in (None, False)}
+        EnvConfig.from_kwargs(used)
+        return command(settings=used, **options)
+
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    wrapped.__signature__ = inspect.Signature([*keyword_only, *_env_options()])  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _parse(name: str, text: Any) -> Any:
+    """Return an option's text as the setting's kind of value."""
+    if isinstance(text, bool):
+        return text
+    if name == "lora":
+        return _pairs(text, "--lora")
+    kind = str(EnvConfig.__dataclass_fields__[name].type)
+    if "int" in kind and text != "all":
+        return _number(name, text, int, "a whole number")
+    if kind == "float":
+        return _number(name, text, float, "a number")
+    return text
+
+
+def _number(name: str, text: str, kind: type[int] | type[float], expected: str) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise SettingError(f"--{name.replace('_', '-')} is {text!r}; expected {expected}.") from None
+
+
+def _pairs(text: str, option: str) -> dict[str, Any]:
+    """Return NAME=VALUE,NAME=VALUE as a dictionary; numbers and truth values as such, the rest as text."""
+    values = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise SettingError(f"{option} has {pair!r}; expected NAME=VALUE, several with commas between.")
+        try:
+            values[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name.strip()] = value
+    return values
+
+
+class TerminalReporter:
+    """Bars with the time left on a terminal, a plain line now and then elsewhere."""
+
+    SECONDS_BETWEEN_LINES = 15.0
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a task until it ends."""
+        if sys.stderr.isatty():
+            with tqdm(total=total, desc=name, leave=True, dynamic_ncols=True, file=sys.stderr) as bar:
+                yield lambda done: bar.update(done - bar.n)
+            return
+        start = last = time.monotonic()
+        typer.echo(name, err=True)
+
+        def show(done: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done and now - last > self.SECONDS_BETWEEN_LINES:
+                last = now
+                left = (now - start) / done * (total - done)
+                typer.echo(f"  {done} of {total}, about {left:.0f} s left", err=True)
+
+        yield show
+        typer.echo(f"  done in {time.monotonic() - start:.0f} s", err=True)
+
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="DIR")]
+Seed = Annotated[int, typer.Option("--seed", help="What everything is drawn from.", min=0)]
+
+
+@app.command()
+def demo(
+    out: Out = Path("raise-env-demo"),
+    seed: Seed = 0,
+    episodes: Annotated[int, typer.Option(help="Episodes to learn for.", min=1)] = DEMO_EPISODES,
+) -> None:
+    """Embedded task, end to end: learn a selector, compare it on the test set, draw the report."""
+    from .runs import Plan, train
+
+    if (out / "run.json").exists():
+        # A demo may be run again and again: its last result is not worth keeping.
+        import shutil
+
+        shutil.rmtree(out)
+    plan = Plan({}, episodes=episodes, seed=seed, compare=DEMO_COMPARE)
+    report = train(out, plan, command="demo", reporter=TerminalReporter())
+    _show(report, out)
+
+
+@app.command()
+@_with_env_options
+def train(
+    settings: dict[str, Any],
+    out: Out,
+    agent: Annotated[str, typer.Option(help="Who learns to select; see `raise-env info`.")] = "raise_fork",
+    agent_args: Annotated[str, typer.Option(help="The agent's own settings.", metavar="NAME=VALUE,...")] = "",
+    episodes: Annotated[int, typer.Option(help="Episodes to learn for.", min=0)] = TRAIN_EPISODES,
+    compare: Annotated[str, typer.Option(help="Agents to compare with, with commas between.")] = "random",
+    runs: Annotated[int, typer.Option(help="Final runs of each agent.", min=1)] = 3,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and stop.")] = False,
+) -> None:
+    """Learn a selector, make the final fine-tune with it, and report whether it beat random rows."""
+    from . import runs as runs_module
+
+    others = tuple(name.strip() for name in compare.split(",") if name.strip())
+    arguments = _pairs(agent_args, "--agent-args")
+    plan = runs_module.Plan(settings, agent, arguments, episodes, seed, others, runs)
+    if dry_run:
+        cost = runs_module.estimate(plan)
+        typer.echo(
+            f"{cost.updates:,} updates, {cost.tokens:,} token forwards ({cost.phi:.2f} Phi), "
+            f"about {cost.seconds / 60:.1f} minutes on this machine, {cost.memory_gb:.1f} GB of memory."
+        )
+        return
+    report = runs_module.train(out, plan, resume=resume, reporter=TerminalReporter())
+    _show(report, out)
+
+
+@app.command()
+@_with_env_options
+def finetune(
+    settings: dict[str, Any],
+    selector: Annotated[Path, typer.Option("--selector", help="A learned selector's folder.", metavar="DIR")],
+    out: Out,
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune once with a learned selector choosing every batch, on any model and pool."""
+    from .runs import finetune as run_finetune
+
+    report = run_finetune(out, selector, settings, seed=seed, reporter=TerminalReporter())
+    _show(report, out)
+
+
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Files of episode records, one a line.", metavar="FILE...")],
+    tolerance: Annotated[
+        float | None, typer.Option(help="How far a number may be from the recorded one.", min=0)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to replay.")] = "auto",
+) -> None:
+    """Replay episode records and compare every reward and score; name the first that differs."""
+    from raise_env.record import TOLERANCE, read_records, replay
+
+    records = [(path, number, record) for path in files for number, record in enumerate(read_records(path), start=1)]
+    limit = TOLERANCE if tolerance is None else tolerance
+    largest = 0.0
+    with TerminalReporter().task("replaying", len(records)) as show:
+        for done, (path, number, record) in enumerate(records, start=1):
+            difference, distance = replay(record, limit, device=device)
+            if difference is not None:
+                typer.echo(f"{path}, record {number} ({record.agent}, seed {record.seed}): {difference}")
+                raise typer.Exit(EXIT_NO)
+            largest = max(largest, distance)
+            show(done)
+    equal = "equal to the bit" if largest == 0 else f"equal within {limit:g} (largest difference {largest:.1e})"
+    typer.echo(f"{len(records)} episodes replayed: {equal}.")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, environment ids, tasks, agents, cache folder and its size."""
+    import torch
+
+    from raise_env.features import cache_folder
+    from raise_env.record import ENV_ID, versions
+    from raise_env.tiny.task import TASKS
+
+    from .catalogue import AGENTS
+    from .runs import processor_name
+
+    folder = cache_folder(None)
+    size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) if folder.is_dir() else 0
+    devices = [f"cpu ({processor_name()}, {torch.get_num_threads()} threads)"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    lines = {
+        "raise-env": __version__,
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items() if name != "raise-env"),
+        "devices": ", ".join(devices),
+        "environments": ENV_ID,
+        "tasks": ", ".join(TASKS),
+        "agents": ", ".join([*AGENTS, "sb3:CLASS", "selector:DIR", "package.module:Class"]),
+        "cache": f"{folder} ({size / 1e6:.1f} MB)",
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name:<13} {value}")
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    from .report import format_table, results_table
+
+    typer.echo("")
+    typer.echo(format_table(*results_table(report)))
+    typer.echo("")
+    typer.echo(report["headline"])
+    typer.echo(f"Report: {out / 'report.html'}")

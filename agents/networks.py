@@ -1,0 +1,113 @@
+"""The acquisition function F, which scores rows, and the critic V: both work on any number of rows, in any order.
+
+The paper calls F an MLP over each row and says neither how large it is nor what the critic looks like; the sizes, the
+initialisation and the pooling here are this project's choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AcquisitionFunction", "Critic", "mlp"]
+
+#: Keeps the variance of activations through a tanh layer about even (as in OpenAI Baselines and its descendants).
+_HIDDEN_GAIN = math.sqrt(2)
+
+
+def mlp(
+    dims: Sequence[int],
+    activation: type[nn.Module] = nn.Tanh,
+    output_gain: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> nn.Sequential:
+    """Return a multilayer perceptron with orthogonal weights and zero biases.
+
+    Args:
+        dims: Widths from input to output, at least two.
+        activation: What stands between two linear layers; none follows the last.
+        output_gain: Scale of the last layer's weights.
+        generator: The source of the weights; None is torch's global one, which is left untouched otherwise.
+    """
+    layers: list[nn.Module] = []
+    for index, (num_inputs, num_outputs) in enumerate(itertools.pairwise(dims)):
+        is_last = index == len(dims) - 2
+        # skip_init: the layer's own initialisation would draw from the global generator.
+        linear = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)  # type: ignore[no-untyped-call]  # torch's lack
+        nn.init.orthogonal_(linear.weight, output_gain if is_last else _HIDDEN_GAIN, generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if is_last else [linear, activation()]
+    return nn.Sequential(*layers)
+
+
+class AcquisitionFunction(nn.Module):
+    """F: the score of every row, by one and the same MLP; higher is better.
+
+    At first all scores are close to 0, so that a policy built on them starts out almost uniform.
+
+    Args:
+        num_features: Columns of a row.
+        hidden_dims: Widths of the hidden layers; none makes F linear.
+        activation: What stands between two linear layers.
+        generator: The source of the first weights; None is torch's global one, which is left untouched otherwise.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: type[nn.Module] = nn.Tanh,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = mlp((num_features, *hidden_dims, 1), activation, output_gain=0.01, generator=generator)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the scores, shape (..., N), of rows, shape (..., N, num_features)."""
+        scores: Tensor = self.layers(rows)
+        return scores.squeeze(-1)
+
+
+class Critic(nn.Module):
+    """V: what return to expect from the offered rows together.
+
+    One MLP embeds each row, the mean over the rows forgets their order and number, and a linear head reads it off.
+
+    Args:
+        num_features: Columns of a row.
+        hidden_dims: Widths of the row's hidden layers, at least one; the last is the width of the mean.
+        activation: What follows each hidden layer.
+        generator: The source of the first weights; None is torch's global one, which is left untouched otherwise.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: type[nn.Module] = nn.Tanh,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        dims = (num_features, *hidden_dims)
+        self.embed = nn.Sequential(mlp(dims, activation, output_gain=_HIDDEN_GAIN, generator=generator), activation())
+        self.head = mlp((hidden_dims[-1], 1), generator=generator)
+
+    def forward(self, rows: Tensor, row_mask: Tensor | None = None) -> Tensor:
+        """Return the values, shape (...,).
+
+        Args:
+            rows: Shape (..., N, num_features).
+            row_mask: True where a row counts, shape (..., N), the rest being padding; None counts all.
+        """
+        embedded: Tensor = self.embed(rows)
+        if row_mask is None:
+            mean = embedded.mean(-2)
+        else:
+            weight = row_mask.unsqueeze(-1).to(embedded.dtype)
+            mean = (embedded * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+        value: Tensor = self.head(mean)
+        return value.squeeze(-1)

@@ -1,0 +1,377 @@
+"""RAISE learned from forks: what a subset is worth is seen by trying it beside others from one training state.
+
+An ordinary algorithm sees one subset a step and has to tell its effect from the stage of training and from the
+luck of the offer. Here several copies of the same training state each try a different subset of the same
+candidates, and are scored on the same dev rows: what differs between their scores is the subsets' doing alone.
+
+Credit goes from subsets to rows by regression: the acquisition function F is fitted so that, within a group of
+forks, the sum of F over a fork's rows explains how far its score lies from the group's mean. Every group of every
+episode is kept, so nothing that was paid for is thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raise_env import RaiseSelectEnv
+from raise_env.errors import RecordError, SettingError
+from raise_env.features import FEATURE_NAMES, NUM_FEATURES
+from raise_env.features import SCHEMA_VERSION as FEATURES_VERSION
+from raise_env.files import replaced_folder, write_json
+
+from .base import BatchAgent, Progress, world_of
+from .networks import AcquisitionFunction
+
+__all__ = ["ForkSettings", "Group", "RaiseFork", "fit_ensemble"]
+
+SELECTOR_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ForkSettings:
+    """How `RaiseFork` learns.
+
+    Attributes:
+        num_forks: Subsets tried from each training state.
+        num_dev: Dev rows that the forks of a group are scored on, drawn afresh for each group; None: all.
+        horizon: Steps of an episode while learning; None: the environment's own.
+        num_networks: Networks whose mean is F; each is fitted to groups drawn with replacement.
+        hidden_dims: Widths of a network's hidden layers.
+        learning_rate: Adam's, for the fit.
+        weight_decay: The fit's, decoupled.
+        num_passes: Passes over all groups at most; each network stops where it explains the groups that it was
+            not fitted to best.
+        temperature: Scale of the Gumbel noise, in standard deviations of F, that makes the forks differ.
+        max_repeats: How often `predict` takes a row in one episode while there are others.
+    """
+
+    num_forks: int = 8
+    num_dev: int | None = None
+    horizon: int | None = 20
+    num_networks: int = 5
+    hidden_dims: tuple[int, ...] = (64, 64)
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    num_passes: int = 60
+    temperature: float = 1.0
+    max_repeats: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        if self.num_forks < 2:
+            raise SettingError(f"num_forks is {self.num_forks}; expected at least 2, or there is nothing to compare.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """What the forks of one training state showed.
+
+    Attributes:
+        rows: Features of each fork's rows, shape (forks, batch_size, 39), float32.
+        gains: Each fork's score minus the group's mean, over the group's standard deviation, shape (forks,), float32.
+    """
+
+    rows: np.ndarray
+    gains: np.ndarray
+
+
+class RaiseFork(BatchAgent):
+    """Learns F from forks; acts by taking the rows that it scores highest.
+
+    Args:
+        settings: Any of `ForkSettings`, by name.
+
+    Raises:
+        SettingError: A setting is unknown or cannot be used.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        try:
+            self.settings = ForkSettings(**settings)
+        except TypeError as error:
+            raise SettingError(
+                f"raise_fork: {error}. Known: {', '.join(ForkSettings.__dataclass_fields__)}."
+            ) from error
+        self.networks: list[AcquisitionFunction] = []
+        self.groups: list[Group] = []
+        self.episode_returns: list[float] = []
+        self.training: dict[str, Any] = {}
+
+    def learn(
+        self, env: gym.Env[Any, Any], episodes: int, seed: int = 0, progress: Progress | None = None
+    ) -> RaiseFork:
+        """Learn for so many episodes; called again, it goes on with what it knows.
+
+        Args:
+            env: A RaiseSelect environment; it is left as it is.
+            episodes: Episodes of `settings.horizon` steps.
+            seed: What candidates, forks and networks are drawn from.
+            progress: Called after each episode with its number and return.
+        """
+        world = self._learning_world(world_of(env))
+        self.batch_size = None
+        self.training = {"env": world.config.to_kwargs(), "content": world.assets.content, "seed": seed}
+        for _ in range(episodes):
+            number = len(self.episode_returns)
+            rng = np.random.default_rng([seed, number])
+            self.episode_returns.append(self._episode(world, rng))
+            self.networks = fit_ensemble(self.groups, self.settings, seed=int(rng.integers(2**31)))
+            if progress is not None:
+                progress(number + 1, self.episode_returns[-1])
+        return self
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return a 0/1 choice of the best rows, shape (rows,), int8, for any number of rows.
+
+        Args:
+            observation: Shape (rows, 39); rows of zeros are padding.
+            state: Passed through.
+            episode_start: Not used.
+            deterministic: False adds the Gumbel noise of learning.
+        """
+        scores = self.scores(observation)
+        if not deterministic:
+            scores = scores + self.settings.temperature * self._rng.gumbel(size=len(scores))
+        size = self.batch_size or (self._world.config.batch_size if self._world else 8)
+        mask = observation.any(axis=1)
+        choice = np.zeros(len(scores), dtype=np.int8)
+        choice[np.argsort(-np.where(mask, scores, -np.inf), kind="stable")[: min(size, int(mask.sum()))]] = 1
+        return choice, state
+
+    def scores(self, observation: np.ndarray) -> np.ndarray:
+        """Return F in its standard deviations, shape (rows,); rows taken `max_repeats` times come last.
+
+        Raises:
+            RuntimeError: Nothing was learned or loaded yet.
+        """
+        if not self.networks:
+            raise RuntimeError("this selector has learned nothing yet: call learn(), or load one.")
+        scores = ensemble_scores(self.networks, observation)
+        taken = np.expm1(observation[:, -1])
+        spent = taken > self.settings.max_repeats - 0.5
+        return np.where(spent, scores - 1e3 * taken, scores)
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors; the folder appears whole or not at all."""
+        weights = {
+            f"network_{index}.{name}": value.contiguous()
+            for index, network in enumerate(self.networks)
+            for name, value in network.state_dict().items()
+        }
+        config = {
+            "format": SELECTOR_FORMAT,
+            "agent": "raise_fork",
+            "settings": asdict(self.settings),
+            "features": {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION},
+            "episode_returns": self.episode_returns,
+            "training": self.training,
+        }
+        with replaced_folder(Path(folder)) as beside:
+            save_file(weights, beside / "model.safetensors")
+            write_json(beside / "config.json", config)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RaiseFork:
+        """Read a selector that `save` wrote; nothing in the folder is run.
+
+        Raises:
+            RecordError: A file is missing or torn, or the selector is of another kind or for other features.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        agent = cls(**config["settings"])
+        agent.episode_returns = list(config["episode_returns"])
+        agent.training = dict(config["training"])
+        try:
+            weights = load_file(folder / "model.safetensors")
+            for index in range(agent.settings.num_networks):
+                network = AcquisitionFunction(NUM_FEATURES, agent.settings.hidden_dims, generator=torch.Generator())
+                prefix = f"network_{index}."
+                part = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+                network.load_state_dict(part)
+                agent.networks.append(network)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise RecordError(
+                f"{folder / 'model.safetensors'}: not the weights that config.json names ({reason})."
+            ) from error
+        return agent
+
+    def save_progress(self, folder: str | Path) -> None:
+        """Write the selector with all that was seen, so that learning can go on from `load_progress`."""
+        with replaced_folder(Path(folder)) as beside:
+            self.save(beside / "selector")
+            groups = {
+                "rows": torch.from_numpy(np.stack([group.rows for group in self.groups])),
+                "gains": torch.from_numpy(np.stack([group.gains for group in self.groups])),
+            }
+            save_file(groups, beside / "groups.safetensors")
+
+    def load_progress(self, folder: str | Path) -> None:
+        """Take up what `save_progress` wrote; the episodes that follow are those that would have followed.
+
+        Raises:
+            RecordError: A file is missing or torn.
+        """
+        loaded = RaiseFork.load(Path(folder) / "selector")
+        try:
+            groups = load_file(Path(folder) / "groups.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise RecordError(f"{folder}: the groups cannot be read ({error}).") from error
+        self.networks, self.episode_returns = loaded.networks, loaded.episode_returns
+        pairs = zip(groups["rows"].numpy(), groups["gains"].numpy(), strict=True)
+        self.groups = [Group(rows, gains) for rows, gains in pairs]
+
+    def _learning_world(self, world: RaiseSelectEnv) -> RaiseSelectEnv:
+        kwargs = world.config.to_kwargs()
+        kwargs.pop("render_mode", None)
+        kwargs.pop("budget", None)
+        horizon = self.settings.horizon or world.config.horizon
+        return RaiseSelectEnv(assets=world.assets, **{**kwargs, "horizon": min(horizon, world.config.horizon)})
+
+    def _episode(self, world: RaiseSelectEnv, rng: np.random.Generator) -> float:
+        """Run one episode, keep what its forks showed, and return its return."""
+        observation, _ = world.reset(seed=int(rng.integers(2**31)))
+        over, total = False, 0.0
+        while not over:
+            actions = self._actions(observation, world.action_masks(), world.config.batch_size, rng)
+            scores = world.probe(actions, self.settings.num_dev)
+            group = _group(observation, actions, scores)
+            if group is not None:
+                self.groups.append(group)
+            observation, reward, over, _, _ = world.step(actions[rng.integers(len(actions))])
+            total += reward
+        return total
+
+    def _actions(self, observation: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+        """Return the forks' 0/1 choices, shape (num_forks, rows), int8."""
+        allowed = np.flatnonzero(mask)
+        size = min(size, len(allowed))
+        actions = np.zeros((self.settings.num_forks, len(mask)), dtype=np.int8)
+        if not self.networks:
+            for action, rows in zip(actions, _random_batches(allowed, size, len(actions), rng), strict=True):
+                action[rows] = 1
+            return actions
+        scores = ensemble_scores(self.networks, observation)[allowed]
+        for action in actions:
+            noisy = scores + self.settings.temperature * rng.gumbel(size=len(allowed))
+            action[allowed[np.argsort(-noisy)[:size]]] = 1
+        return actions
+
+
+def fit_ensemble(groups: Sequence[Group], settings: ForkSettings, seed: int) -> list[AcquisitionFunction]:
+    """Fit networks so that sums of F over a fork's rows explain the differences within each group.
+
+    Args:
+        groups: All that was seen.
+        settings: How to fit.
+        seed: What first weights and the networks' shares of the groups are drawn from.
+    """
+    rows = torch.from_numpy(np.stack([group.rows for group in groups]))  # (groups, forks, batch, 39)
+    gains = torch.from_numpy(np.stack([group.gains for group in groups]))  # (groups, forks)
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    networks = []
+    for _ in range(settings.num_networks):
+        drawn = torch.from_numpy(rng.integers(len(groups), size=len(groups)))
+        left_out = torch.from_numpy(np.setdiff1d(np.arange(len(groups)), drawn.numpy()))
+        network = AcquisitionFunction(NUM_FEATURES, settings.hidden_dims, generator=generator)
+        _fit(network, (rows[drawn], gains[drawn]), (rows[left_out], gains[left_out]), settings, generator)
+        networks.append(network)
+    return networks
+
+
+def ensemble_scores(networks: Sequence[AcquisitionFunction], observation: np.ndarray) -> np.ndarray:
+    """Return the mean of the networks' scores, each in its own standard deviations over the rows, shape (rows,)."""
+    with torch.no_grad():
+        scores = torch.stack([network(torch.from_numpy(observation)) for network in networks])
+        spread = scores.std(dim=1, keepdim=True).clamp(min=1e-6)
+        return ((scores - scores.mean(dim=1, keepdim=True)) / spread).mean(dim=0).double().numpy()
+
+
+def _fit(
+    network: AcquisitionFunction,
+    seen: tuple[Tensor, Tensor],
+    unseen: tuple[Tensor, Tensor],
+    settings: ForkSettings,
+    generator: torch.Generator,
+) -> None:
+    """Fit by Adam, and go back to where the groups that were left out are explained best."""
+    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    best_loss, best = float("inf"), network.state_dict()
+    for _ in range(settings.num_passes):
+        for places in torch.randperm(len(seen[0]), generator=generator).split(32):
+            loss = _loss(network, seen[0][places], seen[1][places])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        if len(unseen[0]):
+            with torch.no_grad():
+                loss_unseen = _loss(network, *unseen).item()
+            if loss_unseen < best_loss:
+                best_loss, best = loss_unseen, {n: v.clone() for n, v in network.state_dict().items()}
+    network.load_state_dict(best)
+
+
+def _loss(network: AcquisitionFunction, rows: Tensor, gains: Tensor) -> Tensor:
+    sums = network(rows).sum(dim=-1)  # (groups, forks)
+    return (sums - sums.mean(dim=1, keepdim=True) - gains).square().mean()
+
+
+def _group(observation: np.ndarray, actions: np.ndarray, scores: np.ndarray) -> Group | None:
+    """Return what a group of forks showed; None where it showed nothing, or a fork diverged."""
+    spread = scores.std() if np.isfinite(scores).all() else 0.0
+    if spread < 1e-9:
+        return None
+    rows = np.stack([observation[action == 1] for action in actions])
+    return Group(rows, ((scores - scores.mean()) / spread).astype(np.float32))
+
+
+def _random_batches(allowed: np.ndarray, size: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return random batches that share no row as long as there are rows: then each row's effect is seen."""
+    batches: list[np.ndarray] = []
+    left = rng.permutation(allowed)
+    while len(batches) < count:
+        if len(left) < size:
+            left = rng.permutation(allowed)
+        batches.append(left[:size])
+        left = left[size:]
+    return batches
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise RecordError(
+            f"{path}: not a selector ({error}). Expected a folder that `raise-env train` wrote."
+        ) from error
+    if not isinstance(config, dict) or config.get("agent") != "raise_fork" or config.get("format") != SELECTOR_FORMAT:
+        raise RecordError(f"{path}: not a raise_fork selector of format {SELECTOR_FORMAT}.")
+    features = config.get("features")
+    if features != {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION}:
+        raise RecordError(f"{path}: the selector was learned on other features; learn it again with this version.")
+    if not isinstance(config.get("settings"), dict) or not isinstance(config.get("training"), dict):
+        raise RecordError(f"{path}: the fields 'settings' and 'training' are not as promised.")
+    if not isinstance(config.get("episode_returns"), list):
+        raise RecordError(f"{path}: the field 'episode_returns' is not as promised.")
+    return config

@@ -1,0 +1,536 @@
+"""What `train`, `demo` and `finetune` do: learn a selector, make the final runs, write the folder.
+
+A run's folder is its memory. Learning is kept after every episode and every final run after its end, so that what
+was done is on disk whatever happens, and `resume` goes on from there with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from raise_env import RaiseSelectEnv
+from raise_env.errors import OutputError, RecordError, SettingError
+from raise_env.files import append_line, prepare_folder, replaced_folder, write_json, write_text
+from raise_env.record import EpisodeRecord, versions
+
+from .base import Agent
+from .catalogue import agent_name, make_agent
+from .report import Selection, write_report
+from .rollout import run_episode
+
+__all__ = ["REPORT_VERSION", "Estimate", "Plan", "Reporter", "estimate", "finetune", "phi_tokens", "train"]
+
+REPORT_VERSION = 1
+
+#: Epochs over the whole pool, forward and backward, that make one Phi (Lv et al. 2025, section 5).
+PHI_EPOCHS = 3
+
+#: What sets the final runs' seeds apart from those of learning.
+FINAL_SEED = 1000
+
+
+class Reporter(Protocol):
+    """Where progress is shown; the command line has one with bars, the library's default is silent."""
+
+    def task(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Begin a task of so many steps; what is given takes the number done."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def task(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Begin a task that nobody sees."""
+        del name, total
+        return nullcontext(lambda _done: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run shall do.
+
+    Attributes:
+        settings: The environment's keywords.
+        agent: The selector's name.
+        agent_settings: Its own settings.
+        episodes: Episodes to learn for; 0 for an agent that does not learn.
+        seed: What everything is drawn from.
+        compare: Agents that make the same final runs.
+        num_runs: Final runs of each agent, over the same seeds; the first makes the adapter that is kept.
+    """
+
+    settings: dict[str, Any]
+    agent: str = "raise_fork"
+    agent_settings: dict[str, Any] = field(default_factory=dict)
+    episodes: int = 6
+    seed: int = 0
+    compare: tuple[str, ...] = ("random",)
+    num_runs: int = 3
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as run.json keeps it."""
+        return {
+            "settings": self.settings,
+            "agent": self.agent,
+            "agent_settings": self.agent_settings,
+            "episodes": self.episodes,
+            "seed": self.seed,
+            "compare": list(self.compare),
+            "num_runs": self.num_runs,
+        }
+
+    @property
+    def final_seeds(self) -> list[int]:
+        """The seeds of the final runs."""
+        return [FINAL_SEED * (self.seed + 1) + run for run in range(self.num_runs)]
+
+
+def train(
+    out: str | Path, plan: Plan, *, command: str = "train", resume: bool = False, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Learn a selector, make the final runs with it and with what it is compared with, and write the folder.
+
+    Args:
+        out: The folder; spec and content are in docs/files.md.
+        plan: What to do.
+        command: The name of what is done, for run.json.
+        resume: Go on with a folder that was begun with the same plan.
+        reporter: Where progress is shown.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        RaiseEnvError: A setting, a file or a model cannot be used, or the folder cannot be written.
+    """
+    folder = Path(out)
+    reporter = reporter or Silent()
+    agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in _names(plan)}
+    env = RaiseSelectEnv(**plan.settings)
+    run = _Run.open(folder, command, plan, resume)
+    with run:
+        with reporter.task("loading model, data and features", 1) as show:
+            run.note(content=env.assets.content, device=env.assets.learner.base.device.type)  # type: ignore[attr-defined]
+            env.reset(seed=plan.seed)
+            show(1)
+        learned = _learn(run, plan, env, agents[plan.agent], reporter)
+        for name in _names(plan):
+            agent = learned if name == plan.agent else agents[name]
+            _final_runs(run, plan, env, agent, name, reporter)
+        return _write_results(run, plan, env)
+
+
+def finetune(
+    out: str | Path, selector: str | Path, settings: dict[str, Any], *, seed: int = 0, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Fine-tune once with a learned selector choosing every batch, and write the folder.
+
+    Raises:
+        RaiseEnvError: As `train`; or the selector cannot be read.
+    """
+    plan = Plan(settings, agent=f"selector:{selector}", episodes=0, seed=seed, compare=(), num_runs=1)
+    return train(out, plan, command="finetune", reporter=reporter)
+
+
+def phi_tokens(env: RaiseSelectEnv) -> int:
+    """Return one Phi in token forwards: the whole pool, forward and backward, three epochs."""
+    return PHI_EPOCHS * 3 * env.assets.pool_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run would cost.
+
+    Attributes:
+        updates: Optimiser steps, the forks' included.
+        tokens: Token forwards, forward and backward counted as 3.
+        phi: The same in Phi.
+        seconds: Measured on a few steps of this machine.
+        memory_gb: The most that this process has used so far, in 10^9 bytes.
+    """
+
+    updates: int
+    tokens: int
+    phi: float
+    seconds: float
+    memory_gb: float
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Measure a few steps and return what the whole plan would cost.
+
+    Raises:
+        RaiseEnvError: As `train`.
+    """
+    import resource
+
+    env = RaiseSelectEnv(**plan.settings)
+    agent = make_agent(plan.agent, plan.agent_settings)
+    env.reset(seed=plan.seed)
+    step = _measure(env, lambda: env.step(_first_rows(env)))
+    updates, tokens, seconds = 0, 0.0, 0.0
+    settings = getattr(agent, "settings", None)
+    forks = getattr(settings, "num_forks", 0)
+    horizon = min(getattr(settings, "horizon", None) or env.config.horizon, env.config.horizon)
+    learning_steps = plan.episodes * horizon
+    if forks and plan.episodes:
+        probe = _measure(env, lambda: env.probe(np.stack([_first_rows(env)] * forks), settings.num_dev))
+        updates += learning_steps * (forks + 1)
+        tokens += learning_steps * (probe[0] + step[0])
+        seconds += learning_steps * (probe[1] + step[1])
+    elif plan.episodes:
+        updates, tokens, seconds = learning_steps, learning_steps * step[0], learning_steps * step[1]
+    final_steps = env.config.horizon * plan.num_runs * len(_names(plan))
+    tokens += final_steps * step[0] + env.assets.features.num_tokens
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    total_seconds = seconds + final_steps * step[1]
+    return Estimate(updates + final_steps, int(tokens), tokens / phi_tokens(env), total_seconds, memory)
+
+
+def _measure(env: RaiseSelectEnv, work: Callable[[], object]) -> tuple[float, float]:
+    """Return token forwards and seconds of one piece of work, the mean of two after a first that is not counted."""
+    work()
+    tokens, start = env.ledger.token_forwards, time.perf_counter()
+    work()
+    work()
+    return (env.ledger.token_forwards - tokens) / 2, (time.perf_counter() - start) / 2
+
+
+def _first_rows(env: RaiseSelectEnv) -> np.ndarray:
+    action = np.zeros(env.action_space.shape or (0,), dtype=np.int8)
+    action[np.flatnonzero(env.action_masks())[: env.config.batch_size]] = 1
+    return action
+
+
+def _names(plan: Plan) -> list[str]:
+    return list(dict.fromkeys([plan.agent, *plan.compare]))
+
+
+class _Run:
+    """A run's folder and its run.json: status, settings, times."""
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        self.folder = folder
+        self.state = state
+
+    @classmethod
+    def open(cls, folder: Path, command: str, plan: Plan, resume: bool) -> _Run:
+        prepare_folder(folder)
+        path = folder / "run.json"
+        if path.exists() and not resume:
+            raise OutputError(
+                f"{str(folder)!r} holds a run already: name another folder, or add --resume to go on with it."
+            )
+        if path.exists():
+            state = _read_json(path)
+            _check_same(state, plan, path)
+            state["status"] = "running"
+        else:
+            begun = {
+                "command": command,
+                "plan": plan.to_json(),
+                "versions": versions(),
+                "seconds": {},
+                "phi_tokens": {},
+            }
+            state = {"schema_version": REPORT_VERSION, "status": "running", "start": _now(), **begun}
+        run = cls(folder, state)
+        run.note()
+        return run
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            status = "done"
+        else:
+            status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        self.note(status=status, end=_now())
+
+    def note(self, **values: Any) -> None:
+        """Add to run.json."""
+        self.state.update(values)
+        write_json(self.folder / "run.json", self.state)
+
+    def add(self, part: str, seconds: float, tokens: int) -> None:
+        """Add to what a part of the run has cost so far."""
+        self.state["seconds"][part] = self.state["seconds"].get(part, 0.0) + seconds
+        self.state["phi_tokens"][part] = self.state["phi_tokens"].get(part, 0) + tokens
+        self.note()
+
+    def records(self) -> list[EpisodeRecord]:
+        """Return the records of the final runs so far; a line torn by a crash is dropped."""
+        path = self.folder / "episodes.jsonl"
+        if not path.exists():
+            return []
+        whole = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                whole.append(EpisodeRecord.from_json(line, f"{path}, line {number}"))
+            except RecordError:
+                break
+        write_text(path, "".join(record.to_json() + "\n" for record in whole))
+        return whole
+
+
+def _check_same(state: dict[str, Any], plan: Plan, path: Path) -> None:
+    before, now = state.get("plan", {}), plan.to_json()
+    different = [f"{n}: then {before.get(n)!r}, now {now[n]!r}" for n in now if before.get(n) != now[n]]
+    if different:
+        raise SettingError(
+            f"{path}: the run was begun with other settings ({'; '.join(different)}). Resume it with those."
+        )
+
+
+def _learn(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:
+    """Return the agent once it has learned; the selector is in the folder afterwards."""
+    learn = getattr(agent, "learn", None)
+    if learn is None or plan.episodes == 0:
+        return agent
+    done = 0
+    resumable = hasattr(agent, "load_progress")
+    if resumable and (run.folder / "learning").is_dir():
+        agent.load_progress(run.folder / "learning")
+        done = len(agent.episode_returns)
+    with reporter.task(f"learning to select ({plan.agent})", plan.episodes) as show:
+        show(done)
+        clock = _Clock(env)
+
+        def episode_done(number: int, total: float) -> None:
+            run.state.setdefault("episode_returns", [])[number - 1 :] = [total]
+            if resumable:
+                agent.save_progress(run.folder / "learning")
+            run.add("learning", *clock.lap())
+            show(number)
+
+        if plan.episodes > done:
+            learn(env, plan.episodes - done, seed=plan.seed, progress=episode_done)
+    if hasattr(agent, "save"):
+        agent.save(run.folder / "selector")
+    return agent
+
+
+class _Clock:
+    """Seconds and token forwards since the last lap."""
+
+    def __init__(self, env: RaiseSelectEnv) -> None:
+        self._ledger = env.ledger
+        self._time, self._tokens = time.perf_counter(), self._ledger.token_forwards
+
+    def lap(self) -> tuple[float, int]:
+        now, tokens = time.perf_counter(), self._ledger.token_forwards
+        passed = now - self._time, tokens - self._tokens
+        self._time, self._tokens = now, tokens
+        return passed
+
+
+def _final_runs(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: str, reporter: Reporter) -> None:
+    short = agent_name(name)
+    have = {record.seed for record in run.records() if record.agent == short}
+    is_selector = name == plan.agent
+    horizon = env.config.horizon
+    with reporter.task(f"fine-tuning with {short}", horizon * plan.num_runs) as show:
+        for index, seed in enumerate(plan.final_seeds):
+            keeps_adapter = is_selector and index == 0
+            if seed in have and not (keeps_adapter and not (run.folder / "adapter").is_dir()):
+                continue
+            clock = _Clock(env)
+            record = run_episode(
+                env, agent, seed=seed, name=short, on_step=lambda step, i=index: show(i * horizon + step)
+            )
+            run.add(f"final/{short}", *clock.lap())
+            if keeps_adapter:
+                _write_outcome(run.folder, env)
+            if seed not in have:
+                append_line(run.folder / "episodes.jsonl", record.to_json())
+        show(horizon * plan.num_runs)
+
+
+def _write_outcome(folder: Path, env: RaiseSelectEnv) -> None:
+    """Write what the final run leaves: the rows that it trained on and the adapter."""
+    lines = []
+    for step, record in enumerate(env.history, start=1):
+        for row in record.selected:
+            fields = {**env.assets.pool[int(row)].fields, "step": step, "pool_id": int(row)}
+            lines.append(json.dumps(fields, ensure_ascii=False))
+    write_text(folder / "selected.jsonl", "".join(line + "\n" for line in lines))
+    with replaced_folder(folder / "adapter") as beside:
+        env.save_adapter(beside)
+
+
+def _write_results(run: _Run, plan: Plan, env: RaiseSelectEnv) -> dict[str, Any]:
+    records = run.records()
+    report = {
+        "schema_version": REPORT_VERSION,
+        "base": _base_scores(env),
+        "agents": {agent_name(name): _agent_scores(records, agent_name(name), env) for name in _names(plan)},
+        "cost": _cost(run, plan, env),
+        "curves": {
+            agent_name(name): [r.dev_scores for r in records if r.agent == agent_name(name)] for name in _names(plan)
+        },
+        "learning": {"episode_returns": run.state.get("episode_returns", [])},
+        "settings": {**plan.to_json(), **env.config.to_kwargs()},
+        "versions": run.state["versions"],
+        "machine": _machine(env),
+        "date": run.state["start"][:10],
+    }
+    report["headline"] = headline(report, plan, env)
+    write_json(run.folder / "report.json", report)
+    first = next(r for r in records if r.agent == agent_name(plan.agent))
+    write_report(run.folder, report, [json.loads(r.to_json()) for r in records], _selection(first, env))
+    return report
+
+
+def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
+    env.reset(seed=0)
+    scores = {"dev_loss": env.assets.base_evaluation.loss}
+    if env.assets.has_test:
+        test = env.evaluate("test")
+        scores["test_loss"] = test.loss
+        if _shows_accuracy(env):
+            scores["test_accuracy"] = test.exact_match if test.accuracy is None else test.accuracy
+    return scores
+
+
+def _agent_scores(records: Sequence[EpisodeRecord], name: str, env: RaiseSelectEnv) -> dict[str, list[float | None]]:
+    own = [record for record in records if record.agent == name]
+    scores: dict[str, list[float | None]] = {"dev_score": [record.dev_scores[-1] for record in own]}
+    if env.config.reward == "loss":
+        scores["dev_loss"] = [-record.dev_scores[-1] for record in own]
+    if env.assets.has_test:
+        scores["test_loss"] = [record.final.get("test_loss") for record in own]
+        if _shows_accuracy(env):
+            accuracy = "test_accuracy" if env.assets.base_evaluation.accuracy is not None else "test_exact_match"
+            scores["test_accuracy"] = [record.final.get(accuracy) for record in own]
+    return scores
+
+
+def _shows_accuracy(env: RaiseSelectEnv) -> bool:
+    # Of a long free answer no word-for-word match can be expected: a column of zeros would only puzzle.
+    has_choices = env.assets.base_evaluation.accuracy is not None
+    return env.config.is_embedded or has_choices or env.config.reward == "exact_match"
+
+
+def _cost(run: _Run, plan: Plan, env: RaiseSelectEnv) -> dict[str, dict[str, float]]:
+    final = f"final/{agent_name(plan.agent)}"
+    tokens = {
+        "features": env.assets.features.num_tokens,
+        "learning": run.state["phi_tokens"].get("learning", 0),
+        "final": run.state["phi_tokens"].get(final, 0) // plan.num_runs,
+    }
+    tokens["total"] = sum(tokens.values())
+    seconds = {
+        "learning": run.state["seconds"].get("learning", 0.0),
+        "final": run.state["seconds"].get(final, 0.0) / plan.num_runs,
+    }
+    seconds["total"] = sum(seconds.values())
+    return {
+        "phi": {n: count / phi_tokens(env) for n, count in tokens.items()},
+        "tokens": dict(tokens),
+        "seconds": seconds,
+    }
+
+
+def _selection(record: EpisodeRecord, env: RaiseSelectEnv) -> Selection:
+    classes, pool = env.assets.classes, env.assets.pool
+    pairs = [(step, row) for step, rows in enumerate(record.actions, start=1) for row in rows]
+    rows = [row for _, row in pairs]
+    labels, counts = {}, {}
+    if env.config.is_embedded:
+        for name in ("skill", "corruption"):
+            labels[name] = [str(pool[row].fields[name]) for row in rows]
+            values, sizes = np.unique([str(i.fields[name]) for i in pool], return_counts=True)
+            counts[name] = {str(v): int(n) for v, n in zip(values, sizes, strict=True)}
+    return Selection(
+        steps=np.array([step for step, _ in pairs], dtype=np.int64),
+        classes=classes[rows],
+        pool_ids=np.array(rows, dtype=np.int64),
+        num_classes=env.config.num_classes,
+        pool_class_counts=np.bincount(classes[classes >= 0], minlength=env.config.num_classes),
+        texts=[(step, int(classes[row]), pool[row].prompt, pool[row].response) for step, row in pairs[:200]],
+        labels=labels,
+        pool_label_counts=counts,
+    )
+
+
+def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
+    """Return the result in words that need no explanation."""
+    name = agent_name(plan.agent)
+    agents, base = report["agents"], report["base"]
+    metric = next(
+        (m for m in ("test_accuracy", "test_loss", "dev_loss", "dev_score") if m in agents[name]), "dev_score"
+    )
+    kind = "share of right answers" if metric == "test_accuracy" else metric.replace("_", " ")
+    show = (lambda v: f"{100 * v:.0f}%") if metric == "test_accuracy" else (lambda v: f"{v:.2f}")
+    parts = [f"{show(base[metric])} before"] if metric in base else []
+    words = {"random": "with random rows", "oracle": "with the hidden labels known", name: "with the learned selector"}
+    for agent in ["random", *[a for a in agents if a not in ("random", "oracle", name)], name, "oracle"]:
+        values = [v for v in agents.get(agent, {}).get(metric, []) if v is not None]
+        if values:
+            parts.append(f"{show(float(np.mean(values)))} {words.get(agent, f'with {agent}')}")
+    rows = sum(len(step.selected) for step in env.history) or env.config.total_budget
+    sentence = f"{kind.capitalize()}: {', '.join(parts)}."
+    budget = f" Each run trained on {rows:,} of {len(env.assets.pool):,} instructions"
+    seconds = report["cost"]["seconds"]["learning"]
+    learned = f"; the selector learned in {seconds:.0f} seconds" if seconds else ""
+    return sentence + budget + learned + "." + _verdict(agents, name, metric)
+
+
+def _verdict(agents: Mapping[str, Any], name: str, metric: str) -> str:
+    if "random" not in agents or name == "random":
+        return ""
+    sign = -1 if metric.endswith("loss") else 1
+    pairs = [(a, b) for a, b in zip(agents[name][metric], agents["random"][metric], strict=False) if None not in (a, b)]
+    wins = sum(sign * (a - b) > 0 for a, b in pairs)
+    return f" It did better than random rows in {wins} of {len(pairs)} paired runs."
+
+
+def _machine(env: RaiseSelectEnv) -> dict[str, Any]:
+    import os
+
+    import torch
+
+    device = env.assets.learner.base.device  # type: ignore[attr-defined]
+    return {
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+
+
+def processor_name() -> str:
+    """Return the processor's name as the system gives it."""
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: cannot be read ({error}); expected what an earlier run wrote.") from error
+    if not isinstance(value, dict):
+        raise RecordError(f"{path}: holds {type(value).__name__}; expected an object.")
+    return value

@@ -1,0 +1,632 @@
+"""The glue for Stable-Baselines3 and sb3-contrib: a law for batches of fixed size, policies over rows, an agent.
+
+SB3 has no official place for a new action distribution; its maintainers advise editing its source (issues 703, 955 and
+1046 of DLR-RM/stable-baselines3). Nothing is edited here: to SB3, `SubsetDistribution` *is* a Bernoulli distribution,
+and the policies put networks that look at each row alone where SB3 would build flat ones. They mind neither the order
+of the rows nor their number, so that what was learned on 64 candidates chooses from 10,000.
+
+A row of nothing but zeros is padding: a subset never holds it, and the critic does not count it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import ArrayLike
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.distributions import BernoulliDistribution, DiagGaussianDistribution
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from raise_env import PickOne, TopKScores
+from raise_env.errors import OutputError, RecordError, SettingError, suggestion
+
+from .base import Progress
+from .networks import AcquisitionFunction, Critic
+from .subset import SubsetLaw
+
+__all__ = [
+    "PRESETS",
+    "RowExtractor",
+    "RowPolicy",
+    "Sb3Agent",
+    "SubsetDistribution",
+    "SubsetPolicy",
+    "matching_wrapper",
+]
+
+#: sb3-contrib is optional: it comes with the extra "sb3".
+_HAS_CONTRIB = importlib.util.find_spec("sb3_contrib") is not None
+
+# Why gamma is 0 almost everywhere: an action shows in the very next reward, while the rewards of the steps after it are
+# moved far more by the draw of candidates and by the stage of training. As weight on those is noise, PPO with gamma 1
+# learned nothing visible in 144 episodes where gamma 0 learned in 16. Picks are rewarded with the last one of their
+# batch, so they need to look as far ahead as a batch is long, about 1 / (1 - 0.9) = 10 picks.
+_ON_POLICY = {"n_steps": 40, "gamma": 0.0, "gae_lambda": 1.0, "device": "cpu"}
+_OFF_POLICY = {
+    "learning_rate": 1e-3,
+    "buffer_size": 10_000,
+    "learning_starts": 40,
+    "batch_size": 64,
+    "train_freq": 1,
+    "gamma": 0.0,
+    "device": "cpu",
+}
+_PICK_GAMMA = 0.9
+
+#: Hyperparameters by class, for an environment whose every step trains a language model: SB3's own defaults (2,048
+#: steps before the first update, buffers of a million observations) expect one that is free.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "PPO": {**_ON_POLICY, "learning_rate": 3e-3, "batch_size": 40, "n_epochs": 8},
+    "MaskablePPO": {**_ON_POLICY, "n_steps": 320, "learning_rate": 3e-3, "batch_size": 80, "n_epochs": 8},
+    "RecurrentPPO": {**_ON_POLICY, "learning_rate": 1e-3, "batch_size": 40, "n_epochs": 8},
+    "TRPO": {**_ON_POLICY, "batch_size": 40},
+    "A2C": {**_ON_POLICY, "n_steps": 8, "learning_rate": 1e-3, "normalize_advantage": True},
+    "SAC": _OFF_POLICY,
+    "TQC": _OFF_POLICY,
+    "CrossQ": _OFF_POLICY,
+    "TD3": {**_OFF_POLICY, "action_noise": 0.3},
+    "DDPG": {**_OFF_POLICY, "action_noise": 0.3},
+    "DQN": {**_OFF_POLICY, "exploration_fraction": 0.5, "target_update_interval": 100},
+    "QRDQN": {**_OFF_POLICY, "exploration_fraction": 0.5, "target_update_interval": 100},
+    "ARS": {"n_delta": 4, "device": "cpu"},
+}
+
+
+class SubsetDistribution(BernoulliDistribution):
+    """`SubsetLaw` in the form that SB3 asks for: the law of a 0/1 vector with exactly `subset_size` ones.
+
+    Args:
+        action_dims: Length of the vector.
+        subset_size: How many ones; where fewer rows may be chosen, all of these.
+    """
+
+    def __init__(self, action_dims: int, subset_size: int) -> None:
+        super().__init__(action_dims)
+        self.subset_size = subset_size
+
+    def proba_distribution(self, action_logits: Tensor, mask: Tensor | None = None) -> SubsetDistribution:
+        """Take logits of shape (batch, N), and a mask of the same shape, True where a row may be chosen."""
+        self.law = SubsetLaw(action_logits, self.subset_size, mask)
+        return self
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Return the log-probabilities, shape (batch,), of 0/1 actions, shape (batch, N)."""
+        return self.law.log_prob(actions)
+
+    def entropy(self) -> Tensor:
+        """Return the exact entropies in nats, shape (batch,)."""
+        return self.law.entropy()
+
+    def sample(self) -> Tensor:
+        """Draw 0/1 actions, shape (batch, N), with torch's global generator, which SB3 seeds."""
+        return self.law.sample()
+
+    def mode(self) -> Tensor:
+        """Return the most probable 0/1 actions, shape (batch, N)."""
+        return self.law.mode()
+
+
+class RowExtractor(BaseFeaturesExtractor):
+    """Hands observations on as rows, shape (batch, N, num_features); SB3's default would flatten them.
+
+    Args:
+        observation_space: A Box of shape (N, num_features).
+    """
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, features_dim=observation_space.shape[-1])
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return the observations as they are."""
+        return observations
+
+
+class _ValueNet(Critic):
+    """A critic that leaves padding out, and returns a column, as SB3 expects."""
+
+    def forward(self, rows: Tensor, row_mask: Tensor | None = None) -> Tensor:
+        mask = _is_real(rows) if row_mask is None else row_mask
+        return super().forward(rows, mask).unsqueeze(-1)
+
+
+class _RowWise(BasePolicy):
+    """What the policies below share, to be mixed in before SB3's actor-critic policy of choice.
+
+    `net_arch` keeps SB3's form, {"pi": widths, "vf": widths}: the actor's and the critic's hidden layers.
+    """
+
+    net_arch: list[int] | dict[str, list[int]]
+    activation_fn: type[nn.Module]
+    features_dim: int
+    value_net: Any  # SB3 insists on a linear layer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", RowExtractor)
+        super().__init__(*args, **kwargs)
+
+    def scores(self, observation: ArrayLike | Tensor) -> Tensor:
+        """Return every row's score, higher is better: shape (..., N) for rows of shape (..., N, num_features)."""
+        rows = torch.as_tensor(observation, dtype=torch.float32, device=self.device)
+        scores: Tensor = self.action_net(rows)
+        return scores
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,  # noqa: ARG002 (SB3's signature)
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return the action for any number of rows, which SB3's own method would force into the number trained on.
+
+        Args:
+            observation: Shape (N, num_features), or (batch, N, num_features).
+            state: Passed through: there is no memory.
+            episode_start: Not used.
+            deterministic: Whether to take the most probable action rather than to draw one.
+            action_masks: What may be picked, shape (..., N); for MaskablePPO's policy alone.
+        """
+        self.set_training_mode(False)
+        masks = {} if action_masks is None else {"action_masks": action_masks}
+        rows, is_batch = self.obs_to_tensor(observation)
+        with torch.no_grad():
+            action = self._predict(rows, deterministic=deterministic, **masks).cpu().numpy()
+        if isinstance(self.action_space, spaces.Box):
+            action = action.clip(self.action_space.low.min(), self.action_space.high.max())
+        action = action.astype(self.action_space.dtype)
+        return (action if is_batch else action[0]), state
+
+    def obs_to_tensor(self, observation: Any) -> tuple[Tensor, bool]:
+        """Return rows of shape (batch, N, num_features), and whether there was a batch dimension already."""
+        rows = torch.as_tensor(np.asarray(observation), device=self.device)
+        return (rows, True) if rows.dim() == 3 else (rows.unsqueeze(0), False)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        dims = self.net_arch if isinstance(self.net_arch, dict) else {"pi": self.net_arch, "vf": self.net_arch}
+        # Without layers this is the identity: the networks below get the rows themselves.
+        self.mlp_extractor = MlpExtractor(self.features_dim, net_arch=[], activation_fn=self.activation_fn)
+        self.action_net = self._actor(AcquisitionFunction(self.features_dim, dims["pi"], self.activation_fn))
+        self.value_net = _ValueNet(self.features_dim, dims["vf"], self.activation_fn)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]  # every optimiser has a learning rate
+
+    def _actor(self, acquisition: AcquisitionFunction) -> nn.Module:
+        return acquisition
+
+
+class RowPolicy(_RowWise, ActorCriticPolicy):
+    """One score a row, from which SB3's distribution for the action space draws; for PPO, A2C and TRPO.
+
+    Discrete: the scores are the logits. MultiBinary: each row is drawn for itself, so that the size of the set varies.
+    Box: the scores, through a tanh, are the means, with one learned deviation for all rows. It starts small and the
+    tanh stays, as SB3 clips to the bounds and a ranking of clipped scores is a ranking of ties.
+
+    Args:
+        args: As for `ActorCriticPolicy`.
+        log_std_init: Log of the first deviation, for Box.
+        kwargs: As for `ActorCriticPolicy`.
+
+    Raises:
+        SettingError: State-dependent exploration (`use_sde`) was asked for.
+    """
+
+    def __init__(self, *args: Any, log_std_init: float = -1.5, **kwargs: Any) -> None:
+        if kwargs.get("use_sde"):
+            raise SettingError("use_sde=True does not work with policies over rows: leave it out.")
+        super().__init__(*args, log_std_init=log_std_init, **kwargs)
+
+    def _actor(self, acquisition: AcquisitionFunction) -> nn.Module:
+        if not isinstance(self.action_dist, DiagGaussianDistribution):
+            return acquisition
+        self.log_std = nn.Parameter(torch.full((1,), self.log_std_init))
+        return nn.Sequential(acquisition, nn.Tanh())
+
+
+class SubsetPolicy(RowPolicy):
+    """A policy over batches of a fixed size, for MultiBinary actions with PPO and A2C.
+
+    `PPO(SubsetPolicy, env, policy_kwargs={"subset_size": 8})` is all there is to do.
+
+    Args:
+        args: As for `ActorCriticPolicy`.
+        subset_size: How many rows to choose.
+        kwargs: As for `ActorCriticPolicy`.
+
+    Raises:
+        SettingError: The action space is not MultiBinary.
+    """
+
+    def __init__(self, *args: Any, subset_size: int, **kwargs: Any) -> None:
+        self.subset_size = subset_size
+        super().__init__(*args, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        if not isinstance(self.action_dist, BernoulliDistribution):
+            raise SettingError(f"SubsetPolicy needs a MultiBinary action space; got {self.action_space}.")
+        self.action_dist = SubsetDistribution(self.action_dist.action_dims, self.subset_size)
+        super()._build(lr_schedule)
+
+    def _get_action_dist_from_latent(self, latent_pi: Tensor) -> SubsetDistribution:
+        assert isinstance(self.action_dist, SubsetDistribution)
+        return self.action_dist.proba_distribution(self.action_net(latent_pi), mask=_is_real(latent_pi))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "subset_size": self.subset_size}
+
+
+if _HAS_CONTRIB:
+    from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
+    from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+
+    __all__ += ["MaskableRowPolicy"]
+
+    class MaskableRowPolicy(_RowWise, MaskableActorCriticPolicy):
+        """One logit a row for Discrete actions with MaskablePPO: picks row after row, of those that the mask allows."""
+
+        def _get_action_dist_from_latent(self, latent_pi: Tensor) -> MaskableCategoricalDistribution:
+            logits = self.action_net(latent_pi)
+            # A new one each time: SB3's is fixed to the number of rows in training.
+            return MaskableCategoricalDistribution(logits.shape[-1]).proba_distribution(logits)
+
+
+class Sb3Agent:
+    """Any algorithm of Stable-Baselines3 or sb3-contrib as an agent: what it needs around it, and safe files.
+
+    How an algorithm acts is its action form. "subset" draws batches of exactly the environment's batch size;
+    "multibinary" decides on each row for itself; "scores" ranks the rows, through `TopKScores`; "pick" names one row
+    after another, through `PickOne`. PPO, A2C, TRPO and MaskablePPO get policies over rows, the others SB3's own
+    networks over the flattened observation, which fit one number of candidates only.
+
+    Args:
+        algorithm: Name of the class, such as "PPO"; a leading "sb3:" may stay.
+        action_form: One of the four, or None for the best that the class can take.
+        hyperparameters: The class's own arguments, as plain data, over those in `PRESETS`; `action_noise` is the
+            deviation of Gaussian noise.
+
+    Attributes:
+        name: "sb3:" and the name of the class.
+        model: The SB3 model, once it has learned or been loaded; an agent in its own right.
+
+    Raises:
+        SettingError: The class, the action form or a hyperparameter is unknown, or they do not go together.
+    """
+
+    def __init__(self, algorithm: str, *, action_form: str | None = None, **hyperparameters: Any) -> None:
+        self._class = _find_class(algorithm.removeprefix("sb3:"))
+        self.name = f"sb3:{self._class.__name__}"
+        forms = _action_forms(self._class)
+        if not forms:
+            raise SettingError(f"{self.name} takes none of the action spaces of this environment: take another class.")
+        if action_form is not None and action_form not in forms:
+            raise SettingError(f"{self.name} cannot act in the form {action_form!r}: {suggestion(action_form, forms)}")
+        self.action_form = action_form or forms[0]
+        _check_hyperparameters(self._class, hyperparameters)
+        self.hyperparameters = hyperparameters
+        self.model: BaseAlgorithm | None = None
+        self._subset_size = 0
+
+    def wrap(self, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+        """Return the environment with the action space of this agent's action form."""
+        return _wrap(env, self.action_form)
+
+    def learn(
+        self,
+        env: gym.Env[Any, Any],
+        episodes: int,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Sb3Agent:
+        """Learn from the start, for about as many steps as full episodes would have; the global generators stay put.
+
+        Args:
+            env: The environment as `gym.make` returns it; its `config` tells horizon and batch size.
+            episodes: How many episodes of `config.horizon` steps. Algorithms that learn from whole rollouts may take
+                a few steps more.
+            seed: Seed of the environment, of the first weights and of exploration.
+            progress: Called after each episode with its number, from 1, and its return.
+
+        Returns:
+            This agent.
+        """
+        config = env.get_wrapper_attr("config")
+        num_steps = episodes * config.horizon * (config.batch_size if self.action_form == "pick" else 1)
+        self._subset_size = config.batch_size
+        wrapped = self.wrap(env) if progress is None else _ReturnReporter(self.wrap(env), progress)
+        with _global_generators_kept():
+            model = self._build(wrapped, num_steps, seed)
+            model.set_logger(Logger(None, []))  # SB3's default one makes a folder
+            model.learn(num_steps)
+        model.env = None  # so that the agent can be copied and stored without the language model
+        self.model = model
+        return self
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return the model's action and state; see `BaseAlgorithm.predict`.
+
+        Args:
+            observation: Shape (N, num_features), or with a batch dimension before.
+            state: What the last call returned, for algorithms with a memory.
+            episode_start: Whether an episode has just begun, shape (batch,), for algorithms with a memory.
+            deterministic: Whether to take the best action rather than to draw one (from torch's global generator).
+            action_masks: What may be picked, shape (N,); heeded by MaskablePPO only.
+
+        Raises:
+            SettingError: The agent has not learned yet.
+        """
+        model = self._trained()
+        masks = {"action_masks": action_masks} if "action_masks" in _parameters(model.predict) else {}
+        return model.predict(observation, state, episode_start, deterministic, **masks)
+
+    @property
+    def action_space(self) -> spaces.Space[Any]:
+        """The action space that the model was trained on, which tells a rollout which wrapper it needs.
+
+        Raises:
+            SettingError: The agent has not learned yet.
+        """
+        return self._trained().action_space
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, the weights of the policy; nothing is pickled.
+
+        Args:
+            folder: Made where it does not exist.
+
+        Raises:
+            SettingError: The agent has not learned yet.
+            OutputError: The folder cannot be written.
+        """
+        model = self._trained()
+        num_candidates, num_features = model.observation_space.shape or (0, 0)
+        config = {
+            "schema_version": 1,
+            "agent": self.name,
+            "action_form": self.action_form,
+            "hyperparameters": self.hyperparameters,
+            "num_candidates": num_candidates,
+            "num_features": num_features,
+            "subset_size": self._subset_size,
+        }
+        # safetensors refuses tensors that share memory, as the parts of some policies do.
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in model.policy.state_dict().items()}
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(weights, Path(folder, "model.safetensors"))
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot write the selector: {error}") from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Sb3Agent:
+        """Return the agent that `save` wrote. Reading runs no code from the files.
+
+        Raises:
+            RecordError: A file is missing, or not what `save` writes.
+        """
+        try:
+            config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            agent = cls(config["agent"], action_form=config["action_form"], **config["hyperparameters"])
+            agent._subset_size = config["subset_size"]
+            env = _SpacesOnly(agent.action_form, config["num_candidates"], config["num_features"])
+            with _global_generators_kept():
+                agent.model = agent._build(env, num_steps=1, seed=None)
+            agent.model.policy.load_state_dict(load_file(Path(folder, "model.safetensors")))
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise RecordError(f"{folder}: not a selector that can be read: {error!r}") from error
+        return agent
+
+    def _trained(self) -> BaseAlgorithm:
+        if self.model is None:
+            raise SettingError(f"{self.name} has not learned yet: call learn(env, episodes, seed), or load a selector.")
+        return self.model
+
+    def _build(self, env: gym.Env[Any, Any], num_steps: int, seed: int | None) -> BaseAlgorithm:
+        settings = self._settings(num_steps)
+        if isinstance(settings.get("action_noise"), int | float):
+            shape = env.action_space.shape or ()
+            settings["action_noise"] = NormalActionNoise(np.zeros(shape), np.full(shape, settings["action_noise"]))
+        policy = _policy(self._class, self.action_form)
+        if self.action_form == "subset":
+            settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "subset_size": self._subset_size}
+        return self._class(policy, env, seed=seed, **settings)
+
+    def _settings(self, num_steps: int) -> dict[str, Any]:
+        """Return preset and own hyperparameters, those that nobody has set fitted to a run of so many steps."""
+        settings = dict(PRESETS.get(self._class.__name__, {"device": "cpu"}))
+        if self.action_form == "pick" and "gamma" in _parameters(self._class):
+            settings["gamma"] = _PICK_GAMMA
+        own = self.hyperparameters
+        settings |= own
+        if issubclass(self._class, OnPolicyAlgorithm):
+            if "n_steps" in settings and "n_steps" not in own:
+                num_rollouts = max(1, num_steps // settings["n_steps"])
+                settings["n_steps"] = max(2, math.ceil(num_steps / num_rollouts))  # the last one ends with the run
+            if "batch_size" in settings and "batch_size" not in own and settings["n_steps"] % settings["batch_size"]:
+                settings["batch_size"] = settings["n_steps"]  # SB3 warns of minibatches of unequal size
+        elif issubclass(self._class, OffPolicyAlgorithm) and "buffer_size" in settings and "buffer_size" not in own:
+            settings["buffer_size"] = min(settings["buffer_size"], num_steps)
+        return settings
+
+
+def matching_wrapper(agent: Any, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """Return the environment as an agent acts in it: an SB3 model or `Sb3Agent` tells by its action space.
+
+    Args:
+        agent: Anything with `predict`; where it has no `action_space` the environment is returned as it is.
+        env: The environment as `gym.make` returns it, with MultiBinary actions.
+
+    Raises:
+        SettingError: The agent's action space is none of MultiBinary, Box and Discrete.
+    """
+    space = getattr(agent, "action_space", None)
+    if space is None or isinstance(space, spaces.MultiBinary):
+        return env
+    if isinstance(space, spaces.Box):
+        return _wrap(env, "scores")
+    if isinstance(space, spaces.Discrete):
+        return _wrap(env, "pick")
+    raise SettingError(f"an agent that acts in {space} fits no wrapper: train it on MultiBinary, Box or Discrete.")
+
+
+def _wrap(env: gym.Env[Any, Any], action_form: str) -> gym.Env[Any, Any]:
+    if action_form == "scores":
+        return TopKScores(env)
+    return PickOne(env) if action_form == "pick" else env
+
+
+class _ReturnReporter(gym.Wrapper[Any, Any, Any, Any]):
+    """Tells number and return of each episode that ends."""
+
+    def __init__(self, env: gym.Env[Any, Any], progress: Progress) -> None:
+        super().__init__(env)
+        self._progress = progress
+        self._num_episodes = 0
+        self._return = 0.0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self._return = 0.0
+        return super().reset(**kwargs)
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        result = super().step(action)
+        _, reward, terminated, truncated, _ = result
+        self._return += float(reward)
+        if terminated or truncated:
+            self._num_episodes += 1
+            self._progress(self._num_episodes, self._return)
+        return result
+
+
+class _SpacesOnly(gym.Env[Any, Any]):
+    """Spaces without a world: what SB3 needs to build a model that shall not be trained."""
+
+    def __init__(self, action_form: str, num_candidates: int, num_features: int) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (num_candidates, num_features), np.float32)
+        if action_form == "scores":
+            self.action_space: spaces.Space[Any] = spaces.Box(-1.0, 1.0, (num_candidates,), np.float32)
+        elif action_form == "pick":
+            self.action_space = spaces.Discrete(num_candidates)
+        else:
+            self.action_space = spaces.MultiBinary(num_candidates)
+
+    def action_masks(self) -> np.ndarray:
+        """Return what sb3-contrib looks for before it masks."""
+        raise NotImplementedError
+
+
+def _find_class(name: str) -> type[BaseAlgorithm]:
+    """Return the algorithm of that name.
+
+    Raises:
+        SettingError: Neither library has it.
+    """
+    libraries = ["stable_baselines3", *(["sb3_contrib"] if _HAS_CONTRIB else [])]
+    modules = [importlib.import_module(library) for library in libraries]
+    found = {entry: getattr(module, entry) for module in modules for entry in module.__all__}
+    known = {entry: cls for entry, cls in found.items() if isinstance(cls, type) and issubclass(cls, BaseAlgorithm)}
+    if name not in known:
+        advice = "" if _HAS_CONTRIB else ' More with sb3-contrib: pip install "raise-env[sb3]".'
+        raise SettingError(f"no algorithm is called {name!r}: {suggestion(name, known)}{advice}")
+    return known[name]
+
+
+def _action_forms(algorithm: type[BaseAlgorithm]) -> tuple[str, ...]:
+    """Return the action forms that the class can take, the best first."""
+    if algorithm.__name__ == "MaskablePPO":
+        return ("pick",)  # its masks for MultiBinary hold two numbers a row
+    accepted = [form for form in ("scores", "pick") if _accepts(algorithm, form)]
+    # Others take MultiBinary by name only (RecurrentPPO 2.9.2 fails in its first update).
+    if ActorCriticPolicy in algorithm.policy_aliases.values():
+        accepted.append("multibinary")
+    # TRPO would need the divergence of two subset laws.
+    return ("subset", *accepted) if algorithm.__name__ in ("PPO", "A2C") else tuple(accepted)
+
+
+def _accepts(algorithm: type[BaseAlgorithm], action_form: str) -> bool:
+    """Whether the constructor, which checks the action space, goes through; no networks are built."""
+    build: Any = algorithm
+    try:
+        env = _SpacesOnly(action_form, num_candidates=2, num_features=1)
+        build(next(iter(algorithm.policy_aliases)), env, device="cpu", _init_setup_model=False)
+    except (AssertionError, StopIteration):
+        return False
+    return True
+
+
+def _policy(algorithm: type[BaseAlgorithm], action_form: str) -> str | type[BasePolicy]:
+    """Return a policy over rows where the class can use one, else the name of its own for plain vectors."""
+    alias, default = next(iter(algorithm.policy_aliases.items()))
+    if action_form == "subset":
+        return SubsetPolicy
+    if default is ActorCriticPolicy:
+        return RowPolicy
+    return MaskableRowPolicy if algorithm.__name__ == "MaskablePPO" else alias
+
+
+def _check_hyperparameters(algorithm: type[BaseAlgorithm], given: Mapping[str, Any]) -> None:
+    """Refuse what the class does not know, and what config.json could not hold.
+
+    Raises:
+        SettingError: A name is unknown, or a value is not plain data.
+    """
+    known = _parameters(algorithm) - {"policy", "env", "seed", "_init_setup_model"}
+    for name, value in given.items():
+        if name not in known:
+            raise SettingError(f"{algorithm.__name__} has no hyperparameter {name!r}: {suggestion(name, known)}")
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise SettingError(f"hyperparameter {name} is {value!r}; expected plain data, as in JSON.") from error
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _is_real(rows: Tensor) -> Tensor:
+    """Return which rows are not padding, shape (..., N), of rows of shape (..., N, num_features)."""
+    return (rows != 0).any(-1)
+
+
+@contextlib.contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    """Put the global generators of Python, NumPy and torch back afterwards: SB3 seeds and uses all three."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 (the global generator is the point)
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it so
+    devices = range(torch.cuda.device_count()) if has_cuda else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002

@@ -1,0 +1,371 @@
+"""One frozen language model with LoRA layers in place, shared by every learner of the process.
+
+The adapters themselves live outside the model, as rows of one flat matrix: parameters (adapters, P). A forward
+pass is told which adapters to use and splits its rows among them. Two things follow: a snapshot of a training
+state is a reference and costs nothing, and several adapters over one base can be trained in a single pass.
+
+PEFT decides where the LoRA layers are, how they start and how they are saved. Only the arithmetic of its plain
+layers is done here, `x W + s (x A) B` for several A and B at once; where PEFT was asked for something else
+(DoRA, say), its own code runs, one adapter at a time. A test holds both equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from .config import TINY, LoraSettings
+from .encoding import Batch
+from .errors import ModelError, SettingError
+
+__all__ = ["BaseModel", "load_tokenizer", "model_folder", "resolve_device"]
+
+_ADAPTER = "default"
+
+
+class BaseModel:
+    """A causal language model, frozen, with LoRA layers whose weights are given at each call.
+
+    Args:
+        source: "tiny", a local folder, or a hub id.
+        lora: The adapter's form.
+        dtype: Of the frozen weights: "float32" or "bfloat16". Adapters are always float32.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ModelError: The model or its tokenizer cannot be loaded, or has no place for such an adapter.
+        SettingError: There is no such device.
+    """
+
+    def __init__(self, source: str, lora: LoraSettings, *, dtype: str = "float32", device: str = "auto") -> None:
+        self.source = source
+        self.device = resolve_device(device)
+        self.tokenizer = load_tokenizer(source)
+        self.lora = lora
+        self.lock = threading.RLock()
+        causal = _load_causal(source, getattr(torch, dtype)).to(self.device)
+        self.content_hash = _content_hash(causal, self.tokenizer)
+        self.peft_model = _with_lora(causal, lora, source)
+        self._names = [name for name, value in self.peft_model.named_parameters() if value.requires_grad]
+        parameters = dict(self.peft_model.named_parameters())
+        self._shapes = [parameters[name].shape for name in self._names]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        for value in self.peft_model.parameters():
+            value.requires_grad_(False)
+        self._layers = _plain_layers(self.peft_model)
+        self.stackable = len(self._layers) * 2 == len(self._names) and lora.lora_dropout == 0
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self.peft_model.eval()
+        if self.stackable:
+            self._install()
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in one adapter, P."""
+        return sum(self._sizes)
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the last hidden layer."""
+        return int(self.peft_model.config.get_text_config().hidden_size)
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether the frozen weights are kept in float32."""
+        return self.peft_model.dtype == torch.float32
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model can take at most, where it says so."""
+        return getattr(self.peft_model.config.get_text_config(), "max_position_embeddings", None)
+
+    def initial_parameters(self, seed: int) -> Tensor:
+        """Return a new adapter as PEFT would start it, shape (P,), float32.
+
+        PEFT draws from torch's global generator and takes no other; it is put back as it was.
+        """
+        with self.lock, _seeded(seed, self.device):
+            for module in self.peft_model.modules():
+                reset = getattr(module, "reset_lora_parameters", None)
+                if reset is not None:
+                    reset(_ADAPTER, True)
+            parameters = dict(self.peft_model.named_parameters())
+            return torch.cat([parameters[name].detach().flatten().float() for name in self._names])
+
+    def token_losses(
+        self, batch: Batch, adapters: Tensor | None, *, dropout_seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the model makes of every label of a batch.
+
+        Args:
+            batch: Rows; with k adapters the first rows/k belong to the first of them, and so on.
+            adapters: Shape (k, P), or None for the bare base model.
+            dropout_seed: Turns LoRA's dropout on, drawn from this seed.
+
+        Returns:
+            The negative log-likelihood of each label in nats, shape (labels,), float32, and the logits,
+            shape (labels, vocabulary), float32.
+        """
+        output = self._forward(batch, adapters, dropout_seed)
+        logits = output.logits.float()
+        losses = nn.functional.cross_entropy(logits, batch.targets.to(self.device), reduction="none")
+        return losses, logits
+
+    def hidden_states(self, batch: Batch, adapters: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the label losses, shape (labels,), and the last hidden layer, shape (rows, length, hidden)."""
+        output = self._forward(batch, adapters, None, output_hidden_states=True)
+        losses = nn.functional.cross_entropy(output.logits.float(), batch.targets.to(self.device), reduction="none")
+        return losses, output.hidden_states[-1].float()
+
+    @contextlib.contextmanager
+    def merged(self, adapter: Tensor) -> Iterator[None]:
+        """Fold one adapter into the base weights for as long as the context lasts, then put them back.
+
+        The base weights themselves are set aside, not computed back: afterwards they are the same to the bit.
+
+        Args:
+            adapter: Shape (P,).
+        """
+        pairs = self._split(adapter[None])
+        with self.lock, torch.no_grad():
+            set_aside = [layer.base_layer.weight.data for layer in self._layers]
+            try:
+                for layer, (a, b) in zip(self._layers, pairs, strict=True):
+                    delta = (b[0] @ a[0]) * layer.scaling[_ADAPTER]
+                    weight = layer.base_layer.weight
+                    weight.data = weight.data + (delta.T if layer.fan_in_fan_out else delta).to(weight.dtype)
+                yield
+            finally:
+                for layer, weight in zip(self._layers, set_aside, strict=True):
+                    layer.base_layer.weight.data = weight
+
+    def save_adapter(self, adapter: Tensor, folder: Path) -> None:
+        """Write an adapter, shape (P,), in PEFT's own form: `PeftModel.from_pretrained` loads it."""
+        with self.lock:
+            parameters = dict(self.peft_model.named_parameters())
+            parts = adapter.split(self._sizes)
+            for name, part, shape in zip(self._names, parts, self._shapes, strict=True):
+                parameters[name].data.copy_(part.view(shape))
+            self.peft_model.save_pretrained(str(folder))
+
+    def base_checksum(self) -> str:
+        """Return a hash of the frozen weights: it never changes."""
+        return _tensor_hash({n: p for n, p in self.peft_model.named_parameters() if n not in set(self._names)})
+
+    def _forward(self, batch: Batch, adapters: Tensor | None, dropout_seed: int | None, **kwargs: Any) -> Any:
+        inputs = {
+            "input_ids": batch.input_ids.to(self.device),
+            "logits_to_keep": batch.keep.to(self.device),
+            "use_cache": False,
+            **kwargs,
+        }
+        with self.lock:
+            if not self.stackable:
+                return self._plain_forward(adapters, dropout_seed, inputs)
+            self._pairs = [] if adapters is None else self._split(adapters)
+            try:
+                return self.peft_model.base_model.model(**inputs)
+            finally:
+                self._pairs = []
+
+    def _plain_forward(self, adapters: Tensor | None, dropout_seed: int | None, inputs: dict[str, Any]) -> Any:
+        if adapters is None:
+            with self.peft_model.disable_adapter():
+                return self.peft_model.base_model.model(**inputs)
+        (adapter,) = adapters
+        parts = adapter.split(self._sizes)
+        parameters = {
+            name: part.view(shape) for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
+        }
+        if dropout_seed is None:
+            return torch.func.functional_call(self.peft_model, parameters, kwargs=inputs)
+        with _seeded(dropout_seed, self.device), _dropout_on(self.peft_model):
+            return torch.func.functional_call(self.peft_model, parameters, kwargs=inputs)
+
+    def _split(self, adapters: Tensor) -> list[tuple[Tensor, Tensor]]:
+        # One split, not a slice for each matrix: its backward is a single concatenation.
+        parts = adapters.split(self._sizes, dim=1)
+        matrices = [part.view(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return list(zip(matrices[0::2], matrices[1::2], strict=True))
+
+    def _install(self) -> None:
+        for index, layer in enumerate(self._layers):
+            layer.forward = self._layer_forward(layer, index)
+
+    def _layer_forward(self, layer: Any, index: int) -> Any:
+        base_layer, scaling = layer.base_layer, layer.scaling[_ADAPTER]
+
+        def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+            result: Tensor = base_layer(x)
+            if not self._pairs:
+                return result
+            a, b = self._pairs[index]
+            shape = result.shape
+            rows = x.reshape(len(a), -1, x.shape[-1]).to(a.dtype)
+            low = torch.bmm(rows, a.mT)
+            start = result.reshape(len(a), -1, shape[-1]).to(a.dtype)
+            return torch.baddbmm(start, low, b.mT, alpha=scaling).view(shape).to(result.dtype)
+
+        return forward
+
+
+def model_folder(source: str) -> str:
+    """Return the folder or hub id that a model's name stands for.
+
+    Raises:
+        ModelError: It looks like a local path, and there is no such folder.
+    """
+    if source == TINY:
+        return str(Path(__file__).parent / "tiny" / "base")
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {source!r} is a folder without config.json; expected one saved by transformers.")
+        return str(path)
+    if path.exists():
+        raise ModelError(f"model {source!r} is a file; expected a folder saved by transformers, or a hub id.")
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or "\\" in source:
+        raise ModelError(f"model {source!r}: there is no such folder. Expected a folder, a hub id, or {TINY!r}.")
+    return source
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load a model's tokenizer; it needs an end token, and no padding token.
+
+    Raises:
+        ModelError: There is none, or it has no end token.
+    """
+    folder = model_folder(source)
+    tokenizer = _load(AutoTokenizer, folder, source, "tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source!r} has no end-of-text token; set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device meant; "auto" is a GPU where there is one.
+
+    Raises:
+        SettingError: There is no such device on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(
+            f"device {device!r} cannot be used here: {reason} Expected 'auto', 'cpu' or 'cuda'."
+        ) from error
+    return resolved
+
+
+def _load_causal(source: str, dtype: torch.dtype) -> Any:
+    # use_safetensors: a checkpoint in pickle would be code to run.
+    return _load(AutoModelForCausalLM, model_folder(source), source, "model", dtype=dtype, use_safetensors=True)
+
+
+def _load(factory: Any, folder: str, source: str, what: str, **kwargs: Any) -> Any:
+    try:
+        with _quiet():
+            return factory.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the {what} {source!r} cannot be loaded: {reason} Expected a folder written by transformers with "
+            f"safetensors weights, a hub id that can be reached or is cached, or {TINY!r}."
+        ) from error
+
+
+def _with_lora(causal: Any, lora: LoraSettings, source: str) -> PeftModel:
+    settings = asdict(lora)
+    if not isinstance(lora.target_modules, str):
+        settings["target_modules"] = list(lora.target_modules)
+    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    try:
+        with _seeded(0, torch.device("cpu")):
+            return get_peft_model(causal, config)
+    except ValueError as error:
+        raise ModelError(f"LoRA cannot be put on {source!r}: {error}") from error
+
+
+def _plain_layers(model: PeftModel) -> list[Any]:
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    return [layer for layer in layers if _is_plain(layer)]
+
+
+def _is_plain(layer: Any) -> bool:
+    base = layer.base_layer
+    return type(base) in (nn.Linear, Conv1D) and not layer.lora_variant and not layer.lora_bias.get(_ADAPTER)
+
+
+def _content_hash(model: nn.Module, tokenizer: Any) -> str:
+    weights = _tensor_hash(dict(model.named_parameters()))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((weights + text).encode()).hexdigest()
+
+
+def _tensor_hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _dropout_on(model: PeftModel) -> Iterator[None]:
+    # Only LoRA's own dropout: the base stays in eval mode, as it is frozen.
+    layers = [part for name, part in model.named_modules() if "lora_dropout" in name and isinstance(part, nn.Dropout)]
+    try:
+        for layer in layers:
+            layer.train()
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # A progress bar for loading four layers is noise; errors still come through.
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def load_config(source: str) -> Any:
+    """Load a model's configuration alone: enough for an estimate of its size."""
+    return _load(AutoConfig, model_folder(source), source, "configuration")

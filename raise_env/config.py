@@ -1,0 +1,222 @@
+"""Every setting of the environment with its default: the only home of both, and of their checks.
+
+Nothing here reads a file or loads a library: values are checked against each other and that is all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import SettingError, suggestion
+
+__all__ = ["AUXILIARY_UPDATES", "DTYPES", "REWARDS", "TINY", "EnvConfig", "LoraSettings"]
+
+#: The name under which the embedded base model goes.
+TINY = "tiny"
+
+#: The dev scores that can be asked for by name; anything else is "module:function".
+REWARDS = ("loss", "accuracy", "exact_match")
+
+DTYPES = ("float32", "bfloat16")
+
+#: Updates on random rows that make the base model an auxiliary one, where no other model was named.
+AUXILIARY_UPDATES = 60
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The adapter, by PEFT's own names (`peft.LoraConfig`).
+
+    RAISE does not mention LoRA; using it, and these values, is this project's choice.
+    """
+
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: Literal["none"] = "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        _require(self.r >= 1, "lora r", self.r, "a rank of at least 1")
+        _require(
+            0 <= self.lora_dropout < 1, "lora lora_dropout", self.lora_dropout, "a share from 0 up to, not with, 1"
+        )
+        _require(self.bias == "none", "lora bias", self.bias, '"none"')
+
+
+@dataclass(frozen=True, slots=True)
+class EnvConfig:
+    """What `gym.make("RaiseSelect-v0", ...)` takes. Units and meaning are in `RaiseSelectEnv`'s docstring.
+
+    Raises:
+        SettingError: A value is of the wrong kind or out of range, or two values contradict each other.
+    """
+
+    # What is trained, on what, for what.
+    model: str = TINY
+    pool: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    task: str = "default"
+    task_seed: int = 0
+    pool_size: int = 2000
+    num_dev: int | None = None
+    num_test: int | None = None
+    allow_overlap: bool = False
+    skip_empty: bool = False
+
+    # The decision process.
+    num_candidates: int | Literal["all"] = 64
+    num_classes: int = 4
+    batch_size: int = 8
+    horizon: int = 40
+    budget: int | None = None
+    reward: str = "loss"
+
+    # The update.
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 256
+    template: str | None = None
+    micro_batch_tokens: int = 16_384
+    seed_model: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+
+    # The observation.
+    auxiliary_model: str | None = None
+    auxiliary_updates: int | None = None
+    cache_dir: str | None = None
+
+    render_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lora, LoraSettings):
+            object.__setattr__(self, "lora", _lora_settings(self.lora))
+        self._check_sizes()
+        self._check_choices()
+        self._check_data()
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> EnvConfig:
+        """Return the settings that `gym.make`'s keywords ask for.
+
+        Raises:
+            SettingError: A keyword is unknown, or its value cannot be used.
+        """
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        for name in kwargs:
+            if name not in known:
+                raise SettingError(f"unknown setting {name!r}: {suggestion(name, known)}")
+        return cls(**kwargs)
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Return the settings that differ from their defaults, as plain data that `from_kwargs` takes."""
+        default = EnvConfig()
+        kwargs: dict[str, Any] = {}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if value != getattr(default, entry.name):
+                kwargs[entry.name] = _plain(value)
+        return kwargs
+
+    @property
+    def total_budget(self) -> int:
+        """Instructions that may be trained on in one episode, repeats counted."""
+        return self.horizon * self.batch_size if self.budget is None else self.budget
+
+    @property
+    def num_auxiliary_updates(self) -> int:
+        """Updates on random rows before the auxiliary model computes features; none if it is a model of its own."""
+        if self.auxiliary_updates is not None:
+            return self.auxiliary_updates
+        return AUXILIARY_UPDATES if self.auxiliary_model is None else 0
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether pool, dev and test are generated rather than read."""
+        return self.pool is None
+
+    def _check_sizes(self) -> None:
+        for name in ("num_classes", "batch_size", "horizon", "pool_size", "max_length", "micro_batch_tokens"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
+        for name in ("budget", "num_dev", "num_test"):
+            value = getattr(self, name)
+            _require(value is None or (_is_int(value) and value >= 1), name, value, "a whole number of at least 1")
+        for name in ("num_auxiliary_updates", "task_seed", "seed_model"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 0, name, value, "a whole number of at least 0")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            _require(good, name, value, "a finite number of at least 0")
+        if self.num_candidates != "all":
+            self._check_candidates(self.num_candidates)
+
+    def _check_candidates(self, count: int) -> None:
+        _require(_is_int(count) and count >= 1, "num_candidates", count, 'a whole number of at least 1, or "all"')
+        if count % self.num_classes:
+            below = max(self.num_classes, count - count % self.num_classes)
+            raise SettingError(
+                f"num_candidates={count} cannot be shared equally by num_classes={self.num_classes}: "
+                f"take a multiple of {self.num_classes}, such as {below}."
+            )
+        _require(
+            self.batch_size <= count, "batch_size", self.batch_size, f"at most the {count} candidates that are offered"
+        )
+
+    def _check_choices(self) -> None:
+        known = self.reward in REWARDS or _is_reference(self.reward)
+        _require(known, "reward", self.reward, f'one of {", ".join(REWARDS)}, or "module:function"')
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+
+    def _check_data(self) -> None:
+        if self.is_embedded and (self.dev or self.test):
+            raise SettingError("dev and test belong to a pool: give pool=FILE too, or none of the three.")
+        if not self.is_embedded and self.dev is None:
+            raise SettingError(
+                "a pool without a dev set gives no reward: add dev=FILE (rows that are not in the pool)."
+            )
+
+
+def _lora_settings(value: Any) -> LoraSettings:
+    if not isinstance(value, Mapping):
+        raise SettingError(f"lora is {value!r}; expected settings by PEFT's names, such as {{'r': 8}}.")
+    known = {entry.name for entry in dataclasses.fields(LoraSettings)}
+    for name in value:
+        if name not in known:
+            raise SettingError(f"unknown lora setting {name!r}: {suggestion(str(name), known)}")
+    return LoraSettings(**value)
+
+
+def _require(good: bool, name: str, value: Any, expected: str) -> None:
+    if not good:
+        raise SettingError(f"{name} is {value!r}; expected {expected}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_reference(value: str) -> bool:
+    module, colon, function = value.partition(":")
+    return bool(colon and module and function.isidentifier())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, LoraSettings):
+        default = LoraSettings()
+        pairs = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        return {name: _plain(item) for name, item in pairs.items() if item != getattr(default, name)}
+    return list(value) if isinstance(value, tuple) else value

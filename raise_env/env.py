@@ -1,0 +1,580 @@
+"""RaiseSelect-v0: instruction selection during fine-tuning as a Markov decision process. Wiring only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+
+from .config import EnvConfig
+from .errors import ActionError
+from .features import FEATURE_NAMES, StaticFeatures, observation_bounds, observe
+from .pool import Pool, draw_candidates
+from .rewards import DIVERGENCE_PENALTY, Evaluation, RewardFunction, load_reward, step_reward
+
+if TYPE_CHECKING:
+    from .learner_protocol import Learner, Ledger
+
+__all__ = ["EnvAssets", "RaiseSelectEnv", "Round", "Snapshot", "StepRecord"]
+
+Observation = np.ndarray
+Action = np.ndarray
+
+# What a round's seed is used for: each purpose draws from a stream of its own, so that the candidates of the
+# next round are the same whatever is done in this one, and two policies can be compared on equal offers.
+_CANDIDATES, _DROPPED, _DROPOUT, _DEV_SAMPLE = range(4)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Round:
+    """What is on offer in one step.
+
+    Attributes:
+        seed: Where this round's random choices come from.
+        candidates: Pool ids, -1 for padding, shape (num_candidates,), int64.
+        classes: K-means class of each, shape (num_candidates,), int64.
+    """
+
+    seed: int
+    candidates: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRecord:
+    """What happened in one step: the round, the pool ids trained on, and what came of it."""
+
+    candidates: np.ndarray
+    classes: np.ndarray
+    selected: np.ndarray
+    reward: float
+    dev_score: float
+    train_loss: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """A moment of an episode: with the same actions, what follows it is the same to the bit."""
+
+    learner_state: object
+    generator_state: dict[str, Any]
+    round: Round
+    counts: np.ndarray
+    num_steps: int
+    num_spent: int
+    dev_scores: tuple[float, ...]
+    history: tuple[StepRecord, ...]
+    is_over: bool
+
+
+class EnvAssets(Protocol):
+    """What the environment needs to be given: `assets.Assets`, or the toys of `testing`."""
+
+    @property
+    def pool(self) -> Pool: ...  # noqa: D102
+    @property
+    def features(self) -> StaticFeatures: ...  # noqa: D102
+    @property
+    def classes(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def members(self) -> tuple[np.ndarray, ...]: ...  # noqa: D102
+    @property
+    def learner(self) -> Learner: ...  # noqa: D102
+    @property
+    def base_evaluation(self) -> Evaluation: ...  # noqa: D102
+    @property
+    def num_dev(self) -> int: ...  # noqa: D102
+    @property
+    def has_test(self) -> bool: ...  # noqa: D102
+    @property
+    def pool_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def content(self) -> dict[str, str]: ...  # noqa: D102
+
+
+class RaiseSelectEnv(gym.Env[Observation, Action]):
+    """Choose the instructions that a language model is fine-tuned on, while it is being fine-tuned.
+
+    ## Description
+    A pool of instructions, a language model with a fresh LoRA adapter, and a dev set that says how good the
+    model is. At every step some candidates of the pool are offered; the chosen ones make one optimiser step,
+    and the reward is the gain on the dev set. One fine-tuning run is one episode. The process is that of RAISE
+    (Lv et al. 2025, section 3); LoRA is this project's choice, as are the details that the paper leaves open.
+
+    `gym.make("RaiseSelect-v0")` needs no download: it trains an embedded model of 0.84 million parameters on
+    an embedded pool, most of whose rows are corrupted.
+
+    ## Action Space
+    `MultiBinary(num_candidates)`: 1 takes a candidate. Every 0/1 vector is legal. The chosen rows are trained on
+    in one AdamW update on the mean loss over their response tokens. None chosen: no update, reward 0, and the
+    step counts. Chosen padding is ignored. Of more rows than the budget has left, a random part is dropped.
+
+    ## Observation Space
+    `Box(num_candidates, 39)`, float32, one row a candidate, class by class, in the paper's order of columns:
+
+    | columns | content | range |
+    |---|---|---|
+    | 0 | dev score, as the gain since the start relative to its size | -5 to 5 |
+    | 1 | share of the horizon behind, t/T | 0 to 1 |
+    | 2-5 | length of prompt and response, log P(y given x), log P(y); standardised over the pool | -5 to 5 |
+    | 6-37 | embedding by the auxiliary model, pooled to 32; standardised over the pool | -5 to 5 |
+    | 38 | log(1 + times selected in this episode) | 0 to 5 |
+
+    Rows of zeros are padding, where a class has fewer rows than its share.
+
+    ## Rewards
+    P(M_t) - P(M_{t-1}), where P is minus the dev loss in nats per response token unless `reward` says otherwise.
+    The rewards of an episode add up to P(M_T) - P(M_0). A step after which the loss is no longer finite
+    earns -10 and ends the episode.
+
+    ## Starting State
+    Every episode starts from the same model M_0 (its adapter is drawn from `seed_model`), an optimiser without
+    memory, and counts of zero. `reset(seed=...)` decides which candidates are offered, step by step.
+
+    ## Episode End
+    Terminates at the horizon, at the end of the budget, or when the loss stops being finite. It is never
+    truncated: the horizon belongs to the task, and the observation shows it.
+
+    ## Arguments
+    | keyword | default | meaning |
+    |---|---|---|
+    | model | "tiny" | the embedded base model, a local folder, or a hub id of a causal LM |
+    | pool, dev, test | None | files (.jsonl .json .csv .parquet); None: the embedded task's; test is optional |
+    | task, task_seed, pool_size | "default", 0, 2000 | which embedded task, from which seed, with how many rows |
+    | num_dev, num_test | None | use a fixed random part of so many rows; None: all |
+    | allow_overlap | False | let dev or test rows be in the pool too |
+    | skip_empty | False | leave out rows without prompt or response, instead of refusing the file |
+    | num_candidates | 64 | rows offered a step, or "all" |
+    | num_classes | 4 | K-means classes; each offers an equal share of the candidates |
+    | batch_size | 8 | the subset size that the wrappers and the budget are made for |
+    | horizon | 40 | steps of an episode |
+    | budget | horizon x batch_size | instructions that may be trained on in an episode, repeats counted |
+    | reward | "loss" | "loss", "accuracy", "exact_match", or "module:function" of an `Evaluation` |
+    | lora | r=8, lora_alpha=16, "all-linear" | the adapter, by PEFT's names |
+    | learning_rate | 3e-3 | AdamW's first; it falls by a cosine over the share of the episode that is used up |
+    | weight_decay, max_grad_norm | 0, 1 | AdamW's; a norm of 0 turns clipping off |
+    | max_length | 256 | tokens a row may have |
+    | template | None | Jinja over `prompt`; None: the tokenizer's chat template, or a plain frame |
+    | micro_batch_tokens | 16384 | tokens that go through the model at once in an update |
+    | seed_model | 0 | where the first adapter is drawn from |
+    | dtype, device | "float32", "auto" | of the base model; "auto" is a GPU where there is one |
+    | auxiliary_model | None | the model that computes the features; None: the base model itself |
+    | auxiliary_updates | None | updates on random rows before it does; None: 60, or 0 with a model of its own |
+    | cache_dir | None | where features are kept; None: $RAISE_ENV_CACHE, or the user's cache folder |
+    | render_mode | None | "ansi" or "rgb_array" |
+
+    ## Information
+    Numbers and arrays of fixed shape: `candidates` (pool ids on offer, -1 for padding), `action_mask`,
+    `selected` (pool ids trained on, in the first `num_selected` places, then -1), `num_selected`, `num_dropped`,
+    `train_loss` (nats per response token before the update; left out where nothing was trained), `dev_score`,
+    `budget_left`, `diverged`; on the last step `test_score` where there is a test set.
+
+    ## References
+    Lv et al., "RAISE: Reinforced Adaptive Instruction Selection For Large Language Models", Findings of
+    EMNLP 2025, pages 11708-11723.
+
+    ## Version History
+    * v0: first version.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own form
+
+    def __init__(self, render_mode: str | None = None, assets: EnvAssets | None = None, **settings: Any) -> None:
+        """Check the settings; nothing is loaded before the first reset.
+
+        Args:
+            render_mode: None, "ansi" or "rgb_array".
+            assets: Live objects instead of what `settings` name; for tests and for forks.
+            settings: The keywords above.
+
+        Raises:
+            SettingError: A keyword is unknown or its value cannot be used.
+            DataError: `num_candidates` is "all" and the pool cannot be read.
+        """
+        self.config = EnvConfig.from_kwargs({"render_mode": render_mode, **settings})
+        self.render_mode = render_mode
+        self._assets = assets
+        self._num_candidates = self._count_candidates()
+        low, high = observation_bounds(self._num_candidates)
+        self.observation_space = spaces.Box(low, high, dtype=np.float32)  # (num_candidates, 39)
+        self.action_space = spaces.MultiBinary(self._num_candidates)
+        self._reward: RewardFunction = load_reward(self.config.reward)
+        self._learner: Learner | None = None
+        self._round: Round | None = None
+        self._counts = np.zeros(0, dtype=np.int32)  # (pool,), times trained on
+        self._num_steps = 0
+        self._num_spent = 0
+        self._dev_scores: list[float] = []
+        self._history: list[StepRecord] = []
+        self._is_over = True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start a new run from the first model.
+
+        Raises:
+            DataError: The pool, dev or test set cannot be used.
+            ModelError: A model cannot be loaded.
+            RewardError: The reward function returned something other than a finite number.
+        """
+        super().reset(seed=seed, options=options)
+        assets = self.assets
+        if self._learner is None:
+            self._learner = assets.learner.copy()
+        self._learner.reset()
+        self._counts = np.zeros(len(assets.pool), dtype=np.int32)
+        self._num_steps = self._num_spent = 0
+        self._dev_scores = [self._reward(assets.base_evaluation)]
+        self._history = []
+        self._is_over = False
+        self._round = self._next_round()
+        return self._observation(), self._info(np.zeros(0, dtype=np.int64))
+
+    def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Train on the chosen candidates, and return what it gained on the dev set.
+
+        Args:
+            action: 1 for each candidate taken, shape (num_candidates,).
+
+        Raises:
+            ActionError: It has another shape, or holds something other than 0 and 1.
+            ResetNeeded: There was no reset since the start or since the last episode's end.
+            RewardError: The reward function returned something other than a finite number.
+        """
+        self._require_running()
+        selected, num_dropped = self._affordable(self._chosen(action))
+        train_loss, diverged = self._update(selected)
+        reward = DIVERGENCE_PENALTY if diverged else step_reward(self._dev_scores[-2], self._dev_scores[-1])
+        offered = self._current_round
+        record = StepRecord(offered.candidates, offered.classes, selected, reward, self._dev_scores[-1], train_loss)
+        self._history.append(record)
+        self._num_steps += 1
+        self._num_spent += len(selected)
+        np.add.at(self._counts, selected, 1)
+        self._round = self._next_round()
+        self._is_over = diverged or self._num_steps >= self.config.horizon or self.budget_left <= 0
+        info = self._info(selected, num_dropped=num_dropped, train_loss=train_loss, diverged=diverged)
+        return self._observation(), reward, self._is_over, False, info
+
+    def render(self) -> Any:
+        """Return the episode so far, as text or as a picture of shape (height, width, 3), uint8."""
+        from . import render
+
+        if self.render_mode is None:
+            gym.logger.warn('render() needs a mode: gym.make("RaiseSelect-v0", render_mode="ansi" or "rgb_array").')
+            return None
+        self._require_reset()
+        draw = render.render_ansi if self.render_mode == "ansi" else render.render_rgb_array
+        return draw(self._render_view())
+
+    def close(self) -> None:
+        """Let go of the learner; what is shared stays for other environments."""
+        self._learner = None
+        self._is_over = True
+
+    @property
+    def assets(self) -> EnvAssets:
+        """Pool, features, classes and first model, shared by the environments of the process; loaded when asked for."""
+        if self._assets is None:
+            from .assets import load_assets
+
+            self._assets = load_assets(self.config)
+        return self._assets
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the observation's 39 columns, in order."""
+        return FEATURE_NAMES
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """Pool ids on offer, -1 for padding, shape (num_candidates,), int64."""
+        return self._current_round.candidates.copy()
+
+    @property
+    def candidate_classes(self) -> np.ndarray:
+        """K-means class of each candidate, that of its block for padding, shape (num_candidates,), int64."""
+        return self._current_round.classes.copy()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken in this episode, t."""
+        return self._num_steps
+
+    @property
+    def budget_left(self) -> int:
+        """Instructions that may still be trained on in this episode."""
+        return self.config.total_budget - self._num_spent
+
+    @property
+    def dev_scores(self) -> list[float]:
+        """P before any update and after each step."""
+        return list(self._dev_scores)
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """What happened in each step of this episode."""
+        return list(self._history)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Tokens spent so far by all environments of the process over the same pool and model."""
+        self._require_reset()
+        return self._running_learner.ledger
+
+    def action_masks(self) -> np.ndarray:
+        """Return which candidates can be taken, shape (num_candidates,), bool; the others are padding."""
+        return np.asarray(self._current_round.candidates >= 0)
+
+    def snapshot(self) -> Snapshot:
+        """Return this moment of the episode; it stays valid whatever happens afterwards.
+
+        Raises:
+            ResetNeeded: There was no reset yet.
+        """
+        return Snapshot(
+            learner_state=self._running_learner.state,
+            generator_state=self.np_random.bit_generator.state,
+            round=self._current_round,
+            counts=self._counts.copy(),
+            num_steps=self._num_steps,
+            num_spent=self._num_spent,
+            dev_scores=tuple(self._dev_scores),
+            history=tuple(self._history),
+            is_over=self._is_over,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a moment of this environment's, or of one with the same settings.
+
+        The observation of that moment is the one that was returned then; `observation()` gives it again.
+        """
+        if self._learner is None:
+            self._learner = self.assets.learner.copy()
+        self._learner.state = snapshot.learner_state
+        generator = np.random.Generator(np.random.PCG64())
+        generator.bit_generator.state = snapshot.generator_state
+        self.np_random = generator
+        self._round = snapshot.round
+        self._counts = snapshot.counts.copy()
+        self._num_steps = snapshot.num_steps
+        self._num_spent = snapshot.num_spent
+        self._dev_scores = list(snapshot.dev_scores)
+        self._history = list(snapshot.history)
+        self._is_over = snapshot.is_over
+
+    def fork(self, n: int) -> list[RaiseSelectEnv]:
+        """Return n environments that go on from here by themselves, over the same base model.
+
+        They see the same candidates, now and later, as this one would: what differs is what is done.
+        """
+        snapshot = self.snapshot()
+        forks = []
+        for _ in range(n):
+            fork = RaiseSelectEnv(self.render_mode, self.assets, **_without_render(self.config.to_kwargs()))
+            fork._learner = self._running_learner.copy()
+            fork.restore(snapshot)
+            forks.append(fork)
+        return forks
+
+    def probe(self, actions: np.ndarray, num_dev: int | None = None) -> np.ndarray:
+        """Return the dev score that each of several actions would lead to, from this very state.
+
+        Nothing of the episode changes. One update is made for each action, where possible several in one pass,
+        and all are scored on the same dev rows, so that their differences are theirs alone. An action that takes
+        nothing gives the score of the model as it is.
+
+        Args:
+            actions: 0/1, shape (k, num_candidates).
+            num_dev: Score on a random part of so many dev rows, the same for all k and for every probe of this
+                round; None: all rows.
+
+        Returns:
+            P after each action, shape (k,), float64; -inf where the loss is no longer finite.
+
+        Raises:
+            ActionError: An action has another shape, or holds something other than 0 and 1.
+            ResetNeeded: As for `step`.
+        """
+        self._require_running()
+        batches = [self._affordable(self._chosen(action))[0] for action in actions]
+        total = self.assets.num_dev
+        subset = np.arange(total)
+        if num_dev is not None and num_dev < total:
+            subset = np.sort(self._stream(_DEV_SAMPLE).choice(total, num_dev, replace=False))
+        seed = int(self._stream(_DROPOUT).integers(2**31))
+        evaluations = self._running_learner.probe(batches, self._progress, seed, subset)
+        return np.array([self._reward(e) if e.is_finite else -np.inf for e in evaluations])
+
+    def observation(self) -> Observation:
+        """Return the observation of this moment again, as a new array."""
+        self._require_reset()
+        return self._observation()
+
+    def evaluate(self, split: str = "test") -> Evaluation:
+        """Score the model as it is on the "dev" or "test" rows; for reports, never for rewards.
+
+        Raises:
+            ValueError: There is no such set.
+        """
+        if split not in ("dev", "test") or (split == "test" and not self.assets.has_test):
+            raise ValueError(f"there is no {split!r} set to score on.")
+        return self._running_learner.evaluate(split)  # type: ignore[arg-type]
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the model's adapter as it is; `peft.PeftModel.from_pretrained` loads it."""
+        self._running_learner.save_adapter(Path(folder))
+
+    @property
+    def _current_round(self) -> Round:
+        self._require_reset()
+        assert self._round is not None
+        return self._round
+
+    @property
+    def _running_learner(self) -> Learner:
+        self._require_reset()
+        assert self._learner is not None
+        return self._learner
+
+    @property
+    def _progress(self) -> float:
+        # Whichever runs out first ends the episode, so it is that which the schedule has to follow.
+        return max(self._num_steps / self.config.horizon, self._num_spent / self.config.total_budget)
+
+    def _count_candidates(self) -> int:
+        if self.config.num_candidates != "all":
+            return self.config.num_candidates
+        if self._assets is not None:
+            return len(self._assets.pool)
+        if self.config.is_embedded:
+            return self.config.pool_size
+        from .pool import read_pool
+
+        assert self.config.pool is not None
+        return len(read_pool(self.config.pool, skip_empty=self.config.skip_empty))
+
+    def _require_reset(self) -> None:
+        if self._learner is None or self._round is None:
+            raise ResetNeeded("call reset() first: nothing is offered yet.")
+
+    def _require_running(self) -> None:
+        self._require_reset()
+        if self._is_over:
+            raise ResetNeeded("the episode is over: call reset() to start the next one.")
+
+    def _stream(self, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self._current_round.seed, purpose])
+
+    def _next_round(self) -> Round:
+        # Exactly one draw a round: what is offered later cannot depend on what was done before.
+        seed = int(self.np_random.integers(2**63))
+        members = self.assets.members
+        if self.config.num_candidates == "all":
+            offered = np.concatenate(members)
+            classes = np.repeat(np.arange(len(members)), [len(ids) for ids in members])
+            missing = self._num_candidates - len(offered)
+            candidates = np.pad(offered, (0, missing), constant_values=-1).astype(np.int64)
+            return Round(seed, candidates, np.pad(classes, (0, missing)).astype(np.int64))
+        rng = np.random.default_rng([seed, _CANDIDATES])
+        return Round(seed, *draw_candidates(members, self._num_candidates, rng))
+
+    def _chosen(self, action: Action) -> np.ndarray:
+        """Return the pool ids that an action takes, padding left out."""
+        mask = np.asarray(action)
+        if mask.shape != (self._num_candidates,):
+            raise ActionError(
+                f"the action has shape {mask.shape}; expected ({self._num_candidates},), a 0 or 1 for each candidate."
+            )
+        if not ((mask == 0) | (mask == 1)).all():
+            odd = mask[~((mask == 0) | (mask == 1))][0]
+            raise ActionError(f"the action holds {odd!r}; expected only 0 and 1, 1 for each candidate taken.")
+        ids = self._current_round.candidates[mask == 1]
+        return ids[ids >= 0]
+
+    def _affordable(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the part of the chosen rows that the budget allows, in their order, and how many were dropped."""
+        excess = max(0, len(chosen) - self.budget_left)
+        if excess == 0:
+            return chosen, 0
+        kept = self._stream(_DROPPED).permutation(len(chosen))[excess:]
+        return chosen[np.sort(kept)], excess
+
+    def _update(self, selected: np.ndarray) -> tuple[float | None, bool]:
+        """Train on pool rows and note the dev score; return the training loss and whether it diverged."""
+        if len(selected) == 0:
+            self._dev_scores.append(self._dev_scores[-1])
+            return None, False
+        seed = int(self._stream(_DROPOUT).integers(2**31))
+        learner = self._running_learner
+        train_loss = learner.update(selected, self._progress, seed)
+        evaluation = learner.evaluate("dev") if np.isfinite(train_loss) else None
+        if evaluation is None or not evaluation.is_finite:
+            # The last score that was one: neither observation nor info ever holds NaN.
+            self._dev_scores.append(self._dev_scores[-1])
+            return None, True
+        self._dev_scores.append(self._reward(evaluation))
+        return train_loss, False
+
+    def _observation(self) -> Observation:
+        return observe(
+            self.assets.features,
+            self._current_round.candidates,
+            self._counts,
+            dev_score=self._dev_scores[-1],
+            first_dev_score=self._dev_scores[0],
+            progress=min(1.0, self._num_steps / self.config.horizon),
+        )
+
+    def _info(
+        self, selected: np.ndarray, *, num_dropped: int = 0, train_loss: float | None = None, diverged: bool = False
+    ) -> dict[str, Any]:
+        # Of fixed shape, so that vector environments of every make can stack it.
+        padded = np.full(self._num_candidates, -1, dtype=np.int64)
+        padded[: len(selected)] = selected
+        info: dict[str, Any] = {
+            "candidates": self.candidates,
+            "action_mask": self.action_masks(),
+            "selected": padded,
+            "num_selected": len(selected),
+            "num_dropped": num_dropped,
+            "dev_score": self._dev_scores[-1],
+            "budget_left": self.budget_left,
+            "diverged": diverged,
+        }
+        if train_loss is not None:
+            info["train_loss"] = train_loss
+        if self._is_over and self.assets.has_test and not diverged:
+            info["test_score"] = self._reward(self.evaluate("test"))
+        return info
+
+    def _render_view(self) -> Any:
+        from .render import RenderView
+
+        last = self._history[-1] if self._history else None
+        offered = last or self._current_round
+        taken = np.isin(offered.candidates, last.selected) if last else np.zeros(self._num_candidates, dtype=bool)
+        labels = self.assets.classes
+        rows = [np.bincount(labels[r.selected], minlength=self.config.num_classes) for r in self._history]
+        return RenderView(
+            step=self._num_steps,
+            horizon=self.config.horizon,
+            budget_left=self.budget_left,
+            dev_scores=self.dev_scores,
+            score_name="-dev loss (nats/token)" if self.config.reward == "loss" else f"dev {self.config.reward}",
+            num_classes=self.config.num_classes,
+            offered_classes=np.where(offered.candidates >= 0, offered.classes, -1),
+            taken_mask=taken,
+            taken_history=np.array(rows).reshape(-1, self.config.num_classes),
+            last_reward=last.reward if last else None,
+        )
+
+
+def _without_render(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "render_mode"}

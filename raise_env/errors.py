@@ -1,0 +1,58 @@
+"""The package's exceptions: each says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ActionError",
+    "DataError",
+    "ModelError",
+    "OutputError",
+    "RaiseEnvError",
+    "RecordError",
+    "RewardError",
+    "SettingError",
+    "suggestion",
+]
+
+
+class RaiseEnvError(Exception):
+    """Base of every error that a user can mend; the command line turns it into one message and exit code 2."""
+
+
+class SettingError(RaiseEnvError, ValueError):
+    """A keyword or option has a value that cannot be used."""
+
+
+class DataError(RaiseEnvError, ValueError):
+    """A pool, dev or test set cannot be read, or breaks a rule; names file, line and field where there are any."""
+
+
+class ModelError(RaiseEnvError, ValueError):
+    """A model, tokenizer or adapter cannot be loaded or used."""
+
+
+class RewardError(RaiseEnvError, ValueError):
+    """A reward function cannot be found, or returned something other than a finite number."""
+
+
+class ActionError(RaiseEnvError, ValueError):
+    """An action has the wrong shape, or holds something other than 0 and 1."""
+
+
+class RecordError(RaiseEnvError, ValueError):
+    """An episode record, selector or results file is not what its format promises."""
+
+
+class OutputError(RaiseEnvError, OSError):
+    """A folder or file cannot be written."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, then all of them."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{hint}Known: {', '.join(names)}."

@@ -1,0 +1,245 @@
+"""The model in training: LoRA updates, evaluation, and states that can be kept, forked and put back.
+
+A training state is a value: adapter, moments and count, never changed in place. Taking a snapshot is keeping a
+reference, a fork is a second reference, and an undone update was never done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base_model import BaseModel
+from .encoding import EncodedRows, collate, token_batches
+from .evaluation import EvaluationSet, evaluate
+from .learner_protocol import Ledger, Split
+from .rewards import Evaluation
+
+__all__ = ["LoraLearner", "TrainingState", "UpdateSettings"]
+
+#: AdamW's constants: torch's own defaults.
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSettings:
+    """How an update is made; see `EnvConfig` for units and defaults."""
+
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingState:
+    """One model in training.
+
+    Attributes:
+        adapter: LoRA parameters, shape (P,), float32.
+        first_moment: AdamW's running mean of the gradient, shape (P,).
+        second_moment: AdamW's running mean of its square, shape (P,).
+        num_updates: Updates so far.
+    """
+
+    adapter: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+    num_updates: int = 0
+
+    @classmethod
+    def start(cls, adapter: Tensor) -> TrainingState:
+        """Return the state before any update."""
+        return cls(adapter, torch.zeros_like(adapter), torch.zeros_like(adapter))
+
+
+@dataclass(slots=True, eq=False)
+class LoraLearner:
+    """One adapter over a shared base model, trained by AdamW with a cosine schedule.
+
+    RAISE trains with a cosine schedule without warm-up (Lv et al. 2025, section 4); AdamW, clipping and LoRA
+    are this project's choices.
+
+    Attributes:
+        base: The shared model.
+        pool: The pool's rows, encoded.
+        splits: Dev, and test where there is one.
+        settings: How updates are made.
+        initial: The state that `reset` goes back to.
+        ledger: Where costs are counted.
+        state: The state as it is.
+    """
+
+    base: BaseModel
+    pool: EncodedRows
+    splits: dict[Split, EvaluationSet]
+    settings: UpdateSettings
+    initial: TrainingState
+    ledger: Ledger = field(default_factory=Ledger)
+    state: TrainingState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = self.initial
+
+    def reset(self) -> None:
+        """Go back to the initial adapter and an optimiser without memory."""
+        self.state = self.initial
+
+    def update(self, rows: np.ndarray, progress: float, seed: int) -> float:
+        """Make one AdamW update on the mean loss over the rows' response tokens.
+
+        Args:
+            rows: Pool rows, shape (batch,), int.
+            progress: Share of the episode that is used up, from 0 to 1: where on the cosine the step is.
+            seed: For LoRA's dropout, where there is any.
+
+        Returns:
+            The mean loss in nats per response token before the update.
+        """
+        (state,), (loss,) = self._train([self.state], [rows], progress, seed)
+        self.state = state
+        return loss
+
+    def evaluate(self, split: Split, subset: np.ndarray | None = None) -> Evaluation:
+        """Score the model on dev or test rows, all of them or a subset of row numbers."""
+        if split == "test":
+            self.ledger.test_tokens += self._tokens(self.splits[split], subset)
+        else:
+            self.ledger.forward_tokens += self._tokens(self.splits[split], subset)
+        return self._evaluate(self.state, self.splits[split], subset)
+
+    def probe(self, batches: Sequence[np.ndarray], progress: float, seed: int, subset: np.ndarray) -> list[Evaluation]:
+        """Score what one update on each batch would give; the learner's own state stays as it is.
+
+        Args:
+            batches: Pool rows of each update; an empty batch stands for no update.
+            progress: As for `update`.
+            seed: As for `update`.
+            subset: Dev rows to score on, the same for all, so that differences between batches are paired.
+        """
+        states: list[TrainingState] = [self.state] * len(batches)
+        trained = [place for place, rows in enumerate(batches) if len(rows)]
+        after, _ = self._train([self.state] * len(trained), [batches[place] for place in trained], progress, seed)
+        for place, state in zip(trained, after, strict=True):
+            states[place] = state
+        self.ledger.forward_tokens += len(states) * self._tokens(self.splits["dev"], subset)
+        return [self._evaluate(state, self.splits["dev"], subset) for state in states]
+
+    def copy(self) -> LoraLearner:
+        """Return a learner over the same base that goes on from here by itself."""
+        other = LoraLearner(self.base, self.pool, self.splits, self.settings, self.initial, self.ledger)
+        other.state = self.state
+        return other
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in PEFT's form."""
+        self.base.save_adapter(self.state.adapter, folder)
+
+    def _evaluate(self, state: TrainingState, data: EvaluationSet, subset: np.ndarray | None) -> Evaluation:
+        with self._adapted(state) as adapters:
+            return evaluate(lambda batch: self.base.token_losses(batch, adapters), data, subset)
+
+    @staticmethod
+    def _tokens(data: EvaluationSet, subset: np.ndarray | None) -> int:
+        total = int(data.rows.lengths[slice(None) if subset is None else subset].sum())
+        if data.choices is None:
+            return total
+        wanted = slice(None) if subset is None else np.isin(data.choice_rows, subset)
+        return total + int(data.choices.lengths[wanted].sum())
+
+    @contextlib.contextmanager
+    def _adapted(self, state: TrainingState) -> Iterator[Tensor | None]:
+        # In float32 the adapter is merged for the length of an evaluation; in bfloat16 merging would round it away.
+        if self.base.stackable and self.base.is_float32:
+            with self.base.merged(state.adapter):
+                yield None
+        else:
+            yield state.adapter[None]
+
+    def _train(
+        self, states: list[TrainingState], batches: list[np.ndarray], progress: float, seed: int
+    ) -> tuple[list[TrainingState], list[float]]:
+        if not states:
+            return [], []
+        for rows in batches:
+            self.ledger.train_tokens += int(self.pool.lengths[rows].sum())
+        self.ledger.updates += len(batches)
+        gradients, losses = self._gradients(states, batches, seed)
+        rate = self.settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return _adamw(states, gradients, rate, self.settings), losses
+
+    def _gradients(
+        self, states: list[TrainingState], batches: list[np.ndarray], seed: int
+    ) -> tuple[Tensor, list[float]]:
+        """Return the gradient of each state's loss on its batch, shape (states, P), and the losses."""
+        gradients, losses = [], []
+        for group in _groups(batches, self.pool.lengths, self.settings.micro_batch_tokens, self.base.stackable):
+            adapters = torch.stack([states[place].adapter for place in group]).requires_grad_()
+            losses += self._backward(adapters, [batches[place] for place in group], seed)
+            assert adapters.grad is not None
+            gradients.append(adapters.grad)
+        return torch.cat(gradients), losses
+
+    def _backward(self, adapters: Tensor, batches: list[np.ndarray], seed: int) -> list[float]:
+        counts = np.array([self.pool.label_counts[rows].sum() for rows in batches])
+        totals = np.zeros(len(batches))
+        dropout_seed = seed if self.base.lora.lora_dropout else None
+        for part in _micro_batches(batches, self.pool.lengths, self.settings.micro_batch_tokens):
+            batch = collate(self.pool, np.concatenate(part))
+            losses, _ = self.base.token_losses(batch, adapters, dropout_seed=dropout_seed)
+            labels = [int(self.pool.label_counts[rows].sum()) for rows in part]
+            means = torch.stack([s.sum() / int(n) for s, n in zip(losses.split(labels), counts, strict=True)])
+            means.sum().backward()
+            totals += means.detach().double().cpu().numpy()
+        return [float(total) for total in totals]
+
+
+def _groups(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int, stackable: bool) -> list[list[int]]:
+    """Share updates out into groups that go through the model together: alike in rows, small enough in tokens."""
+    groups: list[list[int]] = []
+    for place, rows in enumerate(batches):
+        last = groups[-1] if groups else []
+        longest = max((int(lengths[batches[p]].max()) for p in [*last, place]))
+        alike = bool(last) and len(batches[last[0]]) == len(rows)
+        if stackable and alike and (len(last) + 1) * len(rows) * longest <= max_tokens:
+            last.append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def _micro_batches(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int) -> list[list[np.ndarray]]:
+    """Cut one large batch into parts that fit; several batches fit already, or they would not be together."""
+    if len(batches) > 1:
+        return [batches]
+    rows = batches[0]
+    return [[rows[places]] for places in token_batches(lengths[rows], max_tokens)]
+
+
+def _adamw(
+    states: list[TrainingState], gradients: Tensor, rate: float, settings: UpdateSettings
+) -> list[TrainingState]:
+    """Return each state after one AdamW step (Loshchilov and Hutter 2019, algorithm 2) on a clipped gradient.
+
+    Written out because torch's optimiser changes parameters in place and keeps one count for all of them.
+    """
+    if settings.max_grad_norm > 0:
+        norms = gradients.norm(dim=1, keepdim=True)
+        gradients = gradients * (settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+    after = []
+    for state, gradient in zip(states, gradients, strict=True):
+        count = state.num_updates + 1
+        first = state.first_moment.lerp(gradient, 1 - BETA_1)
+        second = (state.second_moment * BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
+        scale = (second.sqrt() / math.sqrt(1 - BETA_2**count)).add_(EPSILON)
+        decayed = state.adapter * (1 - rate * settings.weight_decay)
+        adapter = decayed.addcdiv_(first, scale, value=-rate / (1 - BETA_1**count))
+        after.append(TrainingState(adapter, first, second, count))
+    return after

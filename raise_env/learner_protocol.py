@@ -1,0 +1,66 @@
+"""What the environment needs of a model in training, without saying how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from .rewards import Evaluation
+
+__all__ = ["Learner", "Ledger", "Split"]
+
+Split = Literal["dev", "test"]
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What selection costs, in tokens: counted where the work is done, once for all environments over one pool.
+
+    Attributes:
+        forward_tokens: Tokens that only went forward (features, dev).
+        train_tokens: Tokens that went forward and backward.
+        test_tokens: Tokens of the test set, forward: what a report costs, not what selection does.
+        updates: Optimiser steps.
+    """
+
+    forward_tokens: int = 0
+    train_tokens: int = 0
+    test_tokens: int = 0
+    updates: int = 0
+
+    @property
+    def token_forwards(self) -> int:
+        """The cost in token forwards: a forward is 1, forward and backward is 3; the test set is left out."""
+        return self.forward_tokens + 3 * self.train_tokens
+
+
+class Learner(Protocol):
+    """A model in training: `learner.LoraLearner`, or `testing.FakeLearner`, which needs no model.
+
+    `state` is a value that is never changed in place: keeping a reference is a snapshot, assigning it a restore.
+    """
+
+    state: Any
+    ledger: Ledger
+
+    def reset(self) -> None:
+        """Go back to the state before any update."""
+
+    def update(self, rows: np.ndarray, progress: float, seed: int) -> float:
+        """Make one update on pool rows and return the mean loss per response token before it, in nats."""
+
+    def evaluate(self, split: Split, subset: np.ndarray | None = None) -> Evaluation:
+        """Score the model as it is on dev or test rows."""
+
+    def probe(self, batches: Sequence[np.ndarray], progress: float, seed: int, subset: np.ndarray) -> list[Evaluation]:
+        """Score what one update on each batch would give, from this very state, which stays as it is."""
+
+    def copy(self) -> Learner:
+        """Return a learner that goes on from here by itself."""
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the model's adapter."""

@@ -1,0 +1,261 @@
+"""Episode records: what was done and what came of it, in plain JSON, replayed and compared.
+
+A record holds the pool ids of every step, not the policy: whoever has the data can check a result without the
+agent that got it, and without running anything that came with the record.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import EnvConfig
+from .env import RaiseSelectEnv
+from .errors import RecordError
+
+__all__ = ["ENV_ID", "SCHEMA_VERSION", "TOLERANCE", "Difference", "EpisodeRecord", "read_records", "replay", "versions"]
+
+SCHEMA_VERSION = 1
+ENV_ID = "RaiseSelect-v0"
+
+#: How far a replayed number may be from the recorded one. On the same machine it is equal to the bit; another
+#: processor adds the same numbers in another order.
+TOLERANCE = 1e-4
+
+_RECORDED_PACKAGES = ("raise-env", "torch", "transformers", "peft", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in _RECORDED_PACKAGES}}
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRecord:
+    """One episode.
+
+    Attributes:
+        env: `{"id": ..., "kwargs": ...}`, what `gym.make` takes.
+        agent: Who acted, by name.
+        seed: What the environment was reset with.
+        actions: Pool ids trained on, step by step.
+        rewards: Reward of each step.
+        dev_scores: P before any update and after each step.
+        test_score: P on the test set after the last step; None without one.
+        versions: Of the packages that the numbers depend on.
+        content: Content hashes of model, pool, dev and test.
+        final: Further scores after the last step, such as "test_loss", by name.
+    """
+
+    env: dict[str, Any]
+    agent: str
+    seed: int
+    actions: list[list[int]]
+    rewards: list[float]
+    dev_scores: list[float]
+    test_score: float | None
+    versions: dict[str, str]
+    content: dict[str, str]
+    final: dict[str, float] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def of(cls, env: RaiseSelectEnv, *, agent: str, seed: int, info: Mapping[str, Any]) -> EpisodeRecord:
+        """Return the record of the episode that has just ended.
+
+        Args:
+            env: The environment after the last step.
+            agent: Who acted.
+            seed: What it was reset with.
+            info: What the last step returned.
+        """
+        kwargs = {name: value for name, value in env.config.to_kwargs().items() if name not in _PRIVATE}
+        final = {}
+        if env.assets.has_test and not info["diverged"]:
+            test = env.evaluate("test")
+            final = {"test_loss": test.loss, "test_exact_match": test.exact_match}
+            if test.accuracy is not None:
+                final["test_accuracy"] = test.accuracy
+        return cls(
+            env={"id": ENV_ID, "kwargs": kwargs},
+            agent=agent,
+            seed=seed,
+            actions=[[int(row) for row in step.selected] for step in env.history],
+            rewards=[step.reward for step in env.history],
+            dev_scores=env.dev_scores,
+            test_score=info.get("test_score"),
+            versions=versions(),
+            content=dict(env.assets.content),
+            final=final,
+        )
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> EpisodeRecord:
+        """Read a record, checking every field's form.
+
+        Raises:
+            RecordError: It is not JSON, or a field is missing, unknown, or of the wrong form.
+        """
+        try:
+            value = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RecordError(f"{where}: not JSON ({error}). Expected one episode record a line.") from error
+        _check(isinstance(value, dict), where, "record", "a JSON object")
+        if value.get("schema_version") != SCHEMA_VERSION:
+            raise RecordError(
+                f"{where}: schema_version is {value.get('schema_version')!r}; this version of raise-env reads "
+                f"{SCHEMA_VERSION}. Validate the file with the version that wrote it."
+            )
+        _check_fields(value, where)
+        return cls(**value)
+
+    def to_json(self) -> str:
+        """Return the record as one line."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first thing in a replay that was not as recorded."""
+
+    what: str
+    recorded: object
+    replayed: object
+
+    def __str__(self) -> str:
+        return f"{self.what}: recorded {self.recorded}, replayed {self.replayed}"
+
+
+#: Settings that say where and how a run is made, not what it computes.
+_PRIVATE = ("cache_dir", "render_mode", "device")
+
+
+def read_records(path: str | Path) -> Iterator[EpisodeRecord]:
+    """Yield the records of a file, one a line.
+
+    Raises:
+        RecordError: The file cannot be read, holds none, or a line is not a record.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            count = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    count += 1
+                    yield EpisodeRecord.from_json(line, f"{path}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read ({error}). Expected a file of episode records.") from error
+    if count == 0:
+        raise RecordError(f"{path}: it holds no episode record.")
+
+
+def replay(record: EpisodeRecord, tolerance: float = TOLERANCE, **overrides: Any) -> tuple[Difference | None, float]:
+    """Make a recorded episode again and compare it.
+
+    Args:
+        record: What to replay.
+        tolerance: How far a number may be from the recorded one.
+        overrides: Settings that say where it runs, such as `device` or `cache_dir`.
+
+    Returns:
+        The first difference, or None; and the largest distance of any number from the recorded one.
+
+    Raises:
+        RaiseEnvError: The environment that the record names cannot be made here.
+    """
+    env = RaiseSelectEnv(**{**record.env["kwargs"], **overrides})
+    for what, digest in record.content.items():
+        found = env.assets.content.get(what)
+        if found != digest:
+            return Difference(f"content of {what}", digest, found), math.inf
+    env.reset(seed=record.seed)
+    check = _Comparison(tolerance)
+    check.number("dev score 0", record.dev_scores[0], env.dev_scores[0])
+    info: dict[str, Any] = {}
+    for step, rows in enumerate(record.actions):
+        if check.first is not None:
+            break
+        action, missing = _action(env, rows)
+        if missing:
+            check.fail(f"action of step {step + 1}", f"pool ids {missing}", "not among the candidates offered")
+            break
+        _, reward, over, _, info = env.step(action)
+        check.number(f"reward of step {step + 1}", record.rewards[step], reward)
+        check.number(f"dev score {step + 1}", record.dev_scores[step + 1], env.dev_scores[-1])
+        if over != (step + 1 == len(record.actions)):
+            check.fail("length of the episode", len(record.actions), "ends" if over else "goes on")
+    if check.first is None:
+        _compare_end(check, record, env, info)
+    return check.first, check.largest
+
+
+def _compare_end(check: _Comparison, record: EpisodeRecord, env: RaiseSelectEnv, info: Mapping[str, Any]) -> None:
+    if record.test_score is not None or "test_score" in info:
+        check.number("test score", record.test_score, info.get("test_score"))
+    if record.final:
+        again = EpisodeRecord.of(env, agent=record.agent, seed=record.seed, info=info).final
+        for name, value in record.final.items():
+            check.number(name, value, again.get(name))
+
+
+@dataclass(slots=True)
+class _Comparison:
+    tolerance: float
+    largest: float = 0.0
+    first: Difference | None = None
+
+    def number(self, what: str, recorded: float | None, replayed: float | None) -> None:
+        if recorded is None or replayed is None:
+            if recorded is not replayed:
+                self.fail(what, recorded, replayed)
+            return
+        distance = abs(recorded - replayed)
+        self.largest = max(self.largest, distance)
+        if not distance <= self.tolerance:
+            self.fail(what, recorded, replayed)
+
+    def fail(self, what: str, recorded: object, replayed: object) -> None:
+        self.first = self.first or Difference(what, recorded, replayed)
+
+
+def _action(env: RaiseSelectEnv, rows: list[int]) -> tuple[np.ndarray, list[int]]:
+    candidates = env.candidates
+    missing = [row for row in rows if row not in candidates]
+    return np.isin(candidates, rows).astype(np.int8), missing
+
+
+def _check_fields(value: Mapping[str, Any], where: str) -> None:
+    known = set(EpisodeRecord.__dataclass_fields__)
+    missing, unknown = sorted(known - {"final"} - set(value)), sorted(set(value) - known)
+    _check(not missing, where, "record", f"the fields {', '.join(missing)} too")
+    _check(not unknown, where, "record", f"no fields {', '.join(unknown)}")
+    env, actions = value["env"], value["actions"]
+    _check(isinstance(env, dict) and env.get("id") == ENV_ID, where, "env", f'{{"id": "{ENV_ID}", "kwargs": ...}}')
+    _check(isinstance(env.get("kwargs"), dict), where, "env.kwargs", "a JSON object of settings")
+    EnvConfig.from_kwargs(env["kwargs"])
+    _check(isinstance(value["seed"], int), where, "seed", "a whole number")
+    _check(_is_list(actions, list) and all(_is_list(a, int) for a in actions), where, "actions", "lists of pool ids")
+    _check(_is_list(value["rewards"], float, int), where, "rewards", "a list of numbers")
+    _check(_is_list(value["dev_scores"], float, int), where, "dev_scores", "a list of numbers")
+    _check(len(value["rewards"]) == len(actions), where, "rewards", f"{len(actions)} of them, one for each step")
+    _check(len(value["dev_scores"]) == len(actions) + 1, where, "dev_scores", f"{len(actions) + 1} of them")
+    _check(isinstance(value["content"], dict), where, "content", "a JSON object of hashes")
+    _check(isinstance(value.get("final", {}), dict), where, "final", "a JSON object of scores")
+    _check(len(actions) > 0, where, "actions", "at least one step")
+
+
+def _is_list(value: object, *kinds: type) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
+
+
+def _check(good: bool, where: str, name: str, expected: str) -> None:
+    if not good:
+        raise RecordError(f"{where}: field {name!r} is not as promised; expected {expected}.")

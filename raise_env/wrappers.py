@@ -1,0 +1,149 @@
+"""Other forms of the action, for algorithms that cannot choose a subset."""
+
+from __future__ import annotations
+
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+
+from .env import RaiseSelectEnv
+from .errors import ActionError
+
+__all__ = ["PickOne", "TopKScores"]
+
+
+class TopKScores(gym.ActionWrapper[np.ndarray, np.ndarray, np.ndarray], RecordConstructorArgs):
+    """Takes a score for each candidate, and the best B/C of each class are trained on.
+
+    This is the paper's rule (Lv et al. 2025, algorithm 1): top b of each of C classes, B = C b. What does not
+    divide goes to the best rows left over, whatever their class. Of equal scores the earlier row is taken.
+
+    Args:
+        env: A `RaiseSelectEnv`, wrapped or not.
+    """
+
+    def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:
+        RecordConstructorArgs.__init__(self)
+        gym.ActionWrapper.__init__(self, env)
+        self._size = _offered(env)
+        self.action_space = spaces.Box(-1.0, 1.0, (self._size,), dtype=np.float32)
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        """Return the 0/1 choice that scores stand for, shape (num_candidates,), int8.
+
+        Raises:
+            ActionError: The scores have another shape, or one is not a number.
+        """
+        scores = np.asarray(action, dtype=np.float64)
+        if scores.shape != (self._size,):
+            raise ActionError(
+                f"the scores have shape {scores.shape}; expected ({self._size},), one for each candidate."
+            )
+        if np.isnan(scores).any():
+            raise ActionError(f"the score of candidate {int(np.isnan(scores).argmax())} is NaN; expected a number.")
+        world = _world(self.env)
+        return top_of_each_class(
+            scores, world.candidate_classes, world.action_masks(), world.config.batch_size, world.config.num_classes
+        )
+
+    def action_masks(self) -> np.ndarray:
+        """Return which candidates can be taken, shape (num_candidates,), bool."""
+        return _world(self.env).action_masks()
+
+
+class PickOne(gym.Wrapper[np.ndarray, np.int64, np.ndarray, np.ndarray], RecordConstructorArgs):
+    """Takes one candidate at a time; the update is made when B are picked.
+
+    Until then the reward is 0 and the observation stays, but for the count of the picked rows, which shows one
+    more. A candidate that is picked already, or is padding, is forbidden by `action_masks()`; picked all the same,
+    it counts as a pick that adds nothing, so that every action is legal and episodes end.
+
+    Args:
+        env: A `RaiseSelectEnv`, wrapped or not.
+    """
+
+    def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:
+        RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
+        self._size = _offered(env)
+        self.action_space = spaces.Discrete(self._size)
+        self._taken = np.zeros(self._size, dtype=np.int8)  # (num_candidates,)
+        self._num_picks = 0
+        self._last: tuple[np.ndarray, dict[str, Any]] | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start a new run, with nothing picked."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._start_round(observation, info)
+        return observation, {**info, "action_mask": self.action_masks()}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Pick one candidate; with the last of a batch, train on them.
+
+        Raises:
+            ActionError: There is no such candidate.
+            ResetNeeded: There was no reset since the start or since the last episode's end.
+        """
+        index = int(action)
+        if not 0 <= index < self._size:
+            raise ActionError(f"candidate {index} was picked; expected 0 to {self._size - 1}.")
+        self._taken[index] = 1
+        self._num_picks += 1
+        if self._last is None or self._num_picks >= _world(self.env).config.batch_size or not self.action_masks().any():
+            observation, reward, terminated, truncated, info = self.env.step(self._taken)
+            self._start_round(observation, info)
+            return observation, reward, terminated, truncated, {**info, "action_mask": self.action_masks()}
+        observation, info = self._last
+        shown = observation.copy()
+        shown[self._taken == 1, -1] = np.log1p(np.expm1(shown[self._taken == 1, -1]) + 1)
+        return shown, 0.0, False, False, self._waiting_info(info)
+
+    def action_masks(self) -> np.ndarray:
+        """Return which candidates can still be picked, shape (num_candidates,), bool."""
+        return np.asarray(_world(self.env).action_masks() & (self._taken == 0))
+
+    def _start_round(self, observation: np.ndarray, info: dict[str, Any]) -> None:
+        self._taken = np.zeros(self._size, dtype=np.int8)
+        self._num_picks = 0
+        self._last = (observation.copy(), info)
+
+    def _waiting_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Return the info of a pick that trains on nothing yet."""
+        fresh = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in info.items()}
+        fresh.pop("train_loss", None)
+        fresh.update(num_selected=0, num_dropped=0, action_mask=self.action_masks())
+        fresh["selected"] = np.full(self._size, -1, dtype=np.int64)
+        return fresh
+
+
+def top_of_each_class(
+    scores: np.ndarray, classes: np.ndarray, mask: np.ndarray, batch_size: int, num_classes: int
+) -> np.ndarray:
+    """Return a 0/1 choice of the best batch_size/num_classes rows of each class, shape (rows,), int8.
+
+    Where a class has fewer rows than its share, or the share does not divide, the best rows left over fill the
+    batch: a batch is only smaller than batch_size if there are fewer rows.
+    """
+    choice = np.zeros(len(scores), dtype=np.int8)
+    order = np.argsort(-scores, kind="stable")
+    order = order[mask[order]]
+    for label in range(num_classes):
+        choice[order[classes[order] == label][: batch_size // num_classes]] = 1
+    rest = order[choice[order] == 0]
+    choice[rest[: batch_size - int(choice.sum())]] = 1
+    return choice
+
+
+def _world(env: gym.Env[Any, Any]) -> RaiseSelectEnv:
+    world = env.unwrapped
+    assert isinstance(world, RaiseSelectEnv), f"expected a RaiseSelectEnv, got {type(world).__name__}"
+    return world
+
+
+def _offered(env: gym.Env[Any, Any]) -> int:
+    return int(_world(env).action_space.shape[0])  # type: ignore[index]

@@ -1,0 +1,475 @@
+"""SB3's algorithms with this project's policies: they keep to the batch size, take any number of rows, and learn."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
+
+from raise_env.agents import sb3
+from raise_env.agents.sb3 import PRESETS, RowPolicy, Sb3Agent, SubsetPolicy, matching_wrapper
+from raise_env.errors import OutputError, RecordError, SettingError
+
+sb3_contrib = pytest.importorskip("sb3_contrib", reason='needs the extra "sb3"')
+MaskableRowPolicy = sb3.MaskableRowPolicy
+
+NUM_ROWS, NUM_FEATURES, SIZE, HORIZON = 12, 5, 3, 4
+
+
+class Bandit(gym.Env[np.ndarray, np.ndarray]):
+    """Each round offers new rows; the reward is the mean hidden worth of the chosen ones, and some noise.
+
+    A random choice earns 0 a round, the best one 1.67 on average. It has all three action spaces, as if wrapped:
+    a set is taken as it is, of scores the best, and picks are collected.
+    """
+
+    def __init__(self, action_space: spaces.Space[Any]) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (NUM_ROWS, NUM_FEATURES), np.float32)
+        self.action_space = action_space
+        self.config = SimpleNamespace(horizon=HORIZON, batch_size=SIZE)
+        self.picked: list[int] = []
+        self.sizes: list[int] = []  # of every batch so far
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.num_rounds = 0
+        return self.offer(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if isinstance(self.action_space, spaces.Discrete):
+            self.picked.append(int(action))
+            if len(self.picked) < SIZE:
+                return self.rows.copy(), 0.0, False, False, {}
+            chosen = np.unique(self.picked)
+        elif isinstance(self.action_space, spaces.Box):
+            chosen = np.argsort(-np.asarray(action), kind="stable")[:SIZE]
+        else:
+            assert np.isin(action, (0, 1)).all()
+            chosen = np.flatnonzero(action)
+        self.sizes.append(len(chosen))
+        reward = self.worth()[chosen].sum() / SIZE + 0.1 * self.np_random.normal()
+        self.num_rounds += 1
+        return self.offer(), float(reward), self.num_rounds >= HORIZON, False, {}
+
+    def action_masks(self) -> np.ndarray:
+        return ~np.isin(np.arange(NUM_ROWS), self.picked)
+
+    def offer(self) -> np.ndarray:
+        self.picked = []
+        self.rows = self.np_random.normal(size=(NUM_ROWS, NUM_FEATURES)).astype(np.float32)
+        return self.rows.copy()
+
+    def worth(self) -> np.ndarray:
+        return self.rows[:, 0] - self.rows[:, 1]
+
+
+def multibinary() -> Bandit:
+    return Bandit(spaces.MultiBinary(NUM_ROWS))
+
+
+def boxed() -> Bandit:
+    return Bandit(spaces.Box(-1.0, 1.0, (NUM_ROWS,), np.float32))
+
+
+def discrete() -> Bandit:
+    return Bandit(spaces.Discrete(NUM_ROWS))
+
+
+def mean_reward(model: Any, env: Bandit, episodes: int = 20) -> float:
+    """The reward a round of the model's best actions, over episodes that it has not seen."""
+    total = 0.0
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=1000 + episode)
+        is_over = False
+        while not is_over:
+            masks = {"action_masks": env.action_masks()} if isinstance(env.action_space, spaces.Discrete) else {}
+            action, _ = model.predict(observation, deterministic=True, **masks)
+            observation, reward, is_over, _, _ = env.step(action)
+            total += reward
+    return total / (episodes * HORIZON)
+
+
+def trained(policy: Any, env: Bandit, num_steps: int = 160, algorithm: Any = PPO, **settings: Any) -> Any:
+    model = algorithm(policy, VecCheckNan(DummyVecEnv([lambda: env]), raise_exception=True), seed=0, **settings)
+    model.set_logger(Logger(None, []))
+    return model.learn(num_steps)
+
+
+def fresh(policy: Any, env: Bandit, algorithm: Any = PPO, **settings: Any) -> Any:
+    return algorithm(policy, env, seed=0, device="cpu", n_steps=8, batch_size=8, **settings)
+
+
+def subset_model(**policy_kwargs: Any) -> PPO:
+    return fresh(SubsetPolicy, multibinary(), policy_kwargs={"subset_size": SIZE, **policy_kwargs})
+
+
+def rows(*shape: int) -> np.ndarray:
+    return np.random.default_rng(5).normal(size=(*shape, NUM_FEATURES)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _restore_global_generators() -> Any:
+    """SB3 seeds the global generators: no test shall depend on the one before."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(()):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_subset_policy__short_training__chooses_well(algorithm: type[PPO | A2C]) -> None:
+    env = multibinary()
+    settings = {**PRESETS[algorithm.__name__], "policy_kwargs": {"subset_size": SIZE}}
+
+    assert mean_reward(algorithm(SubsetPolicy, env, seed=0, **settings), env) < 1.0
+    assert mean_reward(trained(SubsetPolicy, env, algorithm=algorithm, **settings), env) > 1.4
+    assert set(env.sizes) == {SIZE}
+
+
+def test_row_policy__box_actions__learns_a_ranking() -> None:
+    env = boxed()
+
+    assert mean_reward(trained(RowPolicy, env, **PRESETS["PPO"]), env) > 1.4
+
+
+def test_maskable_row_policy__picks__learns_and_heeds_the_masks() -> None:
+    env = discrete()
+    settings = {**PRESETS["MaskablePPO"], "n_steps": 160, "gamma": 0.7}
+
+    assert mean_reward(trained(MaskableRowPolicy, env, 640, sb3_contrib.MaskablePPO, **settings), env) > 1.2
+    assert set(env.sizes) == {SIZE}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_subset_policy__other_number_of_rows__chooses_as_many(deterministic: bool) -> None:
+    model = subset_model()
+    for observation in (rows(10_000), rows(2 * NUM_ROWS), rows(SIZE - 1)):
+        action, _ = model.predict(observation, deterministic=deterministic)
+
+        assert action.shape == observation.shape[:1]
+        assert action.dtype == np.int8
+        assert action.sum() == min(SIZE, len(observation))
+
+
+def test_subset_policy__batch_of_observations__acts_on_each() -> None:
+    model = subset_model()
+    observations = rows(4, 20)
+    actions, _ = model.predict(observations, deterministic=True)
+    alone = [model.predict(observation, deterministic=True)[0] for observation in observations]
+
+    np.testing.assert_array_equal(actions, alone)
+
+
+def test_subset_policy__best_action__is_the_top_of_the_scores_in_any_order() -> None:
+    model = subset_model()
+    observation = rows(50)
+    action, _ = model.predict(observation, deterministic=True)
+    turned, _ = model.predict(observation[::-1].copy(), deterministic=True)
+    scores = model.policy.scores(observation)
+
+    assert scores.shape == (50,)
+    assert set(action.nonzero()[0]) == set(scores.topk(SIZE).indices.tolist())
+    np.testing.assert_array_equal(turned[::-1], action)
+
+
+def test_subset_policy__padding__is_never_chosen_nor_valued() -> None:
+    model = subset_model()
+    padded = np.concatenate([rows(1, 6), np.zeros((1, 30, NUM_FEATURES), np.float32)], axis=1)
+    for _ in range(20):
+        action, _ = model.predict(padded[0])
+        assert action[:6].sum() == SIZE
+    few = np.where(np.arange(36)[:, None] < 2, padded[0], 0.0).astype(np.float32)
+
+    assert model.predict(few)[0].nonzero()[0].tolist() == [0, 1]
+    values = model.policy.predict_values(torch.as_tensor(padded))
+    torch.testing.assert_close(values, model.policy.predict_values(torch.as_tensor(padded[:, :6])))
+
+
+def test_subset_policy__drawn_actions__keep_their_log_probability() -> None:
+    policy = subset_model().policy
+    observations = torch.as_tensor(rows(7, NUM_ROWS))
+    with torch.no_grad():
+        actions, values, log_probs = policy(observations)
+    values_again, log_probs_again, entropy = policy.evaluate_actions(observations, actions)
+    (log_probs_again.sum() + entropy.sum()).backward()
+
+    torch.testing.assert_close(log_probs_again, log_probs)
+    torch.testing.assert_close(values_again, values)
+    assert values.shape == (7, 1)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in policy.action_net.parameters())
+
+
+def test_subset_policy__saved_by_sb3__is_the_same_after_loading(tmp_path: Path) -> None:
+    model = trained(SubsetPolicy, multibinary(), 16, n_steps=8, batch_size=8, policy_kwargs={"subset_size": SIZE})
+    model.save(tmp_path / "model")
+    policy_file = tmp_path / "policy"
+    model.policy.save(str(policy_file))
+    by_parameters = subset_model()
+    by_parameters.set_parameters(tmp_path / "model")
+    scores = model.policy.scores(rows(30))
+
+    for policy in (PPO.load(tmp_path / "model").policy, by_parameters.policy, SubsetPolicy.load(str(policy_file))):
+        torch.testing.assert_close(policy.scores(rows(30)), scores)
+        assert policy.predict(rows(30))[0].sum() == SIZE
+
+
+def test_subset_policy__net_arch__sets_the_hidden_layers() -> None:
+    policy = subset_model(net_arch={"pi": [7], "vf": [9, 11]}).policy
+    widths = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items() if name.endswith("weight")}
+
+    assert list(widths.values()) == [(7, NUM_FEATURES), (1, 7), (9, NUM_FEATURES), (11, 9), (1, 11)]
+
+
+def test_subset_policy__box_actions__is_refused() -> None:
+    with pytest.raises(SettingError, match="needs a MultiBinary action space"):
+        fresh(SubsetPolicy, boxed(), policy_kwargs={"subset_size": SIZE})
+
+
+def test_row_policy__state_dependent_exploration__is_refused() -> None:
+    with pytest.raises(SettingError, match="leave it out"):
+        fresh(RowPolicy, boxed(), use_sde=True)
+
+
+@pytest.mark.parametrize("make", [multibinary, boxed, discrete])
+def test_row_policy__each_action_space__acts_on_any_number_of_rows(make: Any) -> None:
+    env = make()
+    model = fresh(RowPolicy, env)
+    action, _ = model.predict(rows(100))
+    batch, _ = model.predict(rows(2, 100), deterministic=True)
+
+    assert action.dtype == env.action_space.dtype
+    assert action.shape == (() if make is discrete else (100,))
+    assert batch.shape == (2, *action.shape)
+
+
+def test_row_policy__large_scores_for_box_actions__are_not_clipped_to_ties() -> None:
+    model = fresh(RowPolicy, boxed())
+    acquisition = model.policy.action_net[0]
+    with torch.no_grad():
+        acquisition.layers[-1].weight *= 2 / acquisition(torch.as_tensor(rows(100))).std()
+    action, _ = model.predict(rows(100), deterministic=True)
+
+    assert np.abs(action).max() < 1
+    assert len(np.unique(action)) == 100
+    assert action.std() > 0.5
+
+
+def test_maskable_row_policy__masks_on_any_number_of_rows__are_heeded() -> None:
+    model = fresh(MaskableRowPolicy, discrete(), sb3_contrib.MaskablePPO)
+    mask = np.zeros(100, dtype=bool)
+    mask[[4, 70]] = True
+    picks = {int(model.predict(rows(100), action_masks=mask)[0]) for _ in range(50)}
+
+    assert picks == {4, 70}
+
+
+@pytest.fixture
+def _bandits_for_wrappers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real wrappers want the real environment; here each stands for the bandit with its action space."""
+    monkeypatch.setattr(sb3, "TopKScores", lambda env: boxed())
+    monkeypatch.setattr(sb3, "PickOne", lambda env: discrete())
+
+
+ALL_CLASSES = {
+    "PPO": ("subset", "scores", "pick", "multibinary"),
+    "A2C": ("subset", "scores", "pick", "multibinary"),
+    "TRPO": ("scores", "pick", "multibinary"),
+    "MaskablePPO": ("pick",),
+    "RecurrentPPO": ("scores", "pick"),
+    "SAC": ("scores",),
+    "TD3": ("scores",),
+    "DDPG": ("scores",),
+    "TQC": ("scores",),
+    "CrossQ": ("scores",),
+    "ARS": ("scores", "pick"),
+    "DQN": ("pick",),
+    "QRDQN": ("pick",),
+}
+
+
+def test_presets__every_algorithm_of_both_libraries__has_one() -> None:
+    assert set(PRESETS) == set(ALL_CLASSES)
+
+
+@pytest.mark.usefixtures("_bandits_for_wrappers")
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, forms in ALL_CLASSES.items() for form in forms])
+def test_sb3_agent__each_class_and_form__learns_saves_and_loads(name: str, form: str, tmp_path: Path) -> None:
+    returns: list[float] = []
+    numbers: list[int] = []
+
+    def progress(number: int, episode_return: float) -> None:
+        numbers.append(number)
+        returns.append(episode_return)
+
+    agent = Sb3Agent(f"sb3:{name}", action_form=form).learn(multibinary(), 2, seed=1, progress=progress)
+    agent.save(tmp_path / "selector")
+    loaded = Sb3Agent.load(tmp_path / "selector")
+    action, _ = agent.predict(rows(NUM_ROWS), action_masks=np.ones(NUM_ROWS, dtype=bool))
+
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) >= 2
+    assert np.isfinite(returns).all()
+    assert agent.action_space.contains(action)
+    assert loaded.name == agent.name == f"sb3:{name}"
+    assert loaded.action_space == agent.action_space
+    np.testing.assert_array_equal(loaded.predict(rows(NUM_ROWS))[0], agent.predict(rows(NUM_ROWS))[0])
+    assert sorted(path.name for path in (tmp_path / "selector").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "forms"), ALL_CLASSES.items())
+def test_sb3_agent__no_action_form__takes_the_best_that_fits(name: str, forms: tuple[str, ...]) -> None:
+    assert Sb3Agent(name).action_form == forms[0]
+    for form in {"subset", "scores", "pick", "multibinary"} - set(forms):
+        with pytest.raises(SettingError, match=f"cannot act in the form '{form}'"):
+            Sb3Agent(name, action_form=form)
+
+
+def test_sb3_agent__learned__chooses_well_from_any_number_of_rows() -> None:
+    env = multibinary()
+    agent = Sb3Agent("PPO").learn(env, episodes=40, seed=0)
+    observation = rows(1000)
+    action, _ = agent.predict(observation)
+    worth = observation[:, 0] - observation[:, 1]
+
+    assert mean_reward(agent, env) > 1.4
+    assert action.sum() == SIZE
+    assert worth[action == 1].mean() > np.quantile(worth, 0.99)
+
+
+def test_sb3_agent__learning_and_loading__leave_the_global_generators_alone(tmp_path: Path) -> None:
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    before = states()
+    agent = Sb3Agent("PPO").learn(multibinary(), episodes=2, seed=0)
+    agent.save(tmp_path)
+    Sb3Agent.load(tmp_path)
+
+    assert states() == before
+
+
+def test_sb3_agent__same_seed__learns_the_same() -> None:
+    scores = [Sb3Agent("PPO").learn(multibinary(), 4, seed).model.policy.scores(rows(5)) for seed in (3, 3, 4)]
+
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+@pytest.mark.usefixtures("_bandits_for_wrappers")
+@pytest.mark.parametrize(
+    ("name", "episodes", "given", "expected"),
+    [
+        ("PPO", 10, {}, {"n_steps": 40, "batch_size": 40}),
+        ("PPO", 25, {}, {"n_steps": 50, "batch_size": 50}),
+        ("PPO", 2, {}, {"n_steps": 8, "batch_size": 8}),
+        ("PPO", 2, {"n_steps": 4, "batch_size": 2, "gamma": 0.5}, {"n_steps": 4, "batch_size": 2, "gamma": 0.5}),
+        ("MaskablePPO", 2, {}, {"n_steps": 24, "batch_size": 24, "gamma": 0.9}),
+        ("SAC", 2, {}, {"buffer_size": 8, "batch_size": 64, "gamma": 0.0}),
+        ("SAC", 2, {"buffer_size": 5, "n_steps": 3}, {"buffer_size": 5, "n_steps": 3, "batch_size": 64}),
+    ],
+)
+def test_sb3_agent__length_of_the_run__fits_what_nobody_set(
+    name: str, episodes: int, given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    model = Sb3Agent(name, **given).learn(multibinary(), episodes, seed=0).model
+    steps = episodes * HORIZON * (SIZE if name == "MaskablePPO" else 1)
+
+    assert {key: getattr(model, key) for key in expected} == expected
+    assert model.num_timesteps == steps
+
+
+def test_sb3_agent__after_learning__holds_no_environment() -> None:
+    assert Sb3Agent("A2C").learn(multibinary(), 1, seed=0).model.env is None
+
+
+def test_sb3_agent__policy_kwargs__are_passed_on() -> None:
+    agent = Sb3Agent("PPO", policy_kwargs={"net_arch": [6]}).learn(multibinary(), 1, seed=0)
+
+    assert agent.model.policy.action_net.layers[0].weight.shape == (6, NUM_FEATURES)
+    assert agent.predict(rows(50))[0].sum() == SIZE
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("PPQ", {}, "did you mean 'PPO'"),
+        ("HerReplayBuffer", {}, "no algorithm is called"),
+        ("PPO", {"gama": 0.9}, "no hyperparameter 'gama': did you mean 'gamma'"),
+        ("PPO", {"seed": 3}, "no hyperparameter 'seed'"),
+        ("PPO", {"policy_kwargs": {"activation_fn": torch.nn.SiLU}}, "expected plain data"),
+    ],
+)
+def test_sb3_agent__unknown_or_unfit_setting__is_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Sb3Agent(name, **settings)
+
+
+def test_sb3_agent__not_learned__says_what_to_do(tmp_path: Path) -> None:
+    agent = Sb3Agent("PPO")
+    for use in (lambda: agent.predict(rows(4)), lambda: agent.action_space, lambda: agent.save(tmp_path)):
+        with pytest.raises(SettingError, match="has not learned yet"):
+            use()
+
+
+def test_sb3_agent__folder_that_cannot_be_made__is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        Sb3Agent("PPO").learn(multibinary(), 1, seed=0).save(tmp_path / "file" / "selector")
+
+
+@pytest.mark.parametrize(
+    "broken", ["missing", "not json", "other agent", "no field", "weights missing", "wrong weights"]
+)
+def test_load__broken_folder__is_a_record_error(broken: str, tmp_path: Path) -> None:
+    Sb3Agent("PPO").learn(multibinary(), 1, seed=0).save(tmp_path)
+    config_file, weights_file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config = json.loads(config_file.read_text())
+    if broken == "missing":
+        config_file.unlink()
+    elif broken == "not json":
+        config_file.write_text("{")
+    elif broken == "other agent":
+        config_file.write_text(json.dumps({**config, "agent": "raise_fork"}))
+    elif broken == "no field":
+        config_file.write_text(json.dumps({"agent": "sb3:PPO"}))
+    elif broken == "weights missing":
+        weights_file.write_bytes(b"")
+    else:
+        config_file.write_text(json.dumps({**config, "num_features": 4}))
+
+    with pytest.raises(RecordError, match="not a selector that can be read"):
+        Sb3Agent.load(tmp_path)
+
+
+@pytest.mark.usefixtures("_bandits_for_wrappers")
+@pytest.mark.parametrize(("make", "form"), [(multibinary, "subset"), (boxed, "scores"), (discrete, "pick")])
+def test_matching_wrapper__action_space__decides(make: Any, form: str) -> None:
+    model, env = SimpleNamespace(action_space=make().action_space), multibinary()
+
+    assert matching_wrapper(model, env).action_space == model.action_space
+    assert Sb3Agent("PPO", action_form=form).wrap(env).action_space == model.action_space
+    if form == "subset":
+        assert matching_wrapper(model, env) is env
+
+
+def test_matching_wrapper__agent_without_action_space__leaves_the_environment() -> None:
+    env = multibinary()
+
+    assert matching_wrapper(object(), env) is env
+
+
+def test_matching_wrapper__other_action_space__is_refused() -> None:
+    with pytest.raises(SettingError, match="fits no wrapper"):
+        matching_wrapper(SimpleNamespace(action_space=spaces.Text(3)), multibinary())

@@ -206,7 +206,7 @@ def _groups(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int, sta
     groups: list[list[int]] = []
     for place, rows in enumerate(batches):
         last = groups[-1] if groups else []
-        longest = max((int(lengths[batches[p]].max()) for p in [*last, place]))
+        longest = max(int(lengths[batches[p]].max()) for p in [*last, place])
         alike = bool(last) and len(batches[last[0]]) == len(rows)
         if stackable and alike and (len(last) + 1) * len(rows) * longest <= max_tokens:
             last.append(place)

@@ -133,9 +133,9 @@ def _cached_assets(config: EnvConfig, _stamps: tuple[tuple[int, int] | None, ...
     base = _cached_base(config.model, config.lora, config.dtype, config.device)
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
     pool = encoder.encode(data.pool, what="pool")
-    splits: dict[Split, EvaluationSet] = {"dev": _evaluation_set(data.dev, encoder, "dev")}
+    splits: dict[Split, EvaluationSet] = {"dev": EvaluationSet.build(data.dev, encoder, "dev")}
     if data.test is not None:
-        splits["test"] = _evaluation_set(data.test, encoder, "test")
+        splits["test"] = EvaluationSet.build(data.test, encoder, "test")
     if not pool.has_labels.any():
         raise DataError(f"{data.pool.source}: no response fits into max_length={encoder.max_length}; raise it.")
     features = _features(config, data.pool, encoder, pool, base)
@@ -192,17 +192,6 @@ def _sampled(rows: Pool, count: int | None) -> Pool:
 
 def _max_length(config: EnvConfig, base: BaseModel) -> int:
     return min(config.max_length, base.max_positions or config.max_length)
-
-
-def _evaluation_set(rows: Pool, encoder: Encoder, what: str) -> EvaluationSet:
-    """Encode a dev or test set, without the rows whose response is cut away whole."""
-    fits = encoder.encode(rows, what=what).has_labels
-    if not fits.any():
-        raise DataError(f"{rows.source}: no response fits into max_length={encoder.max_length}; raise max_length.")
-    if not fits.all():
-        message = "%d of %d %s rows are left out: nothing of their response fits into max_length=%d"
-        logger.warning(message, (~fits).sum(), len(fits), what, encoder.max_length)
-    return EvaluationSet.build([row for row, fit in zip(rows, fits, strict=True) if fit], encoder, what)
 
 
 def _content(base: BaseModel, data: Data) -> dict[str, str]:

@@ -59,6 +59,7 @@ class BaseModel:
         causal = _load_causal(source, getattr(torch, dtype)).to(self.device)
         self.content_hash = _content_hash(causal, self.tokenizer)
         self.peft_model = _with_lora(causal, lora, source)
+        self._causal = causal  # the same model, LoRA layers included, without PEFT's own arguments
         self._names = [name for name, value in self.peft_model.named_parameters() if value.requires_grad]
         parameters = dict(self.peft_model.named_parameters())
         self._shapes = [parameters[name].shape for name in self._names]
@@ -85,7 +86,7 @@ class BaseModel:
     @property
     def is_float32(self) -> bool:
         """Whether the frozen weights are kept in float32."""
-        return self.peft_model.dtype == torch.float32
+        return bool(self.peft_model.dtype == torch.float32)
 
     @property
     def max_positions(self) -> int | None:
@@ -177,14 +178,14 @@ class BaseModel:
                 return self._plain_forward(adapters, dropout_seed, inputs)
             self._pairs = [] if adapters is None else self._split(adapters)
             try:
-                return self.peft_model.base_model.model(**inputs)
+                return self._causal(**inputs)
             finally:
                 self._pairs = []
 
     def _plain_forward(self, adapters: Tensor | None, dropout_seed: int | None, inputs: dict[str, Any]) -> Any:
         if adapters is None:
             with self.peft_model.disable_adapter():
-                return self.peft_model.base_model.model(**inputs)
+                return self._causal(**inputs)
         (adapter,) = adapters
         parts = adapter.split(self._sizes)
         parameters = {

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import SettingError, suggestion
 
-__all__ = ["AUXILIARY_UPDATES", "DTYPES", "REWARDS", "TINY", "EnvConfig", "LoraSettings"]
+__all__ = ["AUXILIARY_UPDATES", "DTYPES", "RENDER_MODES", "REWARDS", "TINY", "EnvConfig", "LoraSettings"]
 
 #: The name under which the embedded base model goes.
 TINY = "tiny"
@@ -22,6 +23,8 @@ TINY = "tiny"
 REWARDS = ("loss", "accuracy", "exact_match")
 
 DTYPES = ("float32", "bfloat16")
+
+RENDER_MODES = ("ansi", "rgb_array")
 
 #: Updates on random rows that make the base model an auxiliary one, where no other model was named.
 AUXILIARY_UPDATES = 60
@@ -43,12 +46,16 @@ class LoraSettings:
     bias: Literal["none"] = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        _require(self.r >= 1, "lora r", self.r, "a rank of at least 1")
-        _require(
-            0 <= self.lora_dropout < 1, "lora lora_dropout", self.lora_dropout, "a share from 0 up to, not with, 1"
-        )
+        modules: Any = self.target_modules  # JSON knows no tuples
+        if isinstance(modules, list):
+            object.__setattr__(self, "target_modules", tuple(modules))
+        _require(_is_int(self.r) and self.r >= 1, "lora r", self.r, "a rank of at least 1")
+        _require(_is_number(self.lora_alpha), "lora lora_alpha", self.lora_alpha, "a finite number of at least 0")
+        good = _is_number(self.lora_dropout) and self.lora_dropout < 1
+        _require(good, "lora lora_dropout", self.lora_dropout, "a share from 0 up to, not with, 1")
+        for name in ("use_rslora", "use_dora"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"lora {name}", value, "true or false")
         _require(self.bias == "none", "lora bias", self.bias, '"none"')
 
 
@@ -101,8 +108,10 @@ class EnvConfig:
     render_mode: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lora, LoraSettings):
-            object.__setattr__(self, "lora", _lora_settings(self.lora))
+        lora: Any = self.lora  # from gym.make it comes as plain data
+        if not isinstance(lora, LoraSettings):
+            object.__setattr__(self, "lora", _lora_settings(lora))
+        self._check_kinds()
         self._check_sizes()
         self._check_choices()
         self._check_data()
@@ -147,6 +156,18 @@ class EnvConfig:
         """Whether pool, dev and test are generated rather than read."""
         return self.pool is None
 
+    def _check_kinds(self) -> None:
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, entry.name, value)
+            if entry.type in ("str", "str | None"):
+                good = isinstance(value, str) or (value is None and entry.type != "str")
+                _require(good, entry.name, value, "a text")
+            elif entry.type == "bool":
+                _require(isinstance(value, bool), entry.name, value, "True or False")
+
     def _check_sizes(self) -> None:
         for name in ("num_classes", "batch_size", "horizon", "pool_size", "max_length", "micro_batch_tokens"):
             value = getattr(self, name)
@@ -159,8 +180,7 @@ class EnvConfig:
             _require(_is_int(value) and value >= 0, name, value, "a whole number of at least 0")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-            _require(good, name, value, "a finite number of at least 0")
+            _require(_is_number(value), name, value, "a finite number of at least 0")
         if self.num_candidates != "all":
             self._check_candidates(self.num_candidates)
 
@@ -180,6 +200,8 @@ class EnvConfig:
         known = self.reward in REWARDS or _is_reference(self.reward)
         _require(known, "reward", self.reward, f'one of {", ".join(REWARDS)}, or "module:function"')
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        mode = self.render_mode
+        _require(mode is None or mode in RENDER_MODES, "render_mode", mode, f"one of {', '.join(RENDER_MODES)}")
 
     def _check_data(self) -> None:
         if self.is_embedded and (self.dev or self.test):
@@ -207,6 +229,10 @@ def _require(good: bool, name: str, value: Any, expected: str) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
 
 
 def _is_reference(value: str) -> bool:

@@ -62,6 +62,13 @@ class EncodedRows:
         totals = np.concatenate([[0], np.cumsum(self.is_label)])
         return np.diff(totals[self.offsets])
 
+    def select(self, rows: np.ndarray) -> EncodedRows:
+        """Return some of the rows, given by number, as rows of their own."""
+        parts = [self.row(int(row)) for row in rows]
+        offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in parts], dtype=np.int64)])
+        tokens, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return EncodedRows(tokens, labels, offsets.astype(np.int64))
+
     @property
     def has_labels(self) -> np.ndarray:
         """Whether anything of a row's response is left to learn, shape (rows,), bool."""
@@ -119,7 +126,7 @@ class Encoder:
     def prompt_text(self, prompt: str) -> str:
         """Return the text that stands before the response."""
         if self._render is not None:
-            return self._render.render(prompt=prompt)
+            return str(self._render.render(prompt=prompt))
         messages = [{"role": "user", "content": prompt}]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
@@ -145,12 +152,13 @@ class Encoder:
         return self._join([start] * len(rows), self._responses(rows), what)
 
     def _responses(self, rows: list[Instruction]) -> list[list[int]]:
-        return [response + [self._end()] for response in self._tokenize([row.response for row in rows])]
+        return [[*response, self._end()] for response in self._tokenize([row.response for row in rows])]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        # verbose: rows longer than the model takes are cut here, so a warning about them would be wrong.
+        return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _start(self) -> list[int]:
         token = self.tokenizer.bos_token_id
@@ -163,7 +171,7 @@ class Encoder:
         tokens: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         num_truncated = 0
-        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        for prompt, response in zip(prompts, responses, strict=True):
             row = np.asarray(prompt + response, dtype=np.int32)[: self.max_length]
             num_truncated += len(prompt) + len(response) > self.max_length
             tokens.append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,7 +63,7 @@ class Snapshot:
     """A moment of an episode: with the same actions, what follows it is the same to the bit."""
 
     learner_state: object
-    generator_state: dict[str, Any]
+    generator_state: Mapping[str, Any]
     round: Round
     counts: np.ndarray
     num_steps: int
@@ -143,30 +144,37 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     ## Arguments
     | keyword | default | meaning |
     |---|---|---|
-    | model | "tiny" | the embedded base model, a local folder, or a hub id of a causal LM |
-    | pool, dev, test | None | files (.jsonl .json .csv .parquet); None: the embedded task's; test is optional |
-    | task, task_seed, pool_size | "default", 0, 2000 | which embedded task, from which seed, with how many rows |
-    | num_dev, num_test | None | use a fixed random part of so many rows; None: all |
+    | model | "tiny" | what is fine-tuned: "tiny" is the embedded model; else a folder or a hub id of a causal LM |
+    | pool | None | file of instructions to choose from (.jsonl .json .csv .parquet), instead of the embedded task's |
+    | dev | None | file of rows that the reward is measured on; it goes with a pool |
+    | test | None | file of rows that are scored at the end of an episode, for the report alone |
+    | task | "default" | which embedded task, where no pool is given |
+    | task_seed | 0 | what the embedded task is drawn from |
+    | pool_size | 2000 | rows of the embedded task's pool |
+    | num_dev | None | score on a fixed random part of so many dev rows, instead of all |
+    | num_test | None | score on a fixed random part of so many test rows, instead of all |
     | allow_overlap | False | let dev or test rows be in the pool too |
     | skip_empty | False | leave out rows without prompt or response, instead of refusing the file |
-    | num_candidates | 64 | rows offered a step, or "all" |
-    | num_classes | 4 | K-means classes; each offers an equal share of the candidates |
-    | batch_size | 8 | the subset size that the wrappers and the budget are made for |
+    | num_candidates | 64 | rows offered at each step, as many of each class; "all" offers the whole pool |
+    | num_classes | 4 | K-means classes that the pool is put into |
+    | batch_size | 8 | rows that a step is meant to take: the wrappers and the budget are made for it |
     | horizon | 40 | steps of an episode |
-    | budget | horizon x batch_size | instructions that may be trained on in an episode, repeats counted |
-    | reward | "loss" | "loss", "accuracy", "exact_match", or "module:function" of an `Evaluation` |
-    | lora | r=8, lora_alpha=16, "all-linear" | the adapter, by PEFT's names |
-    | learning_rate | 3e-3 | AdamW's first; it falls by a cosine over the share of the episode that is used up |
-    | weight_decay, max_grad_norm | 0, 1 | AdamW's; a norm of 0 turns clipping off |
-    | max_length | 256 | tokens a row may have |
-    | template | None | Jinja over `prompt`; None: the tokenizer's chat template, or a plain frame |
-    | micro_batch_tokens | 16384 | tokens that go through the model at once in an update |
-    | seed_model | 0 | where the first adapter is drawn from |
-    | dtype, device | "float32", "auto" | of the base model; "auto" is a GPU where there is one |
-    | auxiliary_model | None | the model that computes the features; None: the base model itself |
-    | auxiliary_updates | None | updates on random rows before it does; None: 60, or 0 with a model of its own |
-    | cache_dir | None | where features are kept; None: $RAISE_ENV_CACHE, or the user's cache folder |
-    | render_mode | None | "ansi" or "rgb_array" |
+    | budget | None | rows that may be trained on in an episode, repeats counted, instead of horizon x batch_size |
+    | reward | "loss" | dev score: "loss", "accuracy", "exact_match", or a function of one's own, "module:function" |
+    | lora | {"r": 8, "lora_alpha": 16} | the adapter, by PEFT's names; on all linear layers unless they say otherwise |
+    | learning_rate | 3e-3 | AdamW's at the start; it falls by a cosine over the share of the episode that is used up |
+    | weight_decay | 0.0 | AdamW's weight decay |
+    | max_grad_norm | 1.0 | norm that the gradient is clipped to; 0 turns clipping off |
+    | max_length | 256 | tokens that a row may have; a longer one loses its end |
+    | template | None | Jinja text around `prompt`, instead of the tokenizer's chat template or a plain frame |
+    | micro_batch_tokens | 16384 | tokens that an update puts through the model at once, to fit into memory |
+    | seed_model | 0 | what the first adapter is drawn from |
+    | dtype | "float32" | of the base model: "float32" or "bfloat16" |
+    | device | "auto" | "cpu", "cuda" or "cuda:1"; "auto" is a GPU where there is one |
+    | auxiliary_model | None | folder or hub id of the model that computes the features, instead of the base model |
+    | auxiliary_updates | None | updates on random rows before it does, instead of 60, or of 0 with a model of its own |
+    | cache_dir | None | folder where features are kept, instead of $RAISE_ENV_CACHE or the user's cache folder |
+    | render_mode | None | how the episode is drawn: "ansi" as text, "rgb_array" as a picture |
 
     ## Information
     Numbers and arrays of fixed shape: `candidates` (pool ids on offer, -1 for padding), `action_mask`,
@@ -496,7 +504,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             odd = mask[~((mask == 0) | (mask == 1))][0]
             raise ActionError(f"the action holds {odd!r}; expected only 0 and 1, 1 for each candidate taken.")
         ids = self._current_round.candidates[mask == 1]
-        return ids[ids >= 0]
+        return np.asarray(ids[ids >= 0])
 
     def _affordable(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
         """Return the part of the chosen rows that the budget allows, in their order, and how many were dropped."""

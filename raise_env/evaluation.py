@@ -6,6 +6,7 @@ first choice is right at every one of its tokens, given the ones before, and tha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
+from .errors import DataError
 from .pool import Instruction
 from .rewards import Evaluation
 
 __all__ = ["EVALUATION_BATCH_TOKENS", "EvaluationSet", "evaluate"]
+
+logger = logging.getLogger(__name__)
 
 #: Tokens of one forward pass, padding included. Small, so that on a CPU what a layer makes stays in its cache.
 EVALUATION_BATCH_TOKENS = 1024
@@ -43,14 +47,29 @@ class EvaluationSet:
 
     @classmethod
     def build(cls, instructions: Sequence[Instruction], encoder: Encoder, what: str) -> EvaluationSet:
-        """Encode a dev or test set, with its choices where it has any."""
-        rows = encoder.encode(instructions, what=what)
+        """Encode a dev or test set, with its choices where it has any.
+
+        Rows of whose response nothing fits into the encoder's length are left out, with a warning.
+
+        Raises:
+            DataError: No row is left.
+        """
+        encoded = encoder.encode(instructions, what=what)
+        kept = np.flatnonzero(encoded.has_labels)
+        if len(kept) == 0:
+            raise DataError(
+                f"no response of the {what} set fits into max_length={encoder.max_length}; raise max_length."
+            )
+        if len(kept) < len(encoded):
+            message = "%d of %d %s rows are left out: nothing of their response fits into max_length=%d"
+            logger.warning(message, len(encoded) - len(kept), len(encoded), what, encoder.max_length)
+            encoded, instructions = encoded.select(kept), [instructions[int(row)] for row in kept]
         answers = np.array([i.choices.index(i.response) if i.choices else -1 for i in instructions], dtype=np.int64)
         counts = [len(instruction.choices) for instruction in instructions]
         choice_rows = np.repeat(np.arange(len(counts)), counts)
         pairs = [Instruction(i.prompt, choice) for i in instructions for choice in i.choices]
         choices = encoder.encode(pairs, what=f"{what} choice") if pairs else None
-        return cls(rows, choices, choice_rows, answers)
+        return cls(encoded, choices, choice_rows, answers)
 
     def __len__(self) -> int:
         return len(self.rows)

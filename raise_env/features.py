@@ -94,8 +94,8 @@ class StaticFeatures:
 
 def standardise(raw: np.ndarray, num_tokens: int) -> StaticFeatures:
     """Standardise raw columns, shape (rows, 36), over the rows that have them, and clip."""
-    mean = np.nanmean(raw, axis=0, dtype=np.float64).astype(np.float32)
-    std = np.nanstd(raw, axis=0, dtype=np.float64).astype(np.float32)
+    mean = np.asarray(np.nanmean(raw, axis=0, dtype=np.float64), dtype=np.float32)
+    std = np.asarray(np.nanstd(raw, axis=0, dtype=np.float64), dtype=np.float32)
     # A column that is the same in every row says nothing: it becomes zeros.
     std = np.where(std > 1e-6, std, np.float32(1.0))
     columns = np.nan_to_num(((raw - mean) / std).clip(-CLIP, CLIP), nan=0.0)

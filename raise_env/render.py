@@ -199,8 +199,8 @@ def render_rgb_array(view: RenderView) -> npt.NDArray[np.uint8]:
         _draw_scores(_add_panel(figure, (0.09, 0.505, 0.85, 0.325), _clip(view.score_name)), view)
         _draw_candidates(_add_panel(figure, (0.09, 0.085, 0.38, 0.29), "Candidates, filled where taken"), view)
         _draw_taken(_add_panel(figure, (0.57, 0.085, 0.37, 0.29), "Trained on so far, by class"), view)
-        canvas.draw()  # type: ignore[no-untyped-call]
-        pixels = np.asarray(canvas.buffer_rgba(), dtype=np.uint8)  # type: ignore[no-untyped-call]
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba(), dtype=np.uint8)
     return pixels[:, :, :3].copy()
 
 

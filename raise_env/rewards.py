@@ -123,8 +123,8 @@ def _checked(reward: str, function: Callable[[Evaluation], object]) -> RewardFun
             raise RewardError(f"reward {reward!r} returned {value!r}; expected one number, higher is better.")
         if not math.isfinite(value):
             raise RewardError(
-                f"reward {reward!r} returned {value!r} for a dev loss of {evaluation.loss:.4g}; expected a finite number. "
-                "Losses that are not finite never reach it: look for a division by zero or a logarithm in it."
+                f"reward {reward!r} returned {value!r} for a dev loss of {evaluation.loss:.4g}; expected a finite "
+                "number. Losses that are not finite never reach it: look for a division by zero or a logarithm in it."
             )
         return float(value)
 

@@ -11,6 +11,7 @@ from gymnasium.utils import RecordConstructorArgs
 
 from .env import RaiseSelectEnv
 from .errors import ActionError
+from .features import CLIP
 
 __all__ = ["PickOne", "TopKScores"]
 
@@ -54,7 +55,8 @@ class TopKScores(gym.ActionWrapper[np.ndarray, np.ndarray, np.ndarray], RecordCo
         return _world(self.env).action_masks()
 
 
-class PickOne(gym.Wrapper[np.ndarray, np.int64, np.ndarray, np.ndarray], RecordConstructorArgs):
+# Any for the two kinds of action: Gymnasium 1.4 takes them for one and the same in Wrapper.__init__.
+class PickOne(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructorArgs):
     """Takes one candidate at a time; the update is made when B are picked.
 
     Until then the reward is 0 and the observation stays, but for the count of the picked rows, which shows one
@@ -97,10 +99,14 @@ class PickOne(gym.Wrapper[np.ndarray, np.int64, np.ndarray, np.ndarray], RecordC
         if self._last is None or self._num_picks >= _world(self.env).config.batch_size or not self.action_masks().any():
             observation, reward, terminated, truncated, info = self.env.step(self._taken)
             self._start_round(observation, info)
+            if terminated:
+                # Else the picks after the end would wait for a full batch before anything was said.
+                self._last = None
             return observation, reward, terminated, truncated, {**info, "action_mask": self.action_masks()}
         observation, info = self._last
         shown = observation.copy()
-        shown[self._taken == 1, -1] = np.log1p(np.expm1(shown[self._taken == 1, -1]) + 1)
+        picked = (self._taken == 1) & _world(self.env).action_masks()
+        shown[picked, -1] = np.log1p(np.expm1(shown[picked, -1]) + 1).clip(max=CLIP)
         return shown, 0.0, False, False, self._waiting_info(info)
 
     def action_masks(self) -> np.ndarray:

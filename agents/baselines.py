@@ -62,4 +62,4 @@ class IfdAgent(PoolScoreAgent):
         """Return IFD, or minus IFD where it is above 1."""
         features = world_of(env).assets.features
         ifd = np.exp(features.log_p_response - features.log_p_response_given_prompt)
-        return np.nan_to_num(np.where(ifd <= 1.0, ifd, -ifd), nan=-np.inf, neginf=-1e6)
+        return np.asarray(np.nan_to_num(np.where(ifd <= 1.0, ifd, -ifd), nan=-np.inf, neginf=-1e6))

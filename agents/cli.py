@@ -108,18 +108,16 @@ def _env_options() -> list[inspect.Parameter]:
     for entry in dataclasses.fields(EnvConfig):
         if entry.name == "render_mode":
             continue
-        kind: Any = bool if entry.type == "bool" else str
-        flag = f"--{entry.name.replace('_', '-')}"
-        declared = Annotated[
-            kind | None if kind is str else bool,
-            typer.Option(
-                flag, help=texts.get(entry.name, ""), show_default=False, metavar=None if kind is bool else "VALUE"
-            ),
-        ]
-        default: Any = False if kind is bool else None
-        options.append(
-            inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
+        is_switch = entry.type == "bool"
+        option = typer.Option(
+            False if is_switch else None,
+            f"--{entry.name.replace('_', '-')}",
+            help=texts[entry.name],
+            show_default=False,
+            metavar=None if is_switch else "VALUE",
         )
+        kind = bool if is_switch else str | None
+        options.append(inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
     return options
 
 

@@ -37,7 +37,7 @@ def mlp(
     for index, (num_inputs, num_outputs) in enumerate(itertools.pairwise(dims)):
         is_last = index == len(dims) - 2
         # skip_init: the layer's own initialisation would draw from the global generator.
-        linear = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)  # type: ignore[no-untyped-call]  # torch's lack
+        linear = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)
         nn.init.orthogonal_(linear.weight, output_gain if is_last else _HIDDEN_GAIN, generator=generator)
         nn.init.zeros_(linear.bias)
         layers += [linear] if is_last else [linear, activation()]

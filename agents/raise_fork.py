@@ -333,7 +333,8 @@ def _fit(
 
 def _loss(network: AcquisitionFunction, rows: Tensor, gains: Tensor) -> Tensor:
     sums = network(rows).sum(dim=-1)  # (groups, forks)
-    return (sums - sums.mean(dim=1, keepdim=True) - gains).square().mean()
+    explained: Tensor = sums - sums.mean(dim=1, keepdim=True)
+    return (explained - gains).square().mean()
 
 
 def _group(observation: np.ndarray, actions: np.ndarray, scores: np.ndarray) -> Group | None:

@@ -182,7 +182,7 @@ def estimate(plan: Plan) -> Estimate:
     forks = getattr(settings, "num_forks", 0)
     horizon = min(getattr(settings, "horizon", None) or env.config.horizon, env.config.horizon)
     learning_steps = plan.episodes * horizon
-    if forks and plan.episodes:
+    if settings is not None and forks and plan.episodes:
         probe = _measure(env, lambda: env.probe(np.stack([_first_rows(env)] * forks), settings.num_dev))
         updates += learning_steps * (forks + 1)
         tokens += learning_steps * (probe[0] + step[0])
@@ -251,11 +251,9 @@ class _Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            status = "done"
-        else:
-            status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
-        self.note(status=status, end=_now())
+        ended = "done" if kind is None else "failed"
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.note(status="interrupted" if interrupted else ended, end=_now())
 
     def note(self, **values: Any) -> None:
         """Add to run.json."""
@@ -298,10 +296,10 @@ def _learn(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: R
     if learn is None or plan.episodes == 0:
         return agent
     done = 0
-    resumable = hasattr(agent, "load_progress")
+    resumable: Any = agent if hasattr(agent, "load_progress") else None
     if resumable and (run.folder / "learning").is_dir():
-        agent.load_progress(run.folder / "learning")
-        done = len(agent.episode_returns)
+        resumable.load_progress(run.folder / "learning")
+        done = len(resumable.episode_returns)
     with reporter.task(f"learning to select ({plan.agent})", plan.episodes) as show:
         show(done)
         clock = _Clock(env)
@@ -309,7 +307,7 @@ def _learn(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: R
         def episode_done(number: int, total: float) -> None:
             run.state.setdefault("episode_returns", [])[number - 1 :] = [total]
             if resumable:
-                agent.save_progress(run.folder / "learning")
+                resumable.save_progress(run.folder / "learning")
             run.add("learning", *clock.lap())
             show(number)
 
@@ -345,9 +343,11 @@ def _final_runs(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: 
             if seed in have and not (keeps_adapter and not (run.folder / "adapter").is_dir()):
                 continue
             clock = _Clock(env)
-            record = run_episode(
-                env, agent, seed=seed, name=short, on_step=lambda step, i=index: show(i * horizon + step)
-            )
+
+            def show_step(step: int, before: int = index * horizon) -> None:
+                show(before + step)
+
+            record = run_episode(env, agent, seed=seed, name=short, on_step=show_step)
             run.add(f"final/{short}", *clock.lap())
             if keeps_adapter:
                 _write_outcome(run.folder, env)
@@ -471,7 +471,7 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
         (m for m in ("test_accuracy", "test_loss", "dev_loss", "dev_score") if m in agents[name]), "dev_score"
     )
     kind = "share of right answers" if metric == "test_accuracy" else metric.replace("_", " ")
-    show = (lambda v: f"{100 * v:.0f}%") if metric == "test_accuracy" else (lambda v: f"{v:.2f}")
+    show = ("{:.0%}" if metric == "test_accuracy" else "{:.2f}").format
     parts = [f"{show(base[metric])} before"] if metric in base else []
     words = {"random": "with random rows", "oracle": "with the hidden labels known", name: "with the learned selector"}
     for agent in ["random", *[a for a in agents if a not in ("random", "oracle", name)], name, "oracle"]:

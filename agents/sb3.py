@@ -41,6 +41,8 @@ from torch import Tensor, nn
 
 from raise_env import PickOne, TopKScores
 from raise_env.errors import OutputError, RecordError, SettingError, suggestion
+from raise_env.features import SCHEMA_VERSION as FEATURES_VERSION
+from raise_env.files import replaced_folder, write_json
 
 from .base import Progress
 from .networks import AcquisitionFunction, Critic
@@ -56,13 +58,16 @@ __all__ = [
     "matching_wrapper",
 ]
 
+#: The format of config.json; counts up when `load` could no longer read what an earlier `save` wrote.
+_FORMAT = 1
+
 #: sb3-contrib is optional: it comes with the extra "sb3".
 _HAS_CONTRIB = importlib.util.find_spec("sb3_contrib") is not None
 
-# Why gamma is 0 almost everywhere: an action shows in the very next reward, while the rewards of the steps after it are
-# moved far more by the draw of candidates and by the stage of training. As weight on those is noise, PPO with gamma 1
-# learned nothing visible in 144 episodes where gamma 0 learned in 16. Picks are rewarded with the last one of their
-# batch, so they need to look as far ahead as a batch is long, about 1 / (1 - 0.9) = 10 picks.
+# Why gamma is 0 almost everywhere: a choice shows in the very next reward, while the rewards of the steps after it are
+# moved far more by the draw of candidates and by the stage of training. Weight on those is noise: PPO with gamma 1
+# made no visible progress where gamma 0 did. Picks are rewarded with the last one of their batch, so they have to look
+# as far ahead as a batch is long: about 1 / (1 - 0.9) = 10 picks.
 _ON_POLICY = {"n_steps": 40, "gamma": 0.0, "gae_lambda": 1.0, "device": "cpu"}
 _OFF_POLICY = {
     "learning_rate": 1e-3,
@@ -399,7 +404,7 @@ class Sb3Agent:
         """Write config.json and model.safetensors, the weights of the policy; nothing is pickled.
 
         Args:
-            folder: Made where it does not exist.
+            folder: Appears whole or not at all, in place of what may be there.
 
         Raises:
             SettingError: The agent has not learned yet.
@@ -408,20 +413,20 @@ class Sb3Agent:
         model = self._trained()
         num_candidates, num_features = model.observation_space.shape or (0, 0)
         config = {
-            "schema_version": 1,
+            "format": _FORMAT,
             "agent": self.name,
             "action_form": self.action_form,
             "hyperparameters": self.hyperparameters,
+            "features_version": FEATURES_VERSION,
             "num_candidates": num_candidates,
             "num_features": num_features,
             "subset_size": self._subset_size,
         }
-        # safetensors refuses tensors that share memory, as the parts of some policies do.
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in model.policy.state_dict().items()}
+        weights = {name: tensor.cpu() for name, tensor in model.policy.state_dict().items()}
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(weights, Path(folder, "model.safetensors"))
+            with replaced_folder(Path(folder)) as beside:
+                write_json(beside / "config.json", config)
+                save_file(weights, beside / "model.safetensors")
         except OSError as error:
             raise OutputError(f"{folder}: cannot write the selector: {error}") from error
 
@@ -430,10 +435,13 @@ class Sb3Agent:
         """Return the agent that `save` wrote. Reading runs no code from the files.
 
         Raises:
-            RecordError: A file is missing, or not what `save` writes.
+            RecordError: A file is missing, or not what `save` writes, or the features have changed since.
         """
         try:
             config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            made_for = (config["format"], config["features_version"]) if isinstance(config, dict) else None
+            if made_for != (_FORMAT, FEATURES_VERSION):
+                raise ValueError("it is of another format or for other features; learn it again with this version")
             agent = cls(config["agent"], action_form=config["action_form"], **config["hyperparameters"])
             agent._subset_size = config["subset_size"]
             env = _SpacesOnly(agent.action_form, config["num_candidates"], config["num_features"])
@@ -441,7 +449,9 @@ class Sb3Agent:
                 agent.model = agent._build(env, num_steps=1, seed=None)
             agent.model.policy.load_state_dict(load_file(Path(folder, "model.safetensors")))
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise RecordError(f"{folder}: not a selector that can be read: {error!r}") from error
+            # A RuntimeError is torch's, on weights that do not fit, or a RecursionError on nested JSON.
+            reason = f"no field {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+            raise RecordError(f"{folder}: not a selector that can be read: {reason}") from error
         return agent
 
     def _trained(self) -> BaseAlgorithm:
@@ -603,8 +613,8 @@ def _check_hyperparameters(algorithm: type[BaseAlgorithm], given: Mapping[str, A
         if name not in known:
             raise SettingError(f"{algorithm.__name__} has no hyperparameter {name!r}: {suggestion(name, known)}")
         try:
-            json.dumps(value)
-        except TypeError as error:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
             raise SettingError(f"hyperparameter {name} is {value!r}; expected plain data, as in JSON.") from error
 
 
@@ -622,8 +632,7 @@ def _global_generators_kept() -> Iterator[None]:
     """Put the global generators of Python, NumPy and torch back afterwards: SB3 seeds and uses all three."""
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 (the global generator is the point)
-    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it so
-    devices = range(torch.cuda.device_count()) if has_cuda else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
             yield

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -300,7 +301,9 @@ def _with_lora(causal: Any, lora: LoraSettings, source: str) -> PeftModel:
         settings["target_modules"] = list(lora.target_modules)
     config = LoraConfig(task_type="CAUSAL_LM", **settings)
     try:
-        with _seeded(0, torch.device("cpu")):
+        with _seeded(0, torch.device("cpu")), warnings.catch_warnings():
+            # PEFT 0.21 still asks by the old name; transformers 5.23 says so to the user, who can do nothing.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return get_peft_model(causal, config)
     except ValueError as error:
         raise ModelError(f"LoRA cannot be put on {source!r}: {error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 from raise_env.agents import sb3
 from raise_env.agents.sb3 import PRESETS, RowPolicy, Sb3Agent, SubsetPolicy, matching_wrapper
 from raise_env.errors import OutputError, RecordError, SettingError
+from raise_env.testing import toy_env
 
 sb3_contrib = pytest.importorskip("sb3_contrib", reason='needs the extra "sb3"')
 MaskableRowPolicy = sb3.MaskableRowPolicy
@@ -40,6 +43,7 @@ class Bandit(gym.Env[np.ndarray, np.ndarray]):
         self.config = SimpleNamespace(horizon=HORIZON, batch_size=SIZE)
         self.picked: list[int] = []
         self.sizes: list[int] = []  # of every batch so far
+        self.rewards: list[float] = []  # of every batch so far
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
@@ -58,9 +62,10 @@ class Bandit(gym.Env[np.ndarray, np.ndarray]):
             assert np.isin(action, (0, 1)).all()
             chosen = np.flatnonzero(action)
         self.sizes.append(len(chosen))
-        reward = self.worth()[chosen].sum() / SIZE + 0.1 * self.np_random.normal()
+        reward = float(self.worth()[chosen].sum() / SIZE + 0.1 * self.np_random.normal())
+        self.rewards.append(reward)
         self.num_rounds += 1
-        return self.offer(), float(reward), self.num_rounds >= HORIZON, False, {}
+        return self.offer(), reward, self.num_rounds >= HORIZON, False, {}
 
     def action_masks(self) -> np.ndarray:
         return ~np.isin(np.arange(NUM_ROWS), self.picked)
@@ -275,11 +280,9 @@ def test_maskable_row_policy__masks_on_any_number_of_rows__are_heeded() -> None:
     assert picks == {4, 70}
 
 
-@pytest.fixture
-def _bandits_for_wrappers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real wrappers want the real environment; here each stands for the bandit with its action space."""
-    monkeypatch.setattr(sb3, "TopKScores", lambda env: boxed())
-    monkeypatch.setattr(sb3, "PickOne", lambda env: discrete())
+def toy() -> gym.Env[np.ndarray, np.ndarray]:
+    """The real environment, but for the language model, in the bandit's sizes."""
+    return toy_env(num_candidates=NUM_ROWS, num_classes=SIZE, batch_size=SIZE, horizon=HORIZON)
 
 
 ALL_CLASSES = {
@@ -303,29 +306,33 @@ def test_presets__every_algorithm_of_both_libraries__has_one() -> None:
     assert set(PRESETS) == set(ALL_CLASSES)
 
 
-@pytest.mark.usefixtures("_bandits_for_wrappers")
 @pytest.mark.parametrize(("name", "form"), [(name, form) for name, forms in ALL_CLASSES.items() for form in forms])
 def test_sb3_agent__each_class_and_form__learns_saves_and_loads(name: str, form: str, tmp_path: Path) -> None:
-    returns: list[float] = []
-    numbers: list[int] = []
-
-    def progress(number: int, episode_return: float) -> None:
-        numbers.append(number)
-        returns.append(episode_return)
-
-    agent = Sb3Agent(f"sb3:{name}", action_form=form).learn(multibinary(), 2, seed=1, progress=progress)
+    told: list[tuple[int, float]] = []
+    agent = Sb3Agent(f"sb3:{name}", action_form=form)
+    agent.learn(toy(), 2, seed=1, progress=lambda number, total: told.append((number, total)))
     agent.save(tmp_path / "selector")
     loaded = Sb3Agent.load(tmp_path / "selector")
-    action, _ = agent.predict(rows(NUM_ROWS), action_masks=np.ones(NUM_ROWS, dtype=bool))
 
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert len(numbers) >= 2
-    assert np.isfinite(returns).all()
-    assert agent.action_space.contains(action)
+    assert len(told) >= 2
+    assert [number for number, _ in told] == list(range(1, len(told) + 1))
     assert loaded.name == agent.name == f"sb3:{name}"
     assert loaded.action_space == agent.action_space
-    np.testing.assert_array_equal(loaded.predict(rows(NUM_ROWS))[0], agent.predict(rows(NUM_ROWS))[0])
+    assert acts(loaded, seed=9) == acts(agent, seed=9)
     assert sorted(path.name for path in (tmp_path / "selector").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def acts(agent: Sb3Agent, seed: int) -> list[list[int]]:
+    """The actions of an episode in the toy world, wrapped as the agent wants it."""
+    env = agent.wrap(toy())
+    actions, over = [], False
+    observation, info = env.reset(seed=seed)
+    while not over:
+        action, _ = agent.predict(observation, action_masks=info["action_mask"])
+        assert env.action_space.contains(action)
+        observation, _, over, _, info = env.step(action)
+        actions.append(np.asarray(action).tolist())
+    return actions
 
 
 @pytest.mark.parametrize(("name", "forms"), ALL_CLASSES.items())
@@ -367,7 +374,6 @@ def test_sb3_agent__same_seed__learns_the_same() -> None:
     assert not torch.equal(scores[0], scores[2])
 
 
-@pytest.mark.usefixtures("_bandits_for_wrappers")
 @pytest.mark.parametrize(
     ("name", "episodes", "given", "expected"),
     [
@@ -383,15 +389,34 @@ def test_sb3_agent__same_seed__learns_the_same() -> None:
 def test_sb3_agent__length_of_the_run__fits_what_nobody_set(
     name: str, episodes: int, given: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    model = Sb3Agent(name, **given).learn(multibinary(), episodes, seed=0).model
+    model = Sb3Agent(name, **given).learn(toy(), episodes, seed=0).model
     steps = episodes * HORIZON * (SIZE if name == "MaskablePPO" else 1)
 
     assert {key: getattr(model, key) for key in expected} == expected
     assert model.num_timesteps == steps
 
 
-def test_sb3_agent__after_learning__holds_no_environment() -> None:
-    assert Sb3Agent("A2C").learn(multibinary(), 1, seed=0).model.env is None
+def test_sb3_agent__progress__tells_the_return_of_each_episode() -> None:
+    env, told = multibinary(), []
+    Sb3Agent("PPO").learn(env, 3, seed=0, progress=lambda number, total: told.append((number, total)))
+    rewards = np.reshape(env.rewards, (3, HORIZON))
+
+    assert told == [(1, sum(rewards[0])), (2, sum(rewards[1])), (3, sum(rewards[2]))]
+
+
+def test_sb3_agent__learning__makes_no_log_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SB3_LOGDIR", str(tmp_path / "logs"))
+    Sb3Agent("PPO").learn(multibinary(), 1, seed=0)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sb3_agent__after_learning__goes_to_other_processes_without_the_environment() -> None:
+    agent = Sb3Agent("A2C").learn(multibinary(), 1, seed=0)
+    sent = pickle.loads(pickle.dumps(agent))
+
+    assert agent.model.env is None
+    np.testing.assert_array_equal(sent.predict(rows(9))[0], agent.predict(rows(9))[0])
 
 
 def test_sb3_agent__policy_kwargs__are_passed_on() -> None:
@@ -408,6 +433,7 @@ def test_sb3_agent__policy_kwargs__are_passed_on() -> None:
         ("HerReplayBuffer", {}, "no algorithm is called"),
         ("PPO", {"gama": 0.9}, "no hyperparameter 'gama': did you mean 'gamma'"),
         ("PPO", {"seed": 3}, "no hyperparameter 'seed'"),
+        ("PPO", {"learning_rate": math.nan}, "expected plain data"),
         ("PPO", {"policy_kwargs": {"activation_fn": torch.nn.SiLU}}, "expected plain data"),
     ],
 )
@@ -430,7 +456,7 @@ def test_sb3_agent__folder_that_cannot_be_made__is_an_output_error(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "broken", ["missing", "not json", "other agent", "no field", "weights missing", "wrong weights"]
+    "broken", ["missing", "not json", "list", "nested", "other agent", "old", "no field", "no weights", "wrong weights"]
 )
 def test_load__broken_folder__is_a_record_error(broken: str, tmp_path: Path) -> None:
     Sb3Agent("PPO").learn(multibinary(), 1, seed=0).save(tmp_path)
@@ -440,11 +466,17 @@ def test_load__broken_folder__is_a_record_error(broken: str, tmp_path: Path) -> 
         config_file.unlink()
     elif broken == "not json":
         config_file.write_text("{")
+    elif broken == "list":
+        config_file.write_text("[]")
+    elif broken == "nested":
+        config_file.write_text("[" * 100_000)
+    elif broken == "old":
+        config_file.write_text(json.dumps({**config, "features_version": 0}))
     elif broken == "other agent":
         config_file.write_text(json.dumps({**config, "agent": "raise_fork"}))
     elif broken == "no field":
         config_file.write_text(json.dumps({"agent": "sb3:PPO"}))
-    elif broken == "weights missing":
+    elif broken == "no weights":
         weights_file.write_bytes(b"")
     else:
         config_file.write_text(json.dumps({**config, "num_features": 4}))
@@ -453,10 +485,9 @@ def test_load__broken_folder__is_a_record_error(broken: str, tmp_path: Path) -> 
         Sb3Agent.load(tmp_path)
 
 
-@pytest.mark.usefixtures("_bandits_for_wrappers")
 @pytest.mark.parametrize(("make", "form"), [(multibinary, "subset"), (boxed, "scores"), (discrete, "pick")])
 def test_matching_wrapper__action_space__decides(make: Any, form: str) -> None:
-    model, env = SimpleNamespace(action_space=make().action_space), multibinary()
+    model, env = SimpleNamespace(action_space=make().action_space), toy()
 
     assert matching_wrapper(model, env).action_space == model.action_space
     assert Sb3Agent("PPO", action_form=form).wrap(env).action_space == model.action_space

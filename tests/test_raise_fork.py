@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from raise_env.agents import RaiseFork, RandomAgent, run_episode
+from raise_env.agents.raise_fork import ForkSettings, Group, fit_ensemble
+from raise_env.errors import RaiseEnvError, RecordError, SettingError
+from raise_env.testing import toy_env
+
+SMALL = {"num_forks": 4, "num_networks": 2, "num_passes": 5, "horizon": 3}
+TRUE_SCORES = np.array([2.0, -1.0])
+
+
+def learned(episodes=1, seed=0, env=None, **settings):
+    return RaiseFork(**{**SMALL, **settings}).learn(env or toy_env(), episodes, seed=seed)
+
+
+def observation_of(env, seed=0):
+    return env.reset(seed=seed)[0]
+
+
+def made_up_groups(count, rng):
+    """Return groups in which a fork's gain is a weighted sum over two columns of its rows."""
+    groups = []
+    for _ in range(count):
+        rows = rng.normal(size=(8, 4, 39)).astype(np.float32)
+        gains = (rows[:, :, :2] @ TRUE_SCORES).sum(axis=1)
+        groups.append(Group(rows, ((gains - gains.mean()) / gains.std()).astype(np.float32)))
+    return groups
+
+
+@pytest.fixture(scope="module")
+def selector():
+    """One that learned in earnest: a second or two."""
+    return RaiseFork(num_forks=8, num_networks=3, num_passes=40, horizon=10).learn(toy_env(), episodes=4)
+
+
+# Learning
+
+
+def test_learn__toy_world__beats_random_on_every_seed(selector):
+    for seed in range(5):
+        ours = run_episode(toy_env(), selector, seed=seed, name="raise_fork")
+        random_rows = run_episode(toy_env(), RandomAgent(), seed=seed, name="random")
+        assert ours.dev_scores[-1] > random_rows.dev_scores[-1] + 0.1
+
+
+def test_learn__toy_world__prefers_the_column_that_tells_the_value(selector):
+    env = toy_env(400, num_candidates="all")
+    observation = observation_of(env)
+    values = env.assets.learner.values[env.candidates]
+    assert np.corrcoef(selector.scores(observation), values)[0, 1] > 0.6
+
+
+def test_learn__same_seed__same_selector():
+    observation = observation_of(toy_env())
+    np.testing.assert_array_equal(learned(2).scores(observation), learned(2).scores(observation))
+
+
+def test_learn__another_seed__another_selector():
+    observation = observation_of(toy_env())
+    assert (learned(seed=0).scores(observation) != learned(seed=1).scores(observation)).any()
+
+
+def test_learn__the_environment__is_left_as_it_was():
+    env = toy_env()
+    env.reset(seed=5)
+    env.step(np.ones(32, dtype=np.int8))
+    before = env.snapshot()
+    learned(env=env)
+    after = env.snapshot()
+    assert (after.learner_state, after.num_steps, after.generator_state) == (
+        before.learner_state,
+        before.num_steps,
+        before.generator_state,
+    )
+
+
+def test_learn__global_generators__untouched():
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    before = states()
+    learned()
+    assert states() == before
+
+
+def test_learn__progress__number_and_return_of_each_episode():
+    calls = []
+    agent = RaiseFork(**SMALL).learn(toy_env(), 3, progress=lambda number, total: calls.append((number, total)))
+    assert [number for number, _ in calls] == [1, 2, 3]
+    assert [total for _, total in calls] == agent.episode_returns
+
+
+def test_learn__horizon__of_the_settings_but_not_beyond_the_environments():
+    assert len(learned(horizon=3).groups) == 3
+    assert len(learned(horizon=50, env=toy_env(horizon=4)).groups) == 4
+    assert len(learned(horizon=None, env=toy_env(horizon=5)).groups) == 5
+
+
+def test_learn__a_fork_diverges__its_group_is_left_out_and_learning_goes_on():
+    env = toy_env(32, num_candidates="all", diverges_on=0)
+    agent = RaiseFork(num_forks=4, num_networks=1, num_passes=1, horizon=5).learn(env, 2)
+    # Four batches of eight of 32 rows: one of them holds row 0, in every step of the first episode.
+    assert all(np.isfinite(group.gains).all() for group in agent.groups)
+
+
+def test_learn__every_fork_scores_alike__an_error_that_says_what_to_do():
+    # A score that no update moves: every toy row counts as wrong until the loss has halved.
+    env = toy_env(reward="exact_match", horizon=2)
+    with pytest.raises(RaiseEnvError, match="num_forks|reward"):
+        RaiseFork(num_forks=2, num_networks=1, num_passes=1).learn(env, 1)
+
+
+def test_fork_settings__one_fork__nothing_to_compare():
+    with pytest.raises(SettingError, match="num_forks is 1; expected at least 2"):
+        RaiseFork(num_forks=1)
+
+
+def test_raise_fork__unknown_setting__lists_the_known():
+    with pytest.raises(SettingError, match=r"num_frocks.*num_forks"):
+        RaiseFork(num_frocks=3)
+
+
+def test_fit_ensemble__sums_of_a_known_score__it_is_found():
+    rng = np.random.default_rng(0)
+    settings = ForkSettings(num_networks=2, num_passes=40)
+    networks = fit_ensemble(made_up_groups(60, rng), settings, seed=0)
+    rows = rng.normal(size=(200, 39)).astype(np.float32)
+    with torch.no_grad():
+        scores = torch.stack([network(torch.from_numpy(rows)) for network in networks]).mean(dim=0).numpy()
+    assert np.corrcoef(scores, rows[:, :2] @ TRUE_SCORES)[0, 1] > 0.8
+
+
+# Acting
+
+
+def test_predict__padding__is_never_chosen(selector):
+    # Five rows a class where eight are offered: 12 of 32 are padding.
+    env = toy_env(20, num_candidates=32, batch_size=20)
+    observation = observation_of(env)
+    selector.begin(env, seed=0)
+    for deterministic in (True, False):
+        choice, _ = selector.predict(observation, deterministic=deterministic)
+        assert choice.sum() == 20
+        assert not choice[~env.action_masks()].any()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 1000])
+def test_predict__any_number_of_rows__as_many_as_there_are_up_to_the_batch(selector, num_rows):
+    observation = np.random.default_rng(0).normal(size=(num_rows, 39)).astype(np.float32)
+    observation[:, -1] = 0.0
+    selector.begin(toy_env(), seed=0)
+    choice, state = selector.predict(observation, state=("kept",))
+    assert (choice.shape, choice.dtype, choice.sum()) == ((num_rows,), np.int8, min(8, num_rows))
+    assert state == ("kept",)
+
+
+def test_predict__order_of_the_rows__does_not_matter(selector):
+    observation = observation_of(toy_env())
+    order = np.random.default_rng(1).permutation(len(observation))
+    choice, _ = selector.predict(observation)
+    shuffled, _ = selector.predict(observation[order])
+    np.testing.assert_array_equal(shuffled, choice[order])
+
+
+def test_predict__rows_taken_once__come_after_all_others(selector):
+    env = toy_env(32, num_candidates="all", horizon=4)
+    record = run_episode(env, selector, seed=0, name="raise_fork")
+    assert sorted(row for rows in record.actions for row in rows) == list(range(32))
+
+
+def test_predict__not_deterministic__varies(selector):
+    observation = observation_of(toy_env())
+    choices = {selector.predict(observation, deterministic=False)[0].tobytes() for _ in range(10)}
+    assert len(choices) > 1
+
+
+def test_predict__nothing_learned__says_so():
+    with pytest.raises(RuntimeError, match="learn"):
+        RaiseFork().predict(np.ones((4, 39), dtype=np.float32))
+
+
+# Files
+
+
+def test_load__what_save_wrote__equal_scores(tmp_path):
+    agent = learned(2)
+    agent.save(tmp_path / "selector")
+    loaded = RaiseFork.load(tmp_path / "selector")
+    observation = observation_of(toy_env())
+    np.testing.assert_array_equal(loaded.scores(observation), agent.scores(observation))
+    assert (loaded.settings, loaded.episode_returns, loaded.training) == (
+        agent.settings,
+        agent.episode_returns,
+        agent.training,
+    )
+
+
+def test_save__files__two_and_no_pickle(tmp_path):
+    learned().save(tmp_path / "selector")
+    assert sorted(path.name for path in (tmp_path / "selector").iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "selector" / "config.json").read_text())
+    assert config["agent"] == "raise_fork"
+    assert len(config["features"]["names"]) == 39
+
+
+def test_save__folder_that_is_there__is_replaced_whole(tmp_path):
+    folder = tmp_path / "selector"
+    folder.mkdir()
+    (folder / "left-over").write_text("old")
+    learned().save(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["selector"]
+
+
+def test_load_progress__then_learning__equals_an_undisturbed_run(tmp_path):
+    learned(2).save_progress(tmp_path / "learning")
+    resumed = RaiseFork(**SMALL)
+    resumed.load_progress(tmp_path / "learning")
+    resumed.learn(toy_env(), 1)
+    undisturbed = learned(3)
+    observation = observation_of(toy_env())
+    np.testing.assert_array_equal(resumed.scores(observation), undisturbed.scores(observation))
+    assert resumed.episode_returns == undisturbed.episode_returns
+
+
+def spoil(path, change):
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(format=99),
+        lambda config: config.update(agent="other"),
+        lambda config: config["features"]["names"].reverse(),
+        lambda config: config.update(settings=[]),
+        lambda config: config.update(training=None),
+        lambda config: config.pop("episode_returns"),
+        lambda config: config["settings"].update(num_networks=7),
+        lambda config: config["settings"].update(hidden_dims=[3]),
+        lambda config: config["settings"].update(unheard_of=1),
+    ],
+)
+def test_load__another_config__an_error_that_names_the_file(tmp_path, change):
+    learned().save(tmp_path / "s")
+    spoil(tmp_path / "s" / "config.json", change)
+    with pytest.raises(RaiseEnvError, match=r"config\.json|model\.safetensors|unheard_of"):
+        RaiseFork.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "empty"])
+def test_load__weights_are_damaged__record_error(tmp_path, damage):
+    learned().save(tmp_path / "s")
+    path = tmp_path / "s" / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2] if damage == "torn" else b"")
+    with pytest.raises(RecordError, match=r"model\.safetensors"):
+        RaiseFork.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_load_progress__groups_are_damaged__record_error(tmp_path, damage):
+    learned().save_progress(tmp_path / "p")
+    path = tmp_path / "p" / "groups.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "torn":
+        path.write_bytes(content[:50])
+    with pytest.raises(RecordError, match="groups"):
+        RaiseFork(**SMALL).load_progress(tmp_path / "p")

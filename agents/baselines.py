@@ -41,8 +41,8 @@ class PoolScoreAgent(BatchAgent):
         assert self._world is not None
         assert self._pool_scores is not None
         scores = self._pool_scores[self._world.candidates]
-        spread = np.ptp(self._pool_scores) + 1.0
-        return np.asarray(scores - spread * observation[:, -1])
+        times_taken = np.rint(np.expm1(observation[:, -1]))
+        return np.asarray(scores - (np.ptp(self._pool_scores) + 1.0) * times_taken)
 
     def score_pool(self, env: gym.Env[Any, Any]) -> np.ndarray:
         """Return a score for each pool row, shape (pool,); higher is taken first."""
@@ -59,7 +59,8 @@ class IfdAgent(PoolScoreAgent):
     """
 
     def score_pool(self, env: gym.Env[Any, Any]) -> np.ndarray:
-        """Return IFD, or minus IFD where it is above 1."""
+        """Return IFD; where it is above 1, minus its logarithm, which keeps the order and cannot overflow."""
         features = world_of(env).assets.features
-        ifd = np.exp(features.log_p_response - features.log_p_response_given_prompt)
-        return np.asarray(np.nan_to_num(np.where(ifd <= 1.0, ifd, -ifd), nan=-np.inf, neginf=-1e6))
+        gap = np.float64(features.log_p_response) - features.log_p_response_given_prompt
+        gap = np.nan_to_num(gap)  # NaN: rows that are never offered, as nothing of their response fits
+        return np.where(gap <= 0.0, np.exp(np.minimum(gap, 0.0)), -gap)

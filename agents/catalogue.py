@@ -46,7 +46,7 @@ def make_agent(name: str, arguments: Mapping[str, Any] | None = None) -> Agent:
     if name in AGENTS:
         module, _, entry = AGENTS[name].partition(":")
         return _build(getattr(importlib.import_module(f".{module}", __package__), entry), name, arguments)
-    if colon and "." in kind:
+    if colon and rest:
         return _build(_own_class(kind, rest, name), name, arguments)
     raise SettingError(f"unknown agent {name!r}: {suggestion(name, [*AGENTS, *_FORMS])}")
 

@@ -48,8 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _quieten()
+    # So that module:function and module:Class find what lies in the working folder; last, so that it hides nothing.
+    sys.path.append(os.getcwd())
     try:
         code = app(args=arguments, standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except RaiseEnvError as error:
         _fail(str(error), EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
@@ -200,6 +204,18 @@ class TerminalReporter:
         typer.echo(f"  done in {time.monotonic() - start:.0f} s", err=True)
 
 
+def _remove_last_demo(out: Path) -> None:
+    """A demo may be run again and again, and its last result is not worth keeping; another run's folder stands."""
+    import shutil
+
+    try:
+        is_demo = json.loads((out / "run.json").read_text(encoding="utf-8"))["command"] == "demo"
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if is_demo:
+        shutil.rmtree(out)
+
+
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="DIR")]
 Seed = Annotated[int, typer.Option("--seed", help="What everything is drawn from.", min=0)]
 
@@ -213,11 +229,7 @@ def demo(
     """Embedded task, end to end: learn a selector, compare it on the test set, draw the report."""
     from .runs import Plan, train
 
-    if (out / "run.json").exists():
-        # A demo may be run again and again: its last result is not worth keeping.
-        import shutil
-
-        shutil.rmtree(out)
+    _remove_last_demo(out)
     plan = Plan({}, episodes=episodes, seed=seed, compare=DEMO_COMPARE)
     report = train(out, plan, command="demo", reporter=TerminalReporter())
     _show(report, out)

@@ -45,7 +45,9 @@ class ForkSettings:
     Attributes:
         num_forks: Subsets tried from each training state.
         num_dev: Dev rows that the forks of a group are scored on, drawn afresh for each group; None: all.
-        horizon: Steps of an episode while learning; None: the environment's own.
+        num_steps: Steps of a learning episode, which is then left; None: to its end. The learning rate falls with
+            the environment's own horizon, so a few steps see the rates at which most of a run is made.
+        probe_every: Steps from one group of forks to the next; between them the trunk takes what F ranks best.
         num_networks: Networks whose mean is F; each is fitted to groups drawn with replacement.
         hidden_dims: Widths of a network's hidden layers.
         learning_rate: Adam's, for the fit.
@@ -57,8 +59,9 @@ class ForkSettings:
     """
 
     num_forks: int = 8
-    num_dev: int | None = None
-    horizon: int | None = 20
+    num_dev: int | None = 32
+    num_steps: int | None = 16
+    probe_every: int = 1
     num_networks: int = 5
     hidden_dims: tuple[int, ...] = (64, 64)
     learning_rate: float = 3e-3
@@ -116,9 +119,12 @@ class RaiseFork(BatchAgent):
 
         Args:
             env: A RaiseSelect environment; it is left as it is.
-            episodes: Episodes of `settings.horizon` steps.
+            episodes: Episodes of `settings.num_steps` steps.
             seed: What candidates, forks and networks are drawn from.
             progress: Called after each episode with its number and return.
+
+        Raises:
+            SettingError: No fork scored differently from its siblings, so there is nothing to learn from.
         """
         world = self._learning_world(world_of(env))
         self.batch_size = None
@@ -127,6 +133,8 @@ class RaiseFork(BatchAgent):
             number = len(self.episode_returns)
             rng = np.random.default_rng([seed, number])
             self.episode_returns.append(self._episode(world, rng))
+            if not self.groups:
+                raise SettingError(_nothing_seen(world))
             self.networks = fit_ensemble(self.groups, self.settings, seed=int(rng.integers(2**31)))
             if progress is not None:
                 progress(number + 1, self.episode_returns[-1])
@@ -237,29 +245,30 @@ class RaiseFork(BatchAgent):
         except (OSError, SafetensorError) as error:
             raise RecordError(f"{folder}: the groups cannot be read ({error}).") from error
         self.networks, self.episode_returns = loaded.networks, loaded.episode_returns
+        self.training = loaded.training
         pairs = zip(groups["rows"].numpy(), groups["gains"].numpy(), strict=True)
         self.groups = [Group(rows, gains) for rows, gains in pairs]
 
     def _learning_world(self, world: RaiseSelectEnv) -> RaiseSelectEnv:
-        kwargs = world.config.to_kwargs()
+        # Forks are scored by probes; the trunk's own scores are not needed on the way.
+        kwargs = {**world.config.to_kwargs(), "score_every": world.config.horizon}
         kwargs.pop("render_mode", None)
-        kwargs.pop("budget", None)
-        horizon = self.settings.horizon or world.config.horizon
-        return RaiseSelectEnv(assets=world.assets, **{**kwargs, "horizon": min(horizon, world.config.horizon)})
+        return RaiseSelectEnv(assets=world.assets, **kwargs)
 
     def _episode(self, world: RaiseSelectEnv, rng: np.random.Generator) -> float:
         """Run one episode, keep what its forks showed, and return its return."""
         observation, _ = world.reset(seed=int(rng.integers(2**31)))
-        over, total = False, 0.0
-        while not over:
+        over = False
+        while not over and world.num_steps != self.settings.num_steps:
             actions = self._actions(observation, world.action_masks(), world.config.batch_size, rng)
-            scores = world.probe(actions, self.settings.num_dev)
-            group = _group(observation, actions, scores)
-            if group is not None:
-                self.groups.append(group)
-            observation, reward, over, _, _ = world.step(actions[rng.integers(len(actions))])
-            total += reward
-        return total
+            if world.num_steps % self.settings.probe_every == 0:
+                group = _group(observation, actions, world.probe(actions, self.settings.num_dev))
+                if group is not None:
+                    self.groups.append(group)
+            observation, _, over, _, _ = world.step(actions[rng.integers(len(actions))])
+        # An episode that is left before its end was not scored yet: taking nothing gives the score as it is.
+        last = world.dev_scores[-1] if over else float(world.probe(np.zeros((1, len(observation)), dtype=np.int8))[0])
+        return last - world.dev_scores[0]
 
     def _actions(self, observation: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """Return the forks' 0/1 choices, shape (num_forks, rows), int8."""
@@ -303,7 +312,7 @@ def ensemble_scores(networks: Sequence[AcquisitionFunction], observation: np.nda
     """Return the mean of the networks' scores, each in its own standard deviations over the rows, shape (rows,)."""
     with torch.no_grad():
         scores = torch.stack([network(torch.from_numpy(observation)) for network in networks])
-        spread = scores.std(dim=1, keepdim=True).clamp(min=1e-6)
+        spread = scores.std(dim=1, correction=0, keepdim=True).clamp(min=1e-6)
         return ((scores - scores.mean(dim=1, keepdim=True)) / spread).mean(dim=0).double().numpy()
 
 
@@ -344,6 +353,14 @@ def _group(observation: np.ndarray, actions: np.ndarray, scores: np.ndarray) -> 
         return None
     rows = np.stack([observation[action == 1] for action in actions])
     return Group(rows, ((scores - scores.mean()) / spread).astype(np.float32))
+
+
+def _nothing_seen(world: RaiseSelectEnv) -> str:
+    return (
+        f"in a whole episode the forks of no step differed in reward {world.config.reward!r}, or one of them diverged: "
+        "there is nothing to learn from. Take reward 'loss', more forks (num_forks), more dev rows, or a lower "
+        "learning_rate."
+    )
 
 
 def _random_batches(allowed: np.ndarray, size: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:

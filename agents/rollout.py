@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from raise_env import PickOne, TopKScores
+from raise_env.errors import SettingError
 from raise_env.record import EpisodeRecord
 
 from .base import Agent, world_of
@@ -42,9 +44,10 @@ def run_episode(
     begin = getattr(agent, "begin", None)
     if begin is not None:
         begin(env, seed)
+    is_masked = isinstance(env.action_space, spaces.Discrete) and _takes_masks(agent)
     state, start, over = None, np.ones(1, dtype=bool), False
     while not over:
-        masks = {"action_masks": info["action_mask"]} if isinstance(env.action_space, spaces.Discrete) else {}
+        masks = {"action_masks": info["action_mask"]} if is_masked else {}
         action, state = agent.predict(
             observation, state=state, episode_start=start, deterministic=deterministic, **masks
         )
@@ -59,6 +62,13 @@ def fit_wrapper(env: gym.Env[Any, Any], agent: object) -> gym.Env[Any, Any]:
     """Return the environment with the wrapper that the agent's actions need.
 
     An agent with an `action_space`, as every Stable-Baselines3 model has, says by it which form it chooses.
+
+    Args:
+        env: The environment as `gym.make` returns it, or wrapped to fit already.
+        agent: Anything with `predict`; without an `action_space` it acts in the environment as it is.
+
+    Raises:
+        SettingError: The agent's action space is none of MultiBinary, Box and Discrete.
     """
     space = getattr(agent, "action_space", None)
     if space is None or isinstance(env.action_space, type(space)):
@@ -67,4 +77,8 @@ def fit_wrapper(env: gym.Env[Any, Any], agent: object) -> gym.Env[Any, Any]:
         return TopKScores(env)
     if isinstance(space, spaces.Discrete):
         return PickOne(env)
-    return env
+    raise SettingError(f"an agent that acts in {space} fits no wrapper: train it on MultiBinary, Box or Discrete.")
+
+
+def _takes_masks(agent: Agent) -> bool:
+    return "action_masks" in inspect.signature(agent.predict).parameters

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from raise_env import RaiseSelectEnv
-from raise_env.errors import OutputError, RecordError, SettingError
+from raise_env import EnvConfig, RaiseSelectEnv
+from raise_env.errors import DataError, OutputError, RecordError, SettingError
 from raise_env.files import append_line, prepare_folder, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord, versions
 
@@ -116,12 +116,14 @@ def train(
     reporter = reporter or Silent()
     agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in _names(plan)}
     env = RaiseSelectEnv(**plan.settings)
+    _check_inputs(env.config)
     run = _Run.open(folder, command, plan, resume)
+    with reporter.task("loading model, data and features", 1) as show:
+        env.reset(seed=plan.seed)
+        show(1)
+    run.check_content(env.assets.content)
     with run:
-        with reporter.task("loading model, data and features", 1) as show:
-            run.note(content=env.assets.content, device=env.assets.learner.base.device.type)  # type: ignore[attr-defined]
-            env.reset(seed=plan.seed)
-            show(1)
+        run.note(content=env.assets.content, device=env.assets.learner.base.device.type)  # type: ignore[attr-defined]
         learned = _learn(run, plan, env, agents[plan.agent], reporter)
         for name in _names(plan):
             agent = learned if name == plan.agent else agents[name]
@@ -175,12 +177,11 @@ def estimate(plan: Plan) -> Estimate:
 
     env = RaiseSelectEnv(**plan.settings)
     agent = make_agent(plan.agent, plan.agent_settings)
-    env.reset(seed=plan.seed)
     step = _measure(env, lambda: env.step(_first_rows(env)))
     updates, tokens, seconds = 0, 0.0, 0.0
     settings = getattr(agent, "settings", None)
     forks = getattr(settings, "num_forks", 0)
-    horizon = min(getattr(settings, "horizon", None) or env.config.horizon, env.config.horizon)
+    horizon = min(getattr(settings, "num_steps", None) or env.config.horizon, env.config.horizon)
     learning_steps = plan.episodes * horizon
     if settings is not None and forks and plan.episodes:
         probe = _measure(env, lambda: env.probe(np.stack([_first_rows(env)] * forks), settings.num_dev))
@@ -197,18 +198,30 @@ def estimate(plan: Plan) -> Estimate:
 
 
 def _measure(env: RaiseSelectEnv, work: Callable[[], object]) -> tuple[float, float]:
-    """Return token forwards and seconds of one piece of work, the mean of two after a first that is not counted."""
-    work()
-    tokens, start = env.ledger.token_forwards, time.perf_counter()
-    work()
-    work()
-    return (env.ledger.token_forwards - tokens) / 2, (time.perf_counter() - start) / 2
+    """Return token forwards and seconds of a piece of work on a new episode, the mean of two after a first in vain."""
+    costs = []
+    for _ in range(3):
+        env.reset(seed=0)
+        tokens, start = env.ledger.token_forwards, time.perf_counter()
+        work()
+        costs.append((env.ledger.token_forwards - tokens, time.perf_counter() - start))
+    return (costs[1][0] + costs[2][0]) / 2, (costs[1][1] + costs[2][1]) / 2
 
 
 def _first_rows(env: RaiseSelectEnv) -> np.ndarray:
     action = np.zeros(env.action_space.shape or (0,), dtype=np.int8)
     action[np.flatnonzero(env.action_masks())[: env.config.batch_size]] = 1
     return action
+
+
+def _check_inputs(config: EnvConfig) -> None:
+    """Find bad input in a second or two: before anything is shown or written, and before features are computed."""
+    from raise_env.assets import load_data
+    from raise_env.base_model import load_config
+
+    for model in {config.model, config.auxiliary_model or config.model}:
+        load_config(model)
+    load_data(config)
 
 
 def _names(plan: Plan) -> list[str]:
@@ -243,17 +256,26 @@ class _Run:
                 "phi_tokens": {},
             }
             state = {"schema_version": REPORT_VERSION, "status": "running", "start": _now(), **begun}
-        run = cls(folder, state)
-        run.note()
-        return run
+        return cls(folder, state)
 
     def __enter__(self) -> _Run:
+        self.note()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         ended = "done" if kind is None else "failed"
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.note(status="interrupted" if interrupted else ended, end=_now())
+
+    def check_content(self, content: Mapping[str, str]) -> None:
+        """Refuse to go on with other data or another model than the run was begun with."""
+        before = self.state.get("content", content)
+        different = [name for name in {**before, **content} if before.get(name) != content.get(name)]
+        if different:
+            raise DataError(
+                f"{self.folder / 'run.json'}: since the run was begun, the content of {', '.join(different)} has "
+                "changed. Resume it with what it was begun with, or start anew in another folder."
+            )
 
     def note(self, **values: Any) -> None:
         """Add to run.json."""

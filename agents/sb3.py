@@ -55,7 +55,6 @@ __all__ = [
     "Sb3Agent",
     "SubsetDistribution",
     "SubsetPolicy",
-    "matching_wrapper",
 ]
 
 #: The format of config.json; counts up when `load` could no longer read what an earlier `save` wrote.
@@ -485,26 +484,6 @@ class Sb3Agent:
         elif issubclass(self._class, OffPolicyAlgorithm) and "buffer_size" in settings and "buffer_size" not in own:
             settings["buffer_size"] = min(settings["buffer_size"], num_steps)
         return settings
-
-
-def matching_wrapper(agent: Any, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """Return the environment as an agent acts in it: an SB3 model or `Sb3Agent` tells by its action space.
-
-    Args:
-        agent: Anything with `predict`; where it has no `action_space` the environment is returned as it is.
-        env: The environment as `gym.make` returns it, with MultiBinary actions.
-
-    Raises:
-        SettingError: The agent's action space is none of MultiBinary, Box and Discrete.
-    """
-    space = getattr(agent, "action_space", None)
-    if space is None or isinstance(space, spaces.MultiBinary):
-        return env
-    if isinstance(space, spaces.Box):
-        return _wrap(env, "scores")
-    if isinstance(space, spaces.Discrete):
-        return _wrap(env, "pick")
-    raise SettingError(f"an agent that acts in {space} fits no wrapper: train it on MultiBinary, Box or Discrete.")
 
 
 def _wrap(env: gym.Env[Any, Any], action_form: str) -> gym.Env[Any, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -280,14 +281,23 @@ def resolve_device(device: str) -> torch.device:
 
 def _load_causal(source: str, dtype: torch.dtype) -> Any:
     # use_safetensors: a checkpoint in pickle would be code to run.
-    return _load(AutoModelForCausalLM, model_folder(source), source, "model", dtype=dtype, use_safetensors=True)
+    kwargs = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    causal, loading = _load(AutoModelForCausalLM, model_folder(source), source, "model", **kwargs)
+    if loading["missing_keys"]:
+        # transformers would draw them at random, and every number after that would mean nothing.
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ModelError(
+            f"the model {source!r} is not whole: {len(loading['missing_keys'])} of its weights are not in its files, "
+            f"such as {missing}. Expected all weights of a causal language model; download or save it again."
+        )
+    return causal
 
 
 def _load(factory: Any, folder: str, source: str, what: str, **kwargs: Any) -> Any:
     try:
         with _quiet():
             return factory.from_pretrained(folder, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the {what} {source!r} cannot be loaded: {reason} Expected a folder written by transformers with "
@@ -299,7 +309,9 @@ def _with_lora(causal: Any, lora: LoraSettings, source: str) -> PeftModel:
     settings = asdict(lora)
     if not isinstance(lora.target_modules, str):
         settings["target_modules"] = list(lora.target_modules)
-    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    # GPT-2's layers keep their weights the other way round; told so, PEFT need not find out and warn.
+    transposed = any(isinstance(module, Conv1D) for module in causal.modules())
+    config = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=transposed, **settings)
     try:
         with _seeded(0, torch.device("cpu")), warnings.catch_warnings():
             # PEFT 0.21 still asks by the old name; transformers 5.23 says so to the user, who can do nothing.

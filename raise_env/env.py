@@ -71,6 +71,7 @@ class Snapshot:
     dev_scores: tuple[float, ...]
     history: tuple[StepRecord, ...]
     is_over: bool
+    is_scored: bool
 
 
 class EnvAssets(Protocol):
@@ -161,6 +162,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | horizon | 40 | steps of an episode |
     | budget | None | rows that may be trained on in an episode, repeats counted, instead of horizon x batch_size |
     | reward | "loss" | dev score: "loss", "accuracy", "exact_match", or a function of one's own, "module:function" |
+    | score_every | 1 | steps between two dev scores; those between earn 0, and the next scored step the whole gain |
     | lora | {"r": 8, "lora_alpha": 16} | the adapter, by PEFT's names; on all linear layers unless they say otherwise |
     | learning_rate | 3e-3 | AdamW's at the start; it falls by a cosine over the share of the episode that is used up |
     | weight_decay | 0.0 | AdamW's weight decay |
@@ -220,6 +222,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._dev_scores: list[float] = []
         self._history: list[StepRecord] = []
         self._is_over = True
+        self._is_scored = True  # whether the last dev score is that of the model as it is
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -241,6 +244,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._dev_scores = [self._reward(assets.base_evaluation)]
         self._history = []
         self._is_over = False
+        self._is_scored = True
         self._round = self._next_round()
         return self._observation(), self._info(np.zeros(0, dtype=np.int64))
 
@@ -356,6 +360,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             dev_scores=tuple(self._dev_scores),
             history=tuple(self._history),
             is_over=self._is_over,
+            is_scored=self._is_scored,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -376,6 +381,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._dev_scores = list(snapshot.dev_scores)
         self._history = list(snapshot.history)
         self._is_over = snapshot.is_over
+        self._is_scored = snapshot.is_scored
 
     def fork(self, n: int) -> list[RaiseSelectEnv]:
         """Return n environments that go on from here by themselves, over the same base model.
@@ -516,19 +522,30 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
     def _update(self, selected: np.ndarray) -> tuple[float | None, bool]:
         """Train on pool rows and note the dev score; return the training loss and whether it diverged."""
+        train_loss = self._train(selected)
+        is_finite = train_loss is None or bool(np.isfinite(train_loss))
+        if is_finite and self._is_score_due(selected):
+            evaluation = self._running_learner.evaluate("dev")
+            is_finite = evaluation.is_finite
+            if is_finite:
+                self._dev_scores.append(self._reward(evaluation))
+                self._is_scored = True
+                return train_loss, False
+        # The last score that was one: neither observation nor info ever holds NaN.
+        self._dev_scores.append(self._dev_scores[-1])
+        return (train_loss, False) if is_finite else (None, True)
+
+    def _train(self, selected: np.ndarray) -> float | None:
         if len(selected) == 0:
-            self._dev_scores.append(self._dev_scores[-1])
-            return None, False
+            return None
+        self._is_scored = False
         seed = int(self._stream(_DROPOUT).integers(2**31))
-        learner = self._running_learner
-        train_loss = learner.update(selected, self._progress, seed)
-        evaluation = learner.evaluate("dev") if np.isfinite(train_loss) else None
-        if evaluation is None or not evaluation.is_finite:
-            # The last score that was one: neither observation nor info ever holds NaN.
-            self._dev_scores.append(self._dev_scores[-1])
-            return None, True
-        self._dev_scores.append(self._reward(evaluation))
-        return train_loss, False
+        return self._running_learner.update(selected, self._progress, seed)
+
+    def _is_score_due(self, selected: np.ndarray) -> bool:
+        step = self._num_steps + 1
+        is_last = step >= self.config.horizon or len(selected) >= self.budget_left
+        return not self._is_scored and (is_last or step % self.config.score_every == 0)
 
     def _observation(self) -> Observation:
         return observe(

@@ -39,10 +39,14 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     old = beside.with_name(f"{beside.name}.old")
     try:
         yield beside
-        beside.chmod(0o755)
+        _folder_readable_by_others(beside)
         if path.exists():
             path.rename(old)
         beside.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -84,7 +88,12 @@ def prepare_folder(folder: Path) -> None:
 
 
 def _readable_by_others(path: Path) -> None:
-    # mkstemp makes files for their owner alone; a result is as open as any other file.
+    # mkstemp and safetensors make files for their owner alone; a result is as open as any other file.
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _folder_readable_by_others(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        _readable_by_others(path)

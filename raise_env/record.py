@@ -19,7 +19,7 @@ import numpy as np
 
 from .config import EnvConfig
 from .env import RaiseSelectEnv
-from .errors import RecordError
+from .errors import RecordError, SettingError
 
 __all__ = ["ENV_ID", "SCHEMA_VERSION", "TOLERANCE", "Difference", "EpisodeRecord", "read_records", "replay", "versions"]
 
@@ -188,6 +188,7 @@ def replay(record: EpisodeRecord, tolerance: float = TOLERANCE, **overrides: Any
             check.fail(f"action of step {step + 1}", f"pool ids {missing}", "not among the candidates offered")
             break
         _, reward, over, _, info = env.step(action)
+        check.rows(f"action of step {step + 1}", rows, env.history[-1].selected.tolist())
         check.number(f"reward of step {step + 1}", record.rewards[step], reward)
         check.number(f"dev score {step + 1}", record.dev_scores[step + 1], env.dev_scores[-1])
         if over != (step + 1 == len(record.actions)):
@@ -222,6 +223,11 @@ class _Comparison:
         if not distance <= self.tolerance:
             self.fail(what, recorded, replayed)
 
+    def rows(self, what: str, recorded: list[int], replayed: list[int]) -> None:
+        # Whoever wrote a record may have listed the rows in another order; twice is not once, though.
+        if sorted(recorded) != sorted(replayed):
+            self.fail(what, recorded, replayed)
+
     def fail(self, what: str, recorded: object, replayed: object) -> None:
         self.first = self.first or Difference(what, recorded, replayed)
 
@@ -237,19 +243,34 @@ def _check_fields(value: Mapping[str, Any], where: str) -> None:
     missing, unknown = sorted(known - {"final"} - set(value)), sorted(set(value) - known)
     _check(not missing, where, "record", f"the fields {', '.join(missing)} too")
     _check(not unknown, where, "record", f"no fields {', '.join(unknown)}")
-    env, actions = value["env"], value["actions"]
+    _check_env(value["env"], where)
+    _check(isinstance(value["agent"], str), where, "agent", "a name")
+    _check(_is_list([value["seed"]], int) and value["seed"] >= 0, where, "seed", "a whole number of at least 0")
+    hashed = isinstance(value["content"], dict) and {"model", "pool", "dev"} <= set(value["content"])
+    _check(hashed, where, "content", "hashes of model, pool and dev at least")
+    _check_course(value, where)
+
+
+def _check_env(env: Any, where: str) -> None:
     _check(isinstance(env, dict) and env.get("id") == ENV_ID, where, "env", f'{{"id": "{ENV_ID}", "kwargs": ...}}')
     _check(isinstance(env.get("kwargs"), dict), where, "env.kwargs", "a JSON object of settings")
-    EnvConfig.from_kwargs(env["kwargs"])
-    _check(isinstance(value["seed"], int), where, "seed", "a whole number")
+    try:
+        EnvConfig.from_kwargs(env["kwargs"])
+    except SettingError as error:
+        raise RecordError(f"{where}: field 'env.kwargs': {error}") from error
+
+
+def _check_course(value: Mapping[str, Any], where: str) -> None:
+    actions, final = value["actions"], value.get("final", {})
     _check(_is_list(actions, list) and all(_is_list(a, int) for a in actions), where, "actions", "lists of pool ids")
+    _check(len(actions) > 0, where, "actions", "at least one step")
     _check(_is_list(value["rewards"], float, int), where, "rewards", "a list of numbers")
     _check(_is_list(value["dev_scores"], float, int), where, "dev_scores", "a list of numbers")
     _check(len(value["rewards"]) == len(actions), where, "rewards", f"{len(actions)} of them, one for each step")
     _check(len(value["dev_scores"]) == len(actions) + 1, where, "dev_scores", f"{len(actions) + 1} of them")
-    _check(isinstance(value["content"], dict), where, "content", "a JSON object of hashes")
-    _check(isinstance(value.get("final", {}), dict), where, "final", "a JSON object of scores")
-    _check(len(actions) > 0, where, "actions", "at least one step")
+    scored = value["test_score"] is None or _is_list([value["test_score"]], float, int)
+    _check(scored, where, "test_score", "a number, or null")
+    _check(isinstance(final, dict) and _is_list([*final.values()], float, int), where, "final", "scores by name")
 
 
 def _is_list(value: object, *kinds: type) -> bool:

@@ -14,18 +14,6 @@ import pytest
 
 from raise_env.env import RaiseSelectEnv
 
-#: Of the embedded environment, as small as it goes while every part of it still has something to do.
-SMALL = {
-    "pool_size": 64,
-    "num_candidates": 16,
-    "num_classes": 2,
-    "batch_size": 4,
-    "horizon": 3,
-    "num_dev": 8,
-    "num_test": 8,
-    "auxiliary_updates": 2,
-}
-
 EmbeddedEnv = Callable[..., RaiseSelectEnv]
 
 
@@ -39,11 +27,27 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def embedded_env() -> EmbeddedEnv:
+def small_settings() -> dict[str, Any]:
+    """Settings of the embedded environment that make it small, with something left to do for every part of it."""
+    return {
+        "pool_size": 64,
+        "num_candidates": 16,
+        "num_classes": 2,
+        "batch_size": 4,
+        "horizon": 3,
+        "budget": 48,
+        "num_dev": 8,
+        "num_test": 8,
+        "auxiliary_updates": 2,
+    }
+
+
+@pytest.fixture(scope="session")
+def embedded_env(small_settings: dict[str, Any]) -> EmbeddedEnv:
     """Return a function that makes a small environment of the embedded model; they all share one base."""
 
     def make(**settings: Any) -> RaiseSelectEnv:
-        return RaiseSelectEnv(**{**SMALL, **settings})
+        return RaiseSelectEnv(**{**small_settings, **settings})
 
     return make
 
@@ -55,3 +59,9 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"real models and data are not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(embedded_env: EmbeddedEnv) -> Any:
+    """The embedded base model with its LoRA layers."""
+    return embedded_env().assets.learner.base

@@ -12,7 +12,7 @@ from raise_env.agents.raise_fork import ForkSettings, Group, fit_ensemble
 from raise_env.errors import RaiseEnvError, RecordError, SettingError
 from raise_env.testing import toy_env
 
-SMALL = {"num_forks": 4, "num_networks": 2, "num_passes": 5, "horizon": 3}
+SMALL = {"num_forks": 4, "num_networks": 2, "num_passes": 5, "num_steps": 3}
 TRUE_SCORES = np.array([2.0, -1.0])
 
 
@@ -37,7 +37,7 @@ def made_up_groups(count, rng):
 @pytest.fixture(scope="module")
 def selector():
     """One that learned in earnest: a second or two."""
-    return RaiseFork(num_forks=8, num_networks=3, num_passes=40, horizon=10).learn(toy_env(), episodes=4)
+    return RaiseFork(num_forks=8, num_networks=3, num_passes=40, num_steps=None).learn(toy_env(), episodes=4)
 
 
 # Learning
@@ -97,23 +97,23 @@ def test_learn__progress__number_and_return_of_each_episode():
     assert [total for _, total in calls] == agent.episode_returns
 
 
-def test_learn__horizon__of_the_settings_but_not_beyond_the_environments():
-    assert len(learned(horizon=3).groups) == 3
-    assert len(learned(horizon=50, env=toy_env(horizon=4)).groups) == 4
-    assert len(learned(horizon=None, env=toy_env(horizon=5)).groups) == 5
+@pytest.mark.parametrize(("num_steps", "expected"), [(3, 3), (None, 5), (50, 5)])
+def test_learn__num_steps__ends_an_episode_unless_the_environment_does(num_steps, expected):
+    assert len(learned(num_steps=num_steps, env=toy_env(horizon=5)).groups) == expected
 
 
 def test_learn__a_fork_diverges__its_group_is_left_out_and_learning_goes_on():
-    env = toy_env(32, num_candidates="all", diverges_on=0)
-    agent = RaiseFork(num_forks=4, num_networks=1, num_passes=1, horizon=5).learn(env, 2)
-    # Four batches of eight of 32 rows: one of them holds row 0, in every step of the first episode.
+    # Four of the eight batches of 64 rows are tried: half of the groups hold the row that makes the model diverge.
+    env = toy_env(64, num_candidates="all", diverges_on=0)
+    agent = learned(4, env=env, num_steps=5)
+    assert 0 < len(agent.groups) < 20
     assert all(np.isfinite(group.gains).all() for group in agent.groups)
 
 
 def test_learn__every_fork_scores_alike__an_error_that_says_what_to_do():
-    # A score that no update moves: every toy row counts as wrong until the loss has halved.
+    # Every toy row counts as wrong until the loss has halved, which two updates do not do.
     env = toy_env(reward="exact_match", horizon=2)
-    with pytest.raises(RaiseEnvError, match="num_forks|reward"):
+    with pytest.raises(RaiseEnvError, match=r"nothing to learn from.*num_forks"):
         RaiseFork(num_forks=2, num_networks=1, num_passes=1).learn(env, 1)
 
 

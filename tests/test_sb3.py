@@ -20,7 +20,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 
 from raise_env.agents import sb3
-from raise_env.agents.sb3 import PRESETS, RowPolicy, Sb3Agent, SubsetPolicy, matching_wrapper
+from raise_env.agents.rollout import fit_wrapper
+from raise_env.agents.sb3 import PRESETS, RowPolicy, Sb3Agent, SubsetPolicy
 from raise_env.errors import OutputError, RecordError, SettingError
 from raise_env.testing import toy_env
 
@@ -486,21 +487,21 @@ def test_load__broken_folder__is_a_record_error(broken: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("make", "form"), [(multibinary, "subset"), (boxed, "scores"), (discrete, "pick")])
-def test_matching_wrapper__action_space__decides(make: Any, form: str) -> None:
+def test_fit_wrapper__action_space__decides(make: Any, form: str) -> None:
     model, env = SimpleNamespace(action_space=make().action_space), toy()
 
-    assert matching_wrapper(model, env).action_space == model.action_space
+    assert fit_wrapper(env, model).action_space == model.action_space
     assert Sb3Agent("PPO", action_form=form).wrap(env).action_space == model.action_space
     if form == "subset":
-        assert matching_wrapper(model, env) is env
+        assert fit_wrapper(env, model) is env
 
 
-def test_matching_wrapper__agent_without_action_space__leaves_the_environment() -> None:
+def test_fit_wrapper__agent_without_action_space__leaves_the_environment() -> None:
     env = multibinary()
 
-    assert matching_wrapper(object(), env) is env
+    assert fit_wrapper(env, object()) is env
 
 
-def test_matching_wrapper__other_action_space__is_refused() -> None:
+def test_fit_wrapper__other_action_space__is_refused() -> None:
     with pytest.raises(SettingError, match="fits no wrapper"):
-        matching_wrapper(SimpleNamespace(action_space=spaces.Text(3)), multibinary())
+        fit_wrapper(multibinary(), SimpleNamespace(action_space=spaces.Text(3)))  # type: ignore[arg-type]

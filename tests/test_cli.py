@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from raise_env import __version__
+from raise_env.agents import cli
+from raise_env.agents.catalogue import AGENTS
+from raise_env.config import EnvConfig
+
+FORK_ARGUMENTS = "num_forks=2,num_steps=2,num_networks=2,num_passes=3"
+SMALL_RUN = ["--episodes", "1", "--runs", "1", "--agent-args", FORK_ARGUMENTS]
+ENTRY = [sys.executable, "-m", "raise_env.agents"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments):
+    """Run the command line in this process and return its exit code and what it wrote."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    return Outcome(stop.value.code, out.getvalue(), err.getvalue())
+
+
+def refused(*arguments):
+    """Return the message of a command that cannot be done; it has to be the only thing that is written."""
+    outcome = run(*arguments)
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    assert outcome.err.startswith("raise-env: ")
+    assert outcome.err.count("raise-env: ") == 1
+    assert "Traceback" not in outcome.err
+    return outcome.err
+
+
+def options(settings):
+    return [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def question_rows(numbers):
+    return [{"question": f"What is {i} plus {i}?", "answer": f"{2 * i}."} for i in numbers]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(small_settings):
+    """The options of a small embedded environment."""
+    return options(small_settings)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, small):
+    """A finished run, and what the command printed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    outcome = run("train", "--out", folder, *small, *SMALL_RUN)
+    assert outcome.code == 0, outcome.err
+    return folder, outcome
+
+
+@pytest.fixture
+def own_files(tmp_path):
+    """Options for a pool and a dev set of one's own, which are in order, and a folder that is not there yet."""
+    pool = write_jsonl(tmp_path / "pool.jsonl", question_rows(range(40)))
+    dev = write_jsonl(tmp_path / "dev.jsonl", question_rows(range(40, 48)))
+    own = {"pool": pool, "dev": dev, "num_candidates": 16, "horizon": 2, "auxiliary_updates": 1, "batch_size": 4}
+    return ["--out", str(tmp_path / "out"), *SMALL_RUN, *options(own)]
+
+
+@pytest.fixture(autouse=True)
+def module_path(monkeypatch):
+    """Put back what a command adds to Python's path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+# What every command shares
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "finetune", "validate", "info"])
+def test_help__every_command__says_what_it_does(command):
+    outcome = run(command, "--help")
+    assert outcome.code == 0
+    assert command in outcome.out
+    assert len(outcome.out.splitlines()) > 4
+
+
+def test_main__no_command__lists_them():
+    outcome = run()
+    assert "train" in outcome.out + outcome.err
+    assert "validate" in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_help__every_setting_of_the_environment__has_an_option_with_words(command):
+    text = " ".join(run(command, "--help").out.split())
+    for entry in dataclasses.fields(EnvConfig):
+        if entry.name != "render_mode":
+            assert re.search(rf"--{entry.name.replace('_', '-')}( VALUE)? [A-Za-z\"0-9]", text), entry.name
+
+
+@pytest.mark.parametrize("arguments", [["trane"], ["train"], ["train", "--out", "x", "--no-such-option"], ["validate"]])
+def test_main__bad_usage__one_message_and_two(arguments):
+    assert "--help" in refused(*arguments)
+
+
+def test_module__as_a_program__is_the_command_line():
+    result = subprocess.run([*ENTRY, "info"], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.startswith("raise-env")
+
+
+# info
+
+
+def test_info__all_there_is__named():
+    outcome = run("info")
+    assert outcome.code == 0
+    assert __version__ in outcome.out
+    for name in ("RaiseSelect-v0", "torch", "cpu", "default", "sb3:CLASS", *AGENTS, os.environ["RAISE_ENV_CACHE"]):
+        assert name in outcome.out
+
+
+# train
+
+
+def test_train__results__table_headline_and_where_the_report_is(trained):
+    folder, outcome = trained
+    assert re.search(r"^random +1 ", outcome.out, re.MULTILINE)
+    assert re.search(r"^raise_fork +1 ", outcome.out, re.MULTILINE)
+    assert f"Report: {folder / 'report.html'}" in outcome.out
+    assert json.loads((folder / "report.json").read_text())["headline"] in outcome.out
+
+
+def test_train__not_a_terminal__plain_lines_of_progress(trained):
+    _, outcome = trained
+    assert "learning to select (raise_fork)" in outcome.err
+    assert "\r" not in outcome.err
+
+
+def test_train__options__are_the_environments_settings(trained, small_settings):
+    plan = json.loads((trained[0] / "run.json").read_text())["plan"]
+    assert plan["settings"] == small_settings
+    assert plan["agent_settings"] == {"num_forks": 2, "num_steps": 2, "num_networks": 2, "num_passes": 3}
+
+
+def test_train__lora_and_switches__are_read_as_such(tmp_path, small):
+    lora = ["--lora", "r=2,lora_alpha=4", "--skip-empty"]
+    run("train", "--out", tmp_path / "run", *small, *lora, "--agent", "random", "--episodes", "0", "--compare", "")
+    plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
+    assert plan["settings"]["lora"] == {"r": 2, "lora_alpha": 4}
+    assert plan["settings"]["skip_empty"] is True
+
+
+def test_train__dry_run__prints_the_cost_and_writes_nothing(tmp_path, small):
+    outcome = run("train", "--out", tmp_path / "run", *small, *SMALL_RUN, "--dry-run")
+    assert outcome.code == 0
+    pattern = r"^[\d,]+ updates, [\d,]+ token forwards \(\d+\.\d\d Phi\), about [\d.]+ minutes .*, [\d.]+ GB of memory"
+    assert re.match(pattern, outcome.out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train__folder_with_a_finished_run__two_and_says_how_to_go_on(trained, small):
+    message = refused("train", "--out", trained[0], *small, *SMALL_RUN)
+    assert str(trained[0]) in message
+    assert "--resume" in message
+
+
+def test_train__resume_of_a_finished_run__the_same_result(trained, small):
+    folder, outcome = trained
+    again = run("train", "--out", folder, *small, *SMALL_RUN, "--resume")
+    assert again.code == 0
+    assert again.out.splitlines()[:6] == outcome.out.splitlines()[:6]
+
+
+# finetune
+
+
+def test_finetune__selector_of_a_run__on_a_pool_of_ones_own(trained, tmp_path, own_files):
+    own = own_files[: own_files.index("--episodes")] + own_files[own_files.index("--pool") :]
+    outcome = run("finetune", "--selector", trained[0] / "selector", *own, "--seed", "1")
+    assert outcome.code == 0, outcome.err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "selected.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 4
+    assert all(row["question"].startswith("What is") and row["step"] in (1, 2) for row in rows)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_finetune__folder_of_the_run__finds_the_selector_in_it(trained, tmp_path, small):
+    outcome = run("finetune", "--selector", trained[0], "--out", tmp_path / "out", *small)
+    assert outcome.code == 0, outcome.err
+
+
+# validate
+
+
+def test_validate__untouched_records__zero(trained):
+    outcome = run("validate", trained[0] / "episodes.jsonl")
+    assert (outcome.code, outcome.out) == (0, "2 episodes replayed: equal to the bit.\n")
+
+
+def tampered(source, path, change):
+    records = [json.loads(line) for line in source.read_text().splitlines()]
+    change(records)
+    return write_jsonl(path, records)
+
+
+def test_validate__tampered_reward__one_and_its_name(trained, tmp_path):
+    def change(records):
+        records[1]["rewards"][2] += 0.01
+
+    path = tampered(trained[0] / "episodes.jsonl", tmp_path / "tampered.jsonl", change)
+    outcome = run("validate", trained[0] / "episodes.jsonl", path)
+    assert outcome.code == 1
+    assert re.search(
+        rf"{re.escape(str(path))}, record 2 \(random, seed 1000\): reward of step 3: recorded", outcome.out
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda records: records[0]["actions"][0].__setitem__(0, 10**6), "action of step 1"),
+        (lambda records: records[0].update(test_score=0.0), "test score"),
+        (lambda records: records[0]["content"].update(pool="0" * 64), "content of pool"),
+        (lambda records: records[0]["dev_scores"].__setitem__(0, 0.0), "dev score 0"),
+    ],
+)
+def test_validate__tampered_otherwise__one_and_its_name(trained, tmp_path, change, words):
+    path = tampered(trained[0] / "episodes.jsonl", tmp_path / "tampered.jsonl", change)
+    outcome = run("validate", path)
+    assert outcome.code == 1
+    assert f"{path}, record 1 (raise_fork, seed 1000): {words}" in outcome.out
+
+
+def test_validate__difference_within_the_tolerance__zero_and_says_how_large(trained, tmp_path):
+    def change(records):
+        records[0]["rewards"][0] += 0.01
+
+    path = tampered(trained[0] / "episodes.jsonl", tmp_path / "tampered.jsonl", change)
+    outcome = run("validate", path, "--tolerance", "0.02")
+    assert outcome.code == 0
+    assert "largest difference 1.0e-02" in outcome.out
+
+
+def test_validate__broken_line__names_file_and_line(trained, tmp_path):
+    lines = (trained[0] / "episodes.jsonl").read_text().splitlines()
+    (tmp_path / "broken.jsonl").write_text(f"{lines[0]}\n{lines[1][:50]}\n")
+    assert f"{tmp_path / 'broken.jsonl'}, line 2" in refused("validate", tmp_path / "broken.jsonl")
+
+
+def test_validate__missing_field__names_it(trained, tmp_path):
+    path = tampered(trained[0] / "episodes.jsonl", tmp_path / "t.jsonl", lambda records: records[1].pop("rewards"))
+    message = refused("validate", path)
+    assert f"{path}, line 2" in message
+    assert "rewards" in message
+
+
+def test_validate__no_file__named(tmp_path):
+    assert str(tmp_path / "nothing.jsonl") in refused("validate", tmp_path / "nothing.jsonl")
+
+
+# demo
+
+
+def small_demo(monkeypatch, small_settings):
+    """Let `demo` do its work on a small environment: the whole takes minutes."""
+    from raise_env.agents import runs
+
+    settings = {"num_forks": 2, "num_steps": 2, "num_networks": 2, "num_passes": 3}
+
+    def plan(_, **changes):
+        return dataclasses.replace(Plan(small_settings, num_runs=1, agent_settings=settings), **changes)
+
+    Plan = runs.Plan
+    monkeypatch.setattr(runs, "Plan", plan)
+
+
+def test_demo__end_to_end__compares_with_random_ifd_and_oracle(monkeypatch, small_settings, tmp_path):
+    small_demo(monkeypatch, small_settings)
+    outcome = run("demo", "--out", tmp_path / "demo", "--episodes", "1", "--seed", "2")
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert set(report["agents"]) == {"raise_fork", "random", "ifd", "oracle"}
+    assert (tmp_path / "demo" / "report.html").is_file()
+    assert "hidden labels known" in outcome.out
+
+
+def test_demo__again_in_the_same_folder__replaces_the_last(monkeypatch, small_settings, tmp_path):
+    small_demo(monkeypatch, small_settings)
+    for seed in (0, 1):
+        assert run("demo", "--out", tmp_path / "demo", "--episodes", "1", "--seed", seed).code == 0
+    assert json.loads((tmp_path / "demo" / "run.json").read_text())["plan"]["seed"] == 1
+
+
+def test_demo__folder_of_another_run__is_not_touched(monkeypatch, small_settings, trained):
+    small_demo(monkeypatch, small_settings)
+    assert "holds a run already" in refused("demo", "--out", trained[0])
+    assert (trained[0] / "selector" / "model.safetensors").is_file()
+
+
+# Bad input: exit code 2, one message that names file, line and field, and nothing written
+
+
+def test_bad_input__pool_is_missing__named(own_files, tmp_path):
+    (tmp_path / "pool.jsonl").unlink()
+    assert f"{tmp_path / 'pool.jsonl'}: there is no such file" in refused("train", *own_files)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([], ["it has no rows"]),
+        (['{"frage": "a", "antwort": "b"}'], ["line 1", "'frage'", "'antwort'", "question and answer"]),
+        (['{"question": "a", "answer": "b"}', '{"question": "c"'], ["line 2", "JSON"]),
+        (['{"question": "a", "answer": "b"}', '{"question": "c", "answer": " "}'], ["line 2", "'answer'"]),
+        (['{"question": "a", "answer": "b"}', '{"question": "c", "answer": 3}'], ["line 2", "'answer'", "3"]),
+        (['{"question": "a", "answer": "b"}', '{"question": "c"}'], ["line 2", "'answer'"]),
+    ],
+    ids=["empty", "columns", "json", "blank", "number", "field"],
+)
+@pytest.mark.parametrize("which", ["pool", "dev"])
+def test_bad_input__file_at_fault__names_file_line_and_field(own_files, tmp_path, which, lines, words):
+    path = tmp_path / f"{which}.jsonl"
+    path.write_text("\n".join(lines))
+    message = refused("train", *own_files)
+    assert str(path) in message
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input__dev_row_in_the_pool__both_places_are_named(own_files, tmp_path):
+    write_jsonl(tmp_path / "dev.jsonl", question_rows([50, 51, 7]))
+    message = refused("train", *own_files)
+    for words in (
+        f"{tmp_path / 'dev.jsonl'}",
+        f"{tmp_path / 'pool.jsonl'}",
+        "line 3, there line 8",
+        "What is 7 plus 7?",
+    ):
+        assert words in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input__fewer_rows_than_candidates__both_numbers(own_files, tmp_path):
+    write_jsonl(tmp_path / "pool.jsonl", question_rows(range(10)))
+    message = refused("train", *own_files)
+    assert "num_candidates is 16" in message
+    assert "10 rows" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input__fewer_rows_than_classes__both_numbers(own_files, tmp_path):
+    write_jsonl(tmp_path / "pool.jsonl", question_rows(range(3)))
+    outcome = run("train", *own_files, "--num-candidates", "all")
+    assert outcome.code == 2
+    assert "num_classes is 4" in outcome.err
+    assert "3 rows" in outcome.err
+    assert not any((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty folder", "file"])
+def test_bad_input__model_that_is_none__named(own_files, tmp_path, kind):
+    model = tmp_path / "model"
+    if kind == "empty folder":
+        model.mkdir()
+    elif kind == "file":
+        model.write_text("")
+    assert str(model) in refused("train", *own_files, "--model", model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input__reward_is_not_a_number__names_the_function(own_files, tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text("def score(evaluation):\n    return float('nan')\n")
+    monkeypatch.chdir(tmp_path)
+    outcome = run("train", *own_files, "--reward", "own_rewards:score")
+    assert outcome.code == 2
+    assert "own_rewards:score" in outcome.err
+    assert "nan" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_bad_input__reward_that_is_not_there__named(own_files):
+    assert "no_such_module" in refused("train", *own_files, "--reward", "no_such_module:score")
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_bad_input__output_folder_cannot_be_made__named(command, tmp_path, small):
+    (tmp_path / "file").write_text("")
+    arguments = [*small, *SMALL_RUN] if command == "train" else []
+    assert str(tmp_path / "file" / "out") in refused(command, "--out", tmp_path / "file" / "out", *arguments)
+
+
+@pytest.mark.parametrize("option", ["--agent", "--compare"])
+def test_bad_input__unknown_agent__the_nearest_is_named(own_files, tmp_path, option):
+    assert "did you mean 'oracle'?" in refused("train", *own_files, option, "orakle")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--horizon", "many"], ["--horizon", "'many'"]),
+        (["--horizon", "0"], ["horizon is 0"]),
+        (["--num-candidates", "10"], ["num_candidates=10", "num_classes=4"]),
+        (["--learning-rate", "nan"], ["learning_rate is nan"]),
+        (["--lora", "r"], ["--lora", "NAME=VALUE"]),
+        (["--lora", "rank=4"], ["'rank'", "lora_alpha"]),
+        (["--agent-args", "forks=4"], ["forks", "num_forks"]),
+        (["--task", "unheard-of", "--pool-size", "20"], ["unheard-of", "default"]),
+        (["--device", "abacus"], ["abacus"]),
+        (["--episodes", "-1"], ["--episodes"]),
+    ],
+)
+def test_bad_input__setting__says_which_and_what_was_expected(tmp_path, arguments, words):
+    outcome = run("train", "--out", tmp_path / "out", *arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in outcome.err
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_bad_input__selector_that_is_none__named(tmp_path, small):
+    message = refused("finetune", "--selector", tmp_path, "--out", tmp_path / "out", *small)
+    assert str(tmp_path / "config.json") in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_main__own_modules__are_found_in_the_working_folder(own_files, tmp_path, monkeypatch):
+    (tmp_path / "halved_reward.py").write_text("def score(evaluation):\n    return -evaluation.loss / 2\n")
+    monkeypatch.chdir(tmp_path)
+    outcome = run(
+        "train",
+        *own_files,
+        "--reward",
+        "halved_reward:score",
+        "--episodes",
+        "0",
+        "--agent-args",
+        "",
+        "--agent",
+        "random",
+    )
+    assert outcome.code == 0, outcome.err
+
+
+def test_main__a_fault_of_ours__keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda **_: [][1])
+    with pytest.raises(IndexError):
+        cli.main(["info"])
+
+
+# Ctrl-C
+
+
+def interrupt_once_learning_has_begun(command, folder, environment):
+    """Start a command, press Ctrl-C after its first episode, and return the code and what it wrote on stderr."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 300
+        while not (folder / "learning").is_dir() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+def test_train__ctrl_c_then_resume__equals_an_undisturbed_run(tmp_path, small):
+    # Many episodes, so that the first is over long before the last.
+    arguments = [*small, "--runs", "1", "--episodes", "8", "--agent-args", FORK_ARGUMENTS]
+    folder = tmp_path / "run"
+    # Started from a job in the background, a program would ignore Ctrl-C.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = [sys.executable, "-c", f"{heeds}; from raise_env.agents.cli import main; main()"]
+    command = [*program, "train", "--out", str(folder), *arguments]
+    # Sums in another order are other sums: as many threads as here.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    code, err = interrupt_once_learning_has_begun(command, folder, environment)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    told = re.search(r"Go on with: raise-env (.*)", err)
+    assert told is not None, err
+    assert told[1].split() == [*command[3:], "--resume"]
+
+    assert run(*told[1].split()).code == 0
+    assert run("train", "--out", tmp_path / "undisturbed", *arguments).code == 0
+    for name in ("episodes.jsonl", "selected.jsonl", "selector/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+def test_main__ctrl_c_elsewhere__130_without_a_resume_command(monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    outcome = run("validate", "x")
+    assert outcome.code == 130
+    assert "--resume" not in outcome.err
+
+
+def test_entry_point__is_installed__beside_python():
+    script = Path(sys.executable).with_name("raise-env")
+    assert script.is_file() or shutil.which("raise-env")

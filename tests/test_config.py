@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from raise_env.config import AUXILIARY_UPDATES, EnvConfig, LoraSettings
+from raise_env.errors import RaiseEnvError, SettingError, suggestion
+
+
+def test_defaults__env_config__are_the_documented_ones():
+    config = EnvConfig()
+    shown = (config.model, config.num_candidates, config.num_classes, config.batch_size, config.horizon, config.reward)
+    assert shown == ("tiny", 64, 4, 8, 40, "loss")
+    assert config.total_budget == 320
+    assert config.is_embedded
+    assert hash(config) == hash(EnvConfig())
+
+
+def test_total_budget__given__replaces_horizon_times_batch_size():
+    assert EnvConfig(budget=7).total_budget == 7
+    assert EnvConfig(horizon=3, batch_size=2).total_budget == 6
+
+
+def test_num_auxiliary_updates__not_given__depends_on_whose_model_it_is():
+    assert EnvConfig().num_auxiliary_updates == AUXILIARY_UPDATES
+    assert EnvConfig(auxiliary_model="other").num_auxiliary_updates == 0
+    assert EnvConfig(auxiliary_model="other", auxiliary_updates=5).num_auxiliary_updates == 5
+    assert EnvConfig(auxiliary_updates=0).num_auxiliary_updates == 0
+
+
+BAD = {
+    "num_candidates": [0, -4, 2.0, "some", True, None],
+    "num_classes": [0, 1.5],
+    "batch_size": [0, 65],
+    "horizon": [0, 1.5, True, "4"],
+    "budget": [0, 2.5],
+    "pool_size": [0],
+    "max_length": [0],
+    "micro_batch_tokens": [0],
+    "num_dev": [0],
+    "num_test": [-1],
+    "task_seed": [-1, 1.0],
+    "seed_model": [-1],
+    "auxiliary_updates": [-1],
+    "learning_rate": [-1e-3, math.inf, math.nan, "1e-3", None],
+    "weight_decay": [-0.1],
+    "max_grad_norm": [-1, math.nan],
+    "reward": ["bleu", "module:", ":function", "module:not a name", 5],
+    "dtype": ["float16", None],
+    "device": [None],
+    "model": [5, None],
+    "task": [3],
+    "template": [3],
+    "cache_dir": [1],
+    "render_mode": ["human", 1],
+    "allow_overlap": ["yes", None],
+    "skip_empty": [1],
+    "lora": [5, "r=8", {"r": 0}, {"r": 1.5}, {"r": "8"}, {"lora_dropout": 1.0}, {"lora_dropout": "x"}],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_from_kwargs__bad_value__is_named_with_what_is_expected(name, value):
+    with pytest.raises(SettingError, match=name) as caught:
+        EnvConfig.from_kwargs({name: value})
+    shown = next(iter(value.values())) if isinstance(value, dict) else value
+    assert repr(shown) in str(caught.value)
+    assert "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"lora_alpha": -1}, {"use_dora": "yes"}, {"use_rslora": 1}])
+def test_lora__bad_value__is_named(settings):
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        EnvConfig(lora=settings)
+
+
+def test_from_kwargs__unknown_name__suggests_the_nearest():
+    with pytest.raises(SettingError, match="did you mean 'batch_size'"):
+        EnvConfig.from_kwargs({"batchsize": 8})
+    with pytest.raises(SettingError, match="did you mean 'lora_alpha'"):
+        EnvConfig.from_kwargs({"lora": {"loraalpha": 8}})
+
+
+def test_from_kwargs__candidates_that_classes_do_not_share__names_a_number_that_they_do():
+    with pytest.raises(SettingError, match="such as 8"):
+        EnvConfig.from_kwargs({"num_candidates": 10})
+    with pytest.raises(SettingError, match="such as 4"):
+        EnvConfig.from_kwargs({"num_candidates": 3, "batch_size": 1})
+
+
+def test_from_kwargs__data_that_contradict_each_other__says_which_to_add():
+    with pytest.raises(SettingError, match="pool=FILE"):
+        EnvConfig(dev="dev.jsonl")
+    with pytest.raises(SettingError, match="dev=FILE"):
+        EnvConfig(pool="pool.jsonl")
+    assert not EnvConfig(pool="pool.jsonl", dev="dev.jsonl").is_embedded
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"horizon": 3, "reward": "package.module:score"},
+        {"num_candidates": "all", "batch_size": 200},
+        {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_dora": True}},
+        {"pool": "pool.jsonl", "dev": "dev.jsonl", "learning_rate": 1},
+    ],
+    ids=str,
+)
+def test_to_kwargs__any_settings__come_back_through_json(kwargs):
+    config = EnvConfig.from_kwargs(kwargs)
+    plain = json.loads(json.dumps(config.to_kwargs()))
+    assert plain == kwargs, "defaults are left out"
+    assert EnvConfig.from_kwargs(plain) == config
+    hash(config)
+
+
+def test_from_kwargs__path_objects__become_plain_text():
+    config = EnvConfig(model=Path("model"), pool=Path("pool.jsonl"), dev=Path("dev.jsonl"))
+    assert config.to_kwargs() == {"model": "model", "pool": "pool.jsonl", "dev": "dev.jsonl"}
+
+
+def test_lora_settings__fields__are_pefts_own():
+    from peft import LoraConfig
+
+    known = {entry.name for entry in dataclasses.fields(LoraConfig)}
+    assert {entry.name for entry in dataclasses.fields(LoraSettings)} <= known
+
+
+def test_suggestion__nothing_near__lists_what_is_known():
+    assert suggestion("zzz", ["b", "a"]) == "Known: a, b."
+
+
+def test_errors__every_one__is_caught_by_the_base():
+    import raise_env.errors as errors
+
+    kinds = [getattr(errors, name) for name in errors.__all__ if name != "suggestion"]
+    assert all(issubclass(kind, RaiseEnvError) for kind in kinds)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from raise_env.encoding import PLAIN_TEMPLATE, EncodedRows, Encoder, collate, token_batches
+from raise_env.errors import SettingError
+from raise_env.pool import Instruction
+
+ROWS = [Instruction("What is 2 + 2?", "4"), Instruction("Größe?", "12 Meter, ß"), Instruction("Say {{ prompt }}", "no")]
+
+
+@pytest.fixture(scope="module")
+def encoder(base):
+    return Encoder(base.tokenizer, 256)
+
+
+def plain(encoder, template=None, max_length=256):
+    """An encoder whose tokenizer has no chat template."""
+    return Encoder(without_chat_template(encoder.tokenizer), max_length, template)
+
+
+def without_chat_template(tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = None
+    return other
+
+
+def test_encode__chat_template__learns_the_response_and_the_end_token_alone(encoder):
+    rows = encoder.encode(ROWS)
+    assert len(rows) == 3
+    for index, row in enumerate(ROWS):
+        tokens, is_label = rows.row(index)
+        messages = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}]
+        wanted = encoder.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert tokens.tolist() == wanted["input_ids"]
+        assert is_label.tolist() == [bool(bit) for bit in wanted["assistant_masks"]]
+        learned = encoder.tokenizer.decode(tokens[is_label])
+        assert learned == row.response + encoder.tokenizer.eos_token
+
+
+def test_encode__no_chat_template__puts_the_plain_frame_around_the_prompt(encoder):
+    rows = plain(encoder).encode(ROWS[:1])
+    tokens, is_label = rows.row(0)
+    text = encoder.tokenizer.decode(tokens)
+    assert text == "<s>### Instruction:\nWhat is 2 + 2?\n\n### Response:\n4</s>"
+    assert encoder.tokenizer.decode(tokens[is_label]) == "4</s>"
+
+
+def test_encode__template_of_ones_own__replaces_the_chat_template(encoder):
+    own = Encoder(encoder.tokenizer, 256, "Q: {{ prompt }}\nA: ")
+    assert own.prompt_text("why {{ x }}?") == "Q: why {{ x }}?\nA: "
+    assert encoder.tokenizer.decode(own.encode(ROWS[:1]).row(0)[0]) == "<s>Q: What is 2 + 2?\nA: 4</s>"
+
+
+def test_description__different_frames__are_different_cache_keys(encoder):
+    texts = {encoder.description, plain(encoder).description, plain(encoder, "{{ prompt }}").description}
+    assert len(texts) == 3
+    assert plain(encoder).description == PLAIN_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ prompt", "does not compile"),
+        ("no blank", "never shows"),
+        ("{{ prompt.__class__.__mro__ }}", "does not compile"),  # the sandbox forbids it
+    ],
+)
+def test_encoder__bad_template__is_said_at_once(base, template, said):
+    with pytest.raises(SettingError, match=said):
+        Encoder(base.tokenizer, 256, template)
+
+
+def test_encode__longer_than_the_limit__is_cut_and_counted(encoder, caplog):
+    short = Encoder(encoder.tokenizer, 30)
+    with caplog.at_level(logging.INFO, logger="raise_env"):
+        rows = short.encode([Instruction("a" * 5, "b" * 30), Instruction("a" * 99, "b"), Instruction("a", "b")])
+    assert rows.lengths.tolist() == [30, 30, len(encoder.encode([Instruction("a", "b")]).tokens)]
+    assert rows.num_truncated == 2
+    assert rows.has_labels.tolist() == [True, False, True]
+    assert rows.label_counts[1:].tolist() == [0, 2]
+    assert "2 of 3 pool rows were cut at 30 tokens" in caplog.text
+
+
+def test_encode_responses__a_row__starts_with_the_start_token_alone(encoder):
+    tokens, is_label = encoder.encode_responses(ROWS[:1]).row(0)
+    assert encoder.tokenizer.decode(tokens) == "<s>4</s>"
+    assert is_label.tolist() == [False, True, True]
+
+
+ENCODED = EncodedRows(
+    tokens=np.array([5, 6, 7, 8, 9, 4, 3], dtype=np.int32),
+    is_label=np.array([False, True, True, False, True, False, False]),
+    offsets=np.array([0, 3, 5, 7]),
+)
+
+
+def test_encoded_rows__offsets__cut_the_flat_arrays_into_rows():
+    assert len(ENCODED) == 3
+    assert ENCODED.lengths.tolist() == [3, 2, 2]
+    assert ENCODED.label_counts.tolist() == [2, 1, 0]
+    assert ENCODED.has_labels.tolist() == [True, True, False]
+    assert ENCODED.row(1)[0].tolist() == [8, 9]
+
+
+def test_select__some_rows__are_rows_of_their_own():
+    part = ENCODED.select(np.array([2, 0]))
+    assert part.lengths.tolist() == [2, 3]
+    assert part.label_counts.tolist() == [0, 2]
+    assert [part.row(i)[0].tolist() for i in range(2)] == [[4, 3], [5, 6, 7]]
+
+
+def test_collate__rows_of_different_length__are_padded_on_the_right():
+    batch = collate(ENCODED, [1, 0], pad_id=1)
+    assert batch.input_ids.tolist() == [[8, 9, 1], [5, 6, 7]]
+    assert batch.input_ids.dtype == torch.int64
+    assert batch.is_label.tolist() == [[False, True, False], [False, True, True]]
+    assert batch.targets.tolist() == [9, 6, 7]
+    assert batch.keep.tolist() == [[True, False, False], [True, True, False]], "each label is predicted one before"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10, 64, 10_000])
+def test_token_batches__any_limit__shares_every_row_out_once(max_tokens):
+    lengths = np.random.default_rng(0).integers(1, 20, 50)
+    batches = token_batches(lengths, max_tokens)
+    assert sorted(np.concatenate(batches)) == list(range(50))
+    for places in batches:
+        assert len(places) == 1 or len(places) * lengths[places].max() <= max_tokens
+        assert (np.diff(lengths[np.concatenate(batches)]) <= 0).all()
+    assert token_batches(np.zeros(0, dtype=np.int64), 10) == []

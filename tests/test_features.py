@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from raise_env.features import CLIP, cache_folder, cached_features, observation_bounds, observe, standardise
+
+RAW = np.random.default_rng(0).normal(size=(7, 36)).astype(np.float32)
+KEY = {"pool": "a", "updates": 3}
+
+
+def test_standardise__numbers_by_hand__are_centred_scaled_and_clipped():
+    raw = np.zeros((60, 36), dtype=np.float32)
+    raw[:, 0] = np.tile([1.0, 3.0], 30)  # mean 2, standard deviation 1
+    raw[0, 1] = 60.0  # mean 1, standard deviation sqrt(59): the first row lies 7.7 of them out
+    raw[:, 2] = 5.0
+    raw[59] = np.nan
+    raw[59, 0] = np.nan
+    static = standardise(raw, num_tokens=9)
+    np.testing.assert_allclose(static.mean[0], 2 - 1 / 59, rtol=1e-6)
+    np.testing.assert_allclose(static.columns[:2, 0], [(1 - static.mean[0]), (3 - static.mean[0])] / static.std[0])
+    assert abs(static.columns[:59, 0].mean()) < 1e-6
+    assert static.columns[:59, 0].std() == pytest.approx(1.0, abs=1e-6)
+    assert static.columns[0, 1] == CLIP
+    assert (static.columns[:, 2] == 0).all(), "a column that says nothing"
+    assert (static.columns[59] == 0).all(), "a row that cannot be trained on"
+    assert static.columns.dtype == np.float32
+    assert static.num_tokens == 9
+    np.testing.assert_array_equal(static.log_p_response_given_prompt, raw[:, 2])
+    np.testing.assert_array_equal(static.log_p_response, raw[:, 3])
+
+
+def test_observe__numbers_by_hand__fill_the_live_columns():
+    static = standardise(RAW, 0)
+    counts = np.array([0, 1, 0, 0, 0, 0, 1000])
+    shown = observe(static, np.array([1, 6, -1]), counts, dev_score=-1.5, first_dev_score=-2.0, progress=0.25)
+    assert shown.dtype == np.float32
+    np.testing.assert_allclose(shown[:2, 0], 0.25)  # half a nat of two
+    np.testing.assert_allclose(shown[:2, 1], 0.25)
+    np.testing.assert_array_equal(shown[:2, 2:38], static.columns[[1, 6]])
+    np.testing.assert_allclose(shown[:2, 38], [np.log(2.0), CLIP])
+    assert (shown[2] == 0).all()
+    low, high = observation_bounds(3)
+    assert ((shown >= low) & (shown <= high)).all()
+
+
+@pytest.mark.parametrize(("score", "first", "shown"), [(0.5, 0.0, 5.0), (0.02, 0.0, 0.2), (-900.0, -2.0, -CLIP)])
+def test_observe__first_score_near_nothing__is_not_divided_by(score, first, shown):
+    static = standardise(RAW, 0)
+    observation = observe(static, np.array([0]), np.zeros(7, int), dev_score=score, first_dev_score=first, progress=0.0)
+    assert observation[0, 0] == pytest.approx(shown)
+
+
+class Counting:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return RAW.copy(), 11
+
+
+def test_cached_features__second_call__reads_what_the_first_has_kept(tmp_path):
+    compute = Counting()
+    first = cached_features(KEY, tmp_path / "new", compute)
+    second = cached_features(dict(reversed(KEY.items())), tmp_path / "new", compute)
+    assert compute.calls == 1
+    np.testing.assert_array_equal(first.columns, second.columns)
+    np.testing.assert_array_equal(second.raw, RAW)
+    assert second.num_tokens == 11
+    cached_features({**KEY, "updates": 4}, tmp_path / "new", compute)
+    assert compute.calls == 2
+
+
+def tear(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def forge(path):
+    save_file({"raw": RAW + 1}, path, metadata={"key": "another", "num_tokens": "0", "sha256": "0"})
+
+
+def strip(path):
+    save_file({"other": RAW}, path)
+
+
+@pytest.mark.parametrize("spoil", [tear, empty, flip_a_bit, forge, strip])
+def test_cached_features__torn_or_foreign_file__is_computed_again_and_said(tmp_path, caplog, spoil):
+    compute = Counting()
+    cached_features(KEY, tmp_path, compute)
+    (path,) = tmp_path.iterdir()
+    spoil(path)
+    with caplog.at_level(logging.WARNING, logger="raise_env"):
+        again = cached_features(KEY, tmp_path, compute)
+    assert compute.calls == 2
+    assert path.name in caplog.text
+    np.testing.assert_array_equal(again.raw, RAW)
+    cached_features(KEY, tmp_path, compute)
+    assert compute.calls == 2, "the file is whole again"
+
+
+def test_cached_features__folder_that_cannot_be_written__costs_time_only(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    with caplog.at_level(logging.WARNING, logger="raise_env"):
+        static = cached_features(KEY, tmp_path / "file", Counting())
+    np.testing.assert_array_equal(static.raw, RAW)
+    assert "cannot be kept" in caplog.text
+
+
+def test_cache_folder__several_places_named__takes_the_nearest(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAISE_ENV_CACHE", str(tmp_path / "variable"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder("given").name == "given"
+    assert cache_folder(None) == tmp_path / "variable"
+    monkeypatch.delenv("RAISE_ENV_CACHE")
+    assert cache_folder(None) == tmp_path / "xdg" / "raise-env"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(None).parts[-2:] == (".cache", "raise-env")
+
+
+# What the auxiliary model says of a row
+
+
+@torch.no_grad()
+def by_transformers(model, tokenizer, row):
+    """The raw columns of a row, by plain transformers: one row at a time, full logits, no padding."""
+    messages = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")["input_ids"]
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    alone = tokenizer(row.response + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    together = model(ids, labels=labels, output_hidden_states=True)
+    embedding = together.hidden_states[-1][0].mean(0).reshape(32, -1).mean(1)
+    counts = len(prompt), ids.shape[1] - len(prompt)
+    values = [*np.log1p(counts), -together.loss.item(), -model(alone, labels=alone).loss.item()]
+    return np.concatenate([values, embedding.numpy()])
+
+
+def test_features__bare_auxiliary_model__are_what_plain_transformers_gives(embedded_env):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from raise_env.base_model import model_folder
+
+    env = embedded_env(auxiliary_updates=0)
+    model = AutoModelForCausalLM.from_pretrained(model_folder("tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("tiny"))
+    for index in (0, 17, 63):
+        wanted = by_transformers(model, tokenizer, env.assets.pool[index])
+        np.testing.assert_allclose(env.assets.features.raw[index], wanted, atol=2e-5)
+
+
+def test_features__after_updates__tell_more_than_before(embedded_env):
+    before, after = (embedded_env(auxiliary_updates=count).assets.features for count in (0, 8))
+    assert after.log_p_response_given_prompt.mean() > before.log_p_response_given_prompt.mean()
+    np.testing.assert_array_equal(before.raw[:, :2], after.raw[:, :2])
+    assert after.num_tokens > before.num_tokens > 0
+
+
+@pytest.mark.real
+def test_features__auxiliary_model_with_another_tokenizer__describes_the_same_pool(embedded_env, shared):
+    folder = str(shared / "models" / "stories260K-hf")
+    other, own = embedded_env(auxiliary_model=folder).assets, embedded_env(auxiliary_updates=0).assets
+    assert other.features.raw.shape == own.features.raw.shape
+    assert np.isfinite(other.features.raw).all()
+    assert (other.features.raw[:, 1] < own.features.raw[:, 1]).any(), "fewer tokens than bytes"
+    assert other.learner.base is own.learner.base

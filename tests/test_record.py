@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from raise_env.errors import RecordError
+from raise_env.record import SCHEMA_VERSION, EpisodeRecord, read_records, replay, versions
+from raise_env.testing import toy_env
+
+
+def run(env, seed=3, count=3, agent="first rows"):
+    """Make an episode of the first rows on offer, and return its record."""
+    env.reset(seed=seed)
+    over, info = False, {}
+    while not over:
+        action = np.zeros(env.action_space.n, dtype=np.int8)
+        action[:count] = 1
+        _, _, over, _, info = env.step(action)
+    return EpisodeRecord.of(env, agent=agent, seed=seed, info=info)
+
+
+@pytest.fixture(scope="module")
+def record(embedded_env):
+    return run(embedded_env(budget=8))
+
+
+def changed(record, **values):
+    """The record's JSON with some fields replaced; ... removes one."""
+    value = {**json.loads(record.to_json()), **values}
+    return json.dumps({name: item for name, item in value.items() if item is not ...})
+
+
+def test_of__an_episode__says_what_was_done(embedded_env, record):
+    env = embedded_env(budget=8)
+    env.reset(seed=3)
+    assert record.actions[0] == env.candidates[:3].tolist()
+    assert [len(rows) for rows in record.actions] == [3, 3, 2]
+    assert len(record.dev_scores) == 4
+    assert record.dev_scores[0] == env.dev_scores[0]
+    assert record.rewards == pytest.approx(np.diff(record.dev_scores).tolist())
+    assert record.env == {"id": "RaiseSelect-v0", "kwargs": env.config.to_kwargs()}
+    assert (record.agent, record.seed) == ("first rows", 3)
+    assert set(record.content) == {"model", "pool", "dev", "test"}
+    assert record.versions == versions()
+    assert record.test_score == -record.final["test_loss"]
+    assert 0 <= record.final["test_exact_match"] <= 1
+
+
+def test_of__settings_of_the_machine__are_left_out(embedded_env, tmp_path):
+    kwargs = run(embedded_env(cache_dir=str(tmp_path), device="cpu", render_mode="ansi")).env["kwargs"]
+    assert not {"cache_dir", "device", "render_mode"} & set(kwargs)
+
+
+def test_of__diverged_episode__has_no_test_score():
+    env = toy_env(num_rows=4, num_candidates=4, num_classes=1, batch_size=4, diverges_on=0)
+    record = run(env, count=4)
+    assert record.rewards == [-10.0]
+    assert record.test_score is None
+    assert record.final == {}
+    assert EpisodeRecord.from_json(record.to_json(), "here") == record
+
+
+def test_to_json__and_back__is_the_same_record(record):
+    line = record.to_json()
+    assert "\n" not in line
+    assert EpisodeRecord.from_json(line, "here") == record
+    assert set(json.loads(line)) >= {
+        *("schema_version", "env", "agent", "seed", "actions", "rewards"),
+        *("dev_scores", "test_score", "versions", "content"),
+    }
+
+
+def test_replay__as_recorded__is_equal_to_the_bit(record):
+    assert replay(EpisodeRecord.from_json(record.to_json(), "here")) == (None, 0.0)
+
+
+def test_replay__rows_in_another_order__are_the_same_action(record):
+    actions = [rows[::-1] for rows in record.actions]
+    assert replay(EpisodeRecord.from_json(changed(record, actions=actions), "here"))[0] is None
+
+
+TAMPERED = {
+    "reward": (lambda r: {"rewards": [r.rewards[0], r.rewards[1] + 0.01, r.rewards[2]]}, "reward of step 2"),
+    "not a number": (lambda r: {"rewards": [math.nan, *r.rewards[1:]]}, "reward of step 1"),
+    "first dev score": (lambda r: {"dev_scores": [0.0, *r.dev_scores[1:]]}, "dev score 0"),
+    "last dev score": (lambda r: {"dev_scores": [*r.dev_scores[:3], 0.0]}, "dev score 3"),
+    "a row less": (lambda r: {"actions": [r.actions[0][1:], *r.actions[1:]]}, "reward of step 1"),
+    "a row twice": (lambda r: {"actions": [[*r.actions[0], r.actions[0][0]], *r.actions[1:]]}, "action of step 1"),
+    "a row that is not offered": (lambda r: {"actions": [r.actions[0], [-1], r.actions[2]]}, "action of step 2"),
+    "test score": (lambda r: {"test_score": r.test_score + 0.01}, "test score"),
+    "no test score": (lambda r: {"test_score": None}, "test score"),
+    "test loss": (lambda r: {"final": {**r.final, "test_loss": 0.0}}, "test_loss"),
+    "unknown final score": (lambda r: {"final": {"bleu": 1.0}}, "bleu"),
+    "pool": (lambda r: {"content": {**r.content, "pool": "0" * 64}}, "content of pool"),
+    "model": (lambda r: {"content": {**r.content, "model": "0" * 64}}, "content of model"),
+    "setting": (
+        lambda r: {"env": {"id": r.env["id"], "kwargs": {**r.env["kwargs"], "task_seed": 1}}},
+        "content of pool",
+    ),
+    "seed": (lambda r: {"seed": r.seed + 1}, "action of step 1"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_replay__tampered__names_what_differs_first(record, name):
+    change, what = TAMPERED[name]
+    difference, _ = replay(EpisodeRecord.from_json(changed(record, **change(record)), "here"))
+    assert difference is not None
+    assert difference.what == what
+    assert what in str(difference)
+
+
+def test_replay__more_rows_than_the_budget_had__is_found(record, embedded_env):
+    env = embedded_env(budget=8)
+    env.reset(seed=3)
+    for _ in range(2):
+        env.step(np.isin(np.arange(16), [0, 1, 2]))
+    spare = int(env.candidates[5])
+    actions = [*record.actions[:2], [*record.actions[2], spare]]
+    difference, _ = replay(EpisodeRecord.from_json(changed(record, actions=actions), "here"))
+    assert difference.what == "action of step 3"
+
+
+def test_replay__steps_missing_or_too_many__is_found(record):
+    shorter = changed(record, actions=record.actions[:2], rewards=record.rewards[:2], dev_scores=record.dev_scores[:3])
+    difference, _ = replay(EpisodeRecord.from_json(shorter, "here"))
+    assert (difference.what, difference.replayed) == ("length of the episode", "goes on")
+    longer = changed(
+        record,
+        actions=[*record.actions, []],
+        rewards=[*record.rewards, 0.0],
+        dev_scores=[*record.dev_scores, record.dev_scores[-1]],
+    )
+    difference, _ = replay(EpisodeRecord.from_json(longer, "here"))
+    assert (difference.what, difference.replayed) == ("length of the episode", "ends")
+
+
+def test_replay__small_distance__is_told_and_tolerated(record):
+    rewards = [record.rewards[0] + 1e-5, *record.rewards[1:]]
+    text = changed(record, rewards=rewards)
+    difference, largest = replay(EpisodeRecord.from_json(text, "here"))
+    assert difference is None
+    assert largest == pytest.approx(1e-5, rel=1e-3)
+    assert replay(EpisodeRecord.from_json(text, "here"), tolerance=1e-6)[0].what == "reward of step 1"
+
+
+BAD = {
+    "missing field": ({"rewards": ...}, "rewards"),
+    "unknown field": ({"extra": 1}, "extra"),
+    "schema_version": ({"schema_version": SCHEMA_VERSION + 1}, "schema_version"),
+    "other env": ({"env": {"id": "CartPole-v1", "kwargs": {}}}, "RaiseSelect-v0"),
+    "env no object": ({"env": "RaiseSelect-v0"}, "env"),
+    "kwargs": ({"env": {"id": "RaiseSelect-v0", "kwargs": []}}, "env.kwargs"),
+    "unknown setting": ({"env": {"id": "RaiseSelect-v0", "kwargs": {"horizont": 1}}}, "'env.kwargs': .*horizon"),
+    "bad setting": ({"env": {"id": "RaiseSelect-v0", "kwargs": {"model": 5}}}, "'env.kwargs': model"),
+    "agent": ({"agent": 1}, "agent"),
+    "seed": ({"seed": 1.5}, "seed"),
+    "negative seed": ({"seed": -1}, "seed"),
+    "bool seed": ({"seed": True}, "seed"),
+    "actions": ({"actions": [["a"], [], []]}, "actions"),
+    "no actions": ({"actions": [], "rewards": [], "dev_scores": [0.0]}, "actions"),
+    "rewards": ({"rewards": ["a", 0, 0]}, "rewards"),
+    "fewer rewards": ({"rewards": [0.0]}, "rewards"),
+    "fewer dev scores": ({"dev_scores": [0.0]}, "dev_scores"),
+    "test_score": ({"test_score": "high"}, "test_score"),
+    "content": ({"content": []}, "content"),
+    "no content": ({"content": {}}, "content"),
+    "final": ({"final": {"test_loss": "low"}}, "final"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_from_json__not_as_promised__names_the_place_and_the_field(record, name):
+    values, said = BAD[name]
+    with pytest.raises(RecordError, match=said) as caught:
+        EpisodeRecord.from_json(changed(record, **values), "episodes.jsonl, line 7")
+    assert str(caught.value).startswith("episodes.jsonl, line 7: ")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", "null", "[" * 100_000, ""], ids=lambda text: text[:4] or "empty")
+def test_from_json__no_record__is_said(text):
+    with pytest.raises(RecordError, match="here"):
+        EpisodeRecord.from_json(text, "here")
+
+
+def test_read_records__several_lines__yields_them_in_order(record, tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(record.to_json() + "\n\n" + changed(record, agent="other") + "\n")
+    assert [r.agent for r in read_records(path)] == ["first rows", "other"]
+
+
+def test_read_records__bad_line__is_named(record, tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(record.to_json() + "\n{}\n")
+    with pytest.raises(RecordError, match="line 2"):
+        list(read_records(path))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\xff\xfe"], ids=["absent", "empty", "blank", "binary"])
+def test_read_records__no_records__is_an_error_that_names_the_file(tmp_path, content):
+    path = tmp_path / "episodes.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecordError, match=r"episodes\.jsonl"):
+        list(read_records(path))

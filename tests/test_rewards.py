@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from raise_env.errors import RewardError
+from raise_env.rewards import Evaluation, load_reward, step_reward
+from raise_env.testing import toy_env
+
+# Two rows of 3 and 1 tokens that lose 6 and 4 nats; three rows with choices, two of them chosen right.
+PLAIN = Evaluation(np.array([6.0, 4.0]), np.array([3, 1]), np.array([True, False]))
+CHOICES = Evaluation(
+    np.array([1.0, 1.0, 1.0, 1.0]),
+    np.array([1, 1, 1, 1]),
+    np.array([True, True, False, False]),
+    (np.array([-3.0, -1.0]), np.array([-1.0, -2.0, -0.5]), np.array([]), np.array([-7.0, -8.0])),
+    np.array([1, 0, -1, 0]),
+)
+
+
+def first_row(evaluation):
+    """A reward of one's own: minus the first row's loss."""
+    return -evaluation.row_losses[0]
+
+
+def not_a_number(evaluation):
+    return math.nan
+
+
+def not_one_number(evaluation):
+    return evaluation.row_losses
+
+
+def yes(evaluation):
+    return True
+
+
+not_callable = 5
+
+
+@pytest.mark.parametrize(
+    ("reward", "evaluation", "score"),
+    [
+        ("loss", PLAIN, -2.5),  # (6 + 4) / (3 + 1): by the token, not by the row
+        ("exact_match", PLAIN, 0.5),
+        ("accuracy", CHOICES, 2 / 3),  # the row without choices does not count
+        ("exact_match", CHOICES, 0.5),
+        (f"{__name__}:first_row", PLAIN, -6.0),
+    ],
+)
+def test_load_reward__known_name__scores_as_by_hand(reward, evaluation, score):
+    value = load_reward(reward)(evaluation)
+    assert type(value) is float
+    assert value == pytest.approx(score, abs=1e-12)
+
+
+def test_accuracy__no_choices__says_what_to_do():
+    assert PLAIN.accuracy is None
+    with pytest.raises(RewardError, match="choices"):
+        load_reward("accuracy")(PLAIN)
+    with pytest.raises(RewardError, match="choices"):
+        toy_env(reward="accuracy").reset(seed=0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("no_such_module:score", "no_such_module"),
+        (f"{__name__}:no_such_function", "no_such_function"),
+        (f"{__name__}:not_callable", "is a int"),
+    ],
+)
+def test_load_reward__no_such_function__is_named_at_once(reward, said):
+    with pytest.raises(RewardError, match=said):
+        toy_env(reward=reward)
+
+
+@pytest.mark.parametrize("name", ["not_a_number", "not_one_number", "yes"])
+def test_load_reward__returns_no_finite_number__is_an_error(name):
+    score = load_reward(f"{__name__}:{name}")
+    with pytest.raises(RewardError, match=name):
+        score(PLAIN)
+
+
+def test_step_reward__two_scores__is_their_difference():
+    assert step_reward(-2.5, -2.0) == 0.5
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_is_finite__one_row_that_is_not__says_so(odd):
+    assert PLAIN.is_finite
+    assert not Evaluation(np.array([1.0, odd]), np.array([1, 1]), np.array([True, True])).is_finite
+
+
+def test_env__reward_of_ones_own__is_what_the_steps_earn():
+    env = toy_env(reward=f"{__name__}:first_row")
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step(np.ones(32))
+    assert info["dev_score"] == -env.evaluate("dev").row_losses[0]
+    assert reward == env.dev_scores[1] - env.dev_scores[0] != 0

@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from raise_env.agents import load_selector
+from raise_env.agents.runs import Plan, estimate, finetune, train
+from raise_env.assets import load_data
+from raise_env.base_model import load_tokenizer, model_folder
+from raise_env.config import EnvConfig
+from raise_env.encoding import Encoder, collate
+from raise_env.errors import DataError, OutputError, RaiseEnvError, RecordError, SettingError
+from raise_env.record import EpisodeRecord, read_records, replay
+
+FORK_SETTINGS = {"num_forks": 2, "num_steps": 2, "num_networks": 2, "num_passes": 3}
+FILES = {
+    "run.json",
+    "episodes.jsonl",
+    "selected.jsonl",
+    "report.json",
+    "report.html",
+    "selector/config.json",
+    "selector/model.safetensors",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+}
+
+
+class Interrupts:
+    """A reporter that interrupts the run when a task, by the beginning of its name, has come so far."""
+
+    def __init__(self, name, done):
+        self.name, self.done = name, done
+
+    @contextlib.contextmanager
+    def task(self, name, total):
+        del total
+
+        def show(done):
+            if name.startswith(self.name) and done >= self.done:
+                raise KeyboardInterrupt
+
+        yield show
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: pytest.fail(f"{path}: {text}"))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def without_clock(value):
+    """Return a JSON value without what a clock or a date says."""
+    if isinstance(value, dict):
+        clocks = ("seconds", "start", "end", "date", "headline", "status")
+        return {name: without_clock(item) for name, item in value.items() if name not in clocks}
+    return value
+
+
+@pytest.fixture(scope="module")
+def plan(small_settings):
+    return Plan(small_settings, agent_settings=FORK_SETTINGS, episodes=2, num_runs=2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, plan):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(folder, plan)
+    return folder
+
+
+# The folder
+
+
+def test_train__folder__holds_what_is_promised(finished):
+    found = files_of(finished)
+    assert found >= FILES
+    assert {name for name in found if name.startswith("plots/")} == {
+        "plots/dev_curves.png",
+        "plots/learning.png",
+        "plots/selection.png",
+    }
+
+
+def test_train__folder__nothing_half_written_is_left(finished):
+    assert not [name for name in files_of(finished) if any(part.startswith(".") for part in name.split("/"))]
+
+
+def test_train__files__nothing_is_pickled_and_all_can_be_read_by_others(finished):
+    for path in finished.rglob("*"):
+        if path.is_file():
+            assert path.suffix not in (".pkl", ".pickle", ".pt", ".pth", ".bin", ".zip")
+            assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+def test_train__run_json__settings_versions_content_and_times(finished, plan):
+    run = read_json(finished / "run.json")
+    assert (run["schema_version"], run["command"], run["status"], run["device"]) == (1, "train", "done", "cpu")
+    assert run["plan"] == plan.to_json()
+    assert set(run["content"]) == {"model", "pool", "dev", "test"}
+    assert all(len(digest) == 64 for digest in run["content"].values())
+    assert {"python", "torch", "raise-env"} <= set(run["versions"])
+    assert run["start"] <= run["end"]
+
+
+def test_train__episodes__two_runs_of_each_agent_over_the_same_seeds(finished):
+    records = list(read_records(finished / "episodes.jsonl"))
+    assert [(r.agent, r.seed) for r in records] == [
+        ("raise_fork", 1000),
+        ("raise_fork", 1001),
+        ("random", 1000),
+        ("random", 1001),
+    ]
+    assert all(len(r.actions) == 3 and all(len(rows) == 4 for rows in r.actions) for r in records)
+
+
+def test_train__episodes__replay_to_the_bit(finished):
+    records = list(read_records(finished / "episodes.jsonl"))
+    assert [replay(record, tolerance=0.0) for record in (records[0], records[-1])] == [(None, 0.0), (None, 0.0)]
+
+
+def test_train__selected__rows_of_the_first_final_run_with_their_own_fields(finished, plan):
+    record = next(read_records(finished / "episodes.jsonl"))
+    pool = load_data(EnvConfig.from_kwargs(plan.settings)).pool
+    lines = read_lines(finished / "selected.jsonl")
+    expected = [(step, row) for step, rows in enumerate(record.actions, start=1) for row in rows]
+    assert [(line["step"], line["pool_id"]) for line in lines] == expected
+    for line in lines:
+        own = {name: value for name, value in line.items() if name not in ("step", "pool_id")}
+        assert own == pool[line["pool_id"]].fields
+
+
+def test_train__selector__loads_and_chooses_what_the_record_says(finished, embedded_env):
+    selector = load_selector(finished)
+    env = embedded_env()
+    observation, _ = env.reset(seed=1000)
+    selector.begin(env, 1000)
+    chosen = env.candidates[selector.predict(observation)[0] == 1]
+    assert sorted(chosen.tolist()) == sorted(next(read_records(finished / "episodes.jsonl")).actions[0])
+
+
+# transformers asks PEFT to rename an attribute; the result is the same.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_train__adapter__gives_the_recorded_test_loss_in_peft_alone(finished, plan):
+    causal = AutoModelForCausalLM.from_pretrained(model_folder("tiny"))
+    model = PeftModel.from_pretrained(causal, finished / "adapter")
+    rows = Encoder(load_tokenizer("tiny"), 256).encode(load_data(EnvConfig.from_kwargs(plan.settings)).test)
+    batch = collate(rows, range(len(rows)))
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids).logits[:, :-1][batch.is_label[:, 1:]]
+    loss = torch.nn.functional.cross_entropy(logits, batch.targets).item()
+    assert loss == pytest.approx(next(read_records(finished / "episodes.jsonl")).final["test_loss"], abs=1e-4)
+
+
+def test_train__report_json__is_what_is_promised(finished, plan):
+    report = read_json(finished / "report.json")
+    records = list(read_records(finished / "episodes.jsonl"))
+    assert report["schema_version"] == 1
+    assert set(report["base"]) >= {"dev_loss", "test_loss", "test_accuracy"}
+    assert list(report["agents"]) == ["raise_fork", "random"]
+    for name, scores in report["agents"].items():
+        own = [record for record in records if record.agent == name]
+        assert scores["dev_loss"] == [-record.dev_scores[-1] for record in own]
+        assert scores["test_loss"] == [record.final["test_loss"] for record in own]
+        assert scores["test_accuracy"] == [record.final["test_exact_match"] for record in own]
+    assert set(report["cost"]) >= {"phi", "tokens", "seconds"}
+    assert set(report["cost"]["phi"]) == {"features", "learning", "final", "total"}
+    assert report["cost"]["phi"]["total"] == pytest.approx(sum(list(report["cost"]["phi"].values())[:3]))
+    assert all(math.isfinite(value) and value > 0 for value in report["cost"]["phi"].values())
+
+
+def test_train__cost__tokens_counted_by_hand(finished, plan):
+    data = load_data(EnvConfig.from_kwargs(plan.settings))
+    encoder = Encoder(load_tokenizer("tiny"), 256)
+    lengths, dev = encoder.encode(data.pool).lengths, int(encoder.encode(data.dev).lengths.sum())
+    runs = [r for r in read_records(finished / "episodes.jsonl") if r.agent == "raise_fork"]
+    # A final run: each row it trains on counts three times, and the dev set once after every update.
+    finals = [sum(3 * int(lengths[rows].sum()) + dev for rows in run.actions) for run in runs]
+    tokens = read_json(finished / "report.json")["cost"]["tokens"]
+    assert tokens["final"] == sum(finals) // 2
+    phi = read_json(finished / "report.json")["cost"]["phi"]
+    assert phi["final"] == pytest.approx(tokens["final"] / (9 * int(lengths.sum())))
+
+
+def test_train__plots__are_pictures(finished):
+    for path in (finished / "plots").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_train__same_plan_again__same_numbers(finished, plan, tmp_path):
+    train(tmp_path / "again", plan)
+    for name in ("episodes.jsonl", "selected.jsonl", "selector/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_train__an_agent_that_does_not_learn__needs_no_selector(tmp_path, small_settings):
+    report = train(tmp_path / "run", Plan(small_settings, agent="ifd", episodes=0, compare=(), num_runs=1))
+    assert list(report["agents"]) == ["ifd"]
+    assert files_of(tmp_path / "run") >= FILES - {"selector/config.json", "selector/model.safetensors"}
+
+
+def test_train__no_test_set__reports_dev_alone(tmp_path, small_settings, plan):
+    data = load_data(EnvConfig.from_kwargs(plan.settings))
+    write_rows(tmp_path / "pool.jsonl", data.pool)
+    write_rows(tmp_path / "dev.jsonl", data.dev)
+    settings = own_files(small_settings, tmp_path)
+    report = train(tmp_path / "run", Plan(settings, agent="random", episodes=0, compare=(), num_runs=1))
+    assert set(report["base"]) == {"dev_loss"}
+    assert set(report["agents"]["random"]) == {"dev_score", "dev_loss"}
+
+
+# Interrupted and resumed
+
+
+@pytest.mark.parametrize(
+    ("task", "done"),
+    [
+        ("loading", 1),
+        ("learning", 1),
+        ("learning", 2),
+        ("fine-tuning with raise_fork", 2),
+        ("fine-tuning with raise_fork", 5),
+        ("fine-tuning with random", 1),
+    ],
+)
+def test_train__interrupted_then_resumed__equals_an_undisturbed_run(tmp_path, plan, finished, task, done):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, plan, reporter=Interrupts(task, done))
+    if task != "loading":
+        assert read_json(folder / "run.json")["status"] == "interrupted"
+    train(folder, plan, resume=True)
+    assert files_of(folder) == files_of(finished)
+    for name in sorted(files_of(finished) - {"run.json", "report.json", "report.html"}):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+    for name in ("run.json", "report.json"):
+        assert without_clock(read_json(folder / name)) == without_clock(read_json(finished / name))
+
+
+def test_train__last_line_of_the_records_is_torn__is_run_again(tmp_path, plan, finished):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, plan, reporter=Interrupts("fine-tuning with random", 1))
+    path = folder / "episodes.jsonl"
+    path.write_bytes(path.read_bytes()[:-100])
+    train(folder, plan, resume=True)
+    assert path.read_bytes() == (finished / "episodes.jsonl").read_bytes()
+
+
+def test_train__resume_of_a_finished_run__changes_nothing(tmp_path, plan):
+    folder = tmp_path / "run"
+    first = train(folder, plan)
+    again = train(folder, plan, resume=True)
+    assert without_clock(again) == without_clock(first)
+
+
+def test_train__resume_with_other_settings__names_them(tmp_path, plan, finished):
+    other = Plan(plan.settings, agent_settings=FORK_SETTINGS, episodes=3, num_runs=2)
+    with pytest.raises(SettingError, match=r"run\.json.*episodes: then 2, now 3"):
+        train(finished, other, resume=True)
+    assert read_json(finished / "run.json")["status"] == "done"
+
+
+def test_train__resume_with_other_data__refuses(tmp_path, small_settings, plan):
+    data = load_data(EnvConfig.from_kwargs(plan.settings))
+    write_rows(tmp_path / "pool.jsonl", data.pool)
+    write_rows(tmp_path / "dev.jsonl", data.dev)
+    own = Plan(own_files(small_settings, tmp_path), agent="random", episodes=0, compare=(), num_runs=1)
+    train(tmp_path / "run", own)
+    write_rows(tmp_path / "pool.jsonl", list(data.pool)[::-1])
+    with pytest.raises(DataError, match=r"run\.json.*pool"):
+        train(tmp_path / "run", own, resume=True)
+
+
+def test_train__folder_with_a_run__refuses_and_says_how_to_go_on(finished, plan):
+    before = (finished / "run.json").read_bytes()
+    with pytest.raises(OutputError, match=r"holds a run already.*--resume"):
+        train(finished, plan)
+    assert (finished / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_train__resume_of_a_broken_run_json__names_it(tmp_path, plan, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RecordError, match=r"run\.json"):
+        train(tmp_path, plan, resume=True)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"agent": "raise_frok"},
+        {"compare": ("randon",)},
+        {"settings": {"pool": "no-such-file.jsonl", "dev": "neither.jsonl"}},
+        {"settings": {"model": "./no-such-folder"}},
+        {"settings": {"auxiliary_model": "./no-such-folder"}},
+        {"settings": {"task": "no-such-task"}},
+        {"settings": {"num_candidates": 64, "pool_size": 10}},
+        {"settings": {"reward": "no_such_module:function"}},
+    ],
+    ids=lambda changes: next(iter(changes.get("settings", changes))),
+)
+def test_train__bad_input__an_error_before_anything_is_written(tmp_path, changes):
+    plan = Plan(**{"settings": {}, **changes})
+    with pytest.raises(RaiseEnvError):
+        train(tmp_path / "run", plan)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train__reward_fails_in_the_middle__run_json_says_failed(tmp_path, small_settings, monkeypatch):
+    (tmp_path / "rewards_that_tire.py").write_text(
+        "calls = []\ndef score(e):\n    calls.append(1)\n    return -e.loss if len(calls) < 4 else float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plan = Plan({**small_settings, "reward": "rewards_that_tire:score"}, agent="random", episodes=0, compare=())
+    with pytest.raises(RaiseEnvError, match="finite"):
+        train(tmp_path / "run", plan)
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "failed"
+
+
+# Fine-tuning with a selector
+
+
+def write_rows(path, rows):
+    """Write rows as a user's own file would hold them: other columns, and one that nobody reads."""
+    lines = [
+        json.dumps({"question": row.prompt, "answer": row.response, "id": f"row-{i}"}) for i, row in enumerate(rows)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def own_files(small_settings, folder):
+    settings = {"pool": str(folder / "pool.jsonl"), "dev": str(folder / "dev.jsonl"), **small_settings}
+    return {name: value for name, value in settings.items() if name not in ("pool_size", "num_test")}
+
+
+def test_finetune__own_pool_and_another_number_of_candidates__one_run(tmp_path, small_settings, plan, finished):
+    data = load_data(EnvConfig.from_kwargs({**plan.settings, "task_seed": 1}))
+    write_rows(tmp_path / "pool.jsonl", data.pool)
+    write_rows(tmp_path / "dev.jsonl", data.dev)
+    settings = {**own_files(small_settings, tmp_path), "num_candidates": "all"}
+    report = finetune(tmp_path / "run", finished / "selector", settings, seed=3)
+    assert list(report["agents"]) == ["selector"]
+    lines = read_lines(tmp_path / "run" / "selected.jsonl")
+    assert len(lines) == 12
+    assert all(line["id"] == f"row-{line['pool_id']}" for line in lines)
+    assert files_of(tmp_path / "run") >= FILES - {"selector/config.json", "selector/model.safetensors"}
+    assert read_json(tmp_path / "run" / "run.json")["command"] == "finetune"
+
+
+def test_finetune__no_selector_there__nothing_is_written(tmp_path, small_settings):
+    with pytest.raises(RecordError, match=r"config\.json"):
+        finetune(tmp_path / "run", tmp_path / "nowhere", small_settings)
+    assert not (tmp_path / "run").exists()
+
+
+# What it would cost
+
+
+def test_estimate__updates_and_tokens__as_counted_afterwards(plan, finished):
+    cost = estimate(plan)
+    # Learning: 2 episodes of 2 steps with 2 forks each and the step itself; then 2 final runs of 3 steps for 2 agents.
+    assert cost.updates == 2 * 2 * 3 + 2 * 2 * 3
+    run = read_json(finished / "run.json")
+    features = read_json(finished / "report.json")["cost"]["tokens"]["features"]
+    assert cost.tokens == pytest.approx(sum(run["phi_tokens"].values()) + features, rel=0.2)
+    assert cost.seconds > 0
+    assert cost.memory_gb > 0
+
+
+def test_estimate__episodes_of_one_step__are_long_enough(small_settings):
+    assert estimate(Plan({**small_settings, "horizon": 1}, episodes=1)).updates == 1 * 9 + 2 * 3
+
+
+def test_estimate__the_folder__is_not_touched(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    estimate(plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_episode_record__seeds__differ_between_plans():
+    assert not set(Plan({}, seed=0).final_seeds) & set(Plan({}, seed=1).final_seeds)
+
+
+def test_plan__as_json__comes_back():
+    plan = Plan({"horizon": 3}, compare=("random", "ifd"), num_runs=2)
+    value = json.loads(json.dumps(plan.to_json()))
+    assert Plan(**{**value, "compare": tuple(value["compare"])}) == plan
+
+
+def test_records__field_by_field__are_episode_records(finished):
+    line = (finished / "episodes.jsonl").read_text().splitlines()[0]
+    assert set(json.loads(line)) >= {
+        "schema_version",
+        "env",
+        "agent",
+        "seed",
+        "actions",
+        "rewards",
+        "dev_scores",
+        "test_score",
+        "versions",
+        "content",
+    }
+    assert np.isfinite(EpisodeRecord.from_json(line, "here").rewards).all()

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import gymnasium as gym
 import numpy as np
 
-from raise_env import RaiseSelectEnv
+from raise_env import EnvConfig, RaiseSelectEnv
 
 __all__ = ["Agent", "BatchAgent", "LearningAgent", "Progress", "best_rows", "world_of"]
 
@@ -44,6 +44,10 @@ class LearningAgent(Agent, Protocol):
         """Learn for so many episodes and return itself."""
 
 
+#: Rows that are taken by an agent that was told neither a number nor its environment.
+DEFAULT_BATCH_SIZE = EnvConfig().batch_size
+
+
 class BatchAgent:
     """Base of agents that take the `batch_size` best rows by some score of their own.
 
@@ -75,8 +79,19 @@ class BatchAgent:
         """
         if self._world is None:
             raise RuntimeError(f"{type(self).__name__} reads the pool: call begin(env, seed) before predict.")
-        size = self.batch_size or self._world.config.batch_size
-        return best_rows(self.scores(observation), self._world.action_masks(), size), state
+        return self._choose(self.scores(observation), self._world.action_masks()), state
+
+    def _choose(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return a 0/1 choice of the best rows.
+
+        Where the whole pool is on offer, the rows that the rest of the budget would buy are taken in random order:
+        from best to worst, batches would be as alike as they can be, and the first would hold nothing but extremes.
+        """
+        size = self.batch_size or (self._world.config.batch_size if self._world else DEFAULT_BATCH_SIZE)
+        if self._world is None or self._world.config.num_candidates != "all":
+            return best_rows(scores, mask, size)
+        within_budget = best_rows(scores, mask, max(size, self._world.budget_left))
+        return best_rows(self._rng.random(len(scores)), within_budget == 1, size)
 
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return a score for each candidate, shape (rows,); higher is taken first."""

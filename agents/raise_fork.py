@@ -158,11 +158,7 @@ class RaiseFork(BatchAgent):
         scores = self.scores(observation)
         if not deterministic:
             scores = scores + self.settings.temperature * self._rng.gumbel(size=len(scores))
-        size = self.batch_size or (self._world.config.batch_size if self._world else 8)
-        mask = observation.any(axis=1)
-        choice = np.zeros(len(scores), dtype=np.int8)
-        choice[np.argsort(-np.where(mask, scores, -np.inf), kind="stable")[: min(size, int(mask.sum()))]] = 1
-        return choice, state
+        return self._choose(scores, observation.any(axis=1)), state
 
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return F in its standard deviations, shape (rows,); rows taken `max_repeats` times come last.

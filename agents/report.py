@@ -246,7 +246,8 @@ def _plots(
         plots.append(dev_curves_plot(curves, _learned(report), horizon, reward))
     if learning.get("episode_returns"):
         greedy = learning.get("greedy_dev_scores") or []
-        plots.append(learning_plot(learning["episode_returns"], greedy, _mean_return(curves.get("random", ())), reward))
+        by_chance = _mean_return(curves.get("random", ()), learning.get("num_steps"))
+        plots.append(learning_plot(learning["episode_returns"], greedy, by_chance, reward))
     if selection is not None and len(selection.steps):
         plots.append(selection_plot(selection.count_by_step(horizon), selection.pool_class_counts))
     return {plot.name: plot for plot in plots}
@@ -263,8 +264,9 @@ def _curves(
     return {name: found[name] for name in dict.fromkeys([*_order(report), *found]) if found.get(name)}
 
 
-def _mean_return(seeds: Sequence[Sequence[float]]) -> float | None:
-    gains = [seed[-1] - seed[0] for seed in seeds if len(seed) > 1]
+def _mean_return(seeds: Sequence[Sequence[float]], num_steps: int | None = None) -> float | None:
+    """Return the mean gain over so many first steps, or over all: what learning episodes are compared with."""
+    gains = [seed[min(num_steps or len(seed), len(seed) - 1)] - seed[0] for seed in seeds if len(seed) > 1]
     return t_interval(gains).mean if gains else None
 
 
@@ -294,6 +296,7 @@ def _page(
         colours=COLOURS,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        learning_steps=report.get("learning", {}).get("num_steps"),
         plots={name: _inline(plots.get(name)) for name in ("dev_curves", "learning", "selection")},
         results=_results(report),
         tiles=_tiles(report, selection),

@@ -7,6 +7,7 @@ was done is on disk whatever happens, and `resume` goes on from there with the s
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -128,7 +129,7 @@ def train(
         for name in _names(plan):
             agent = learned if name == plan.agent else agents[name]
             _final_runs(run, plan, env, agent, name, reporter)
-        return _write_results(run, plan, env)
+        return _write_results(run, plan, env, _learning_steps(agents[plan.agent], env))
 
 
 def finetune(
@@ -181,13 +182,13 @@ def estimate(plan: Plan) -> Estimate:
     updates, tokens, seconds = 0, 0.0, 0.0
     settings = getattr(agent, "settings", None)
     forks = getattr(settings, "num_forks", 0)
-    horizon = min(getattr(settings, "num_steps", None) or env.config.horizon, env.config.horizon)
-    learning_steps = plan.episodes * horizon
+    learning_steps = plan.episodes * _learning_steps(agent, env)
     if settings is not None and forks and plan.episodes:
         probe = _measure(env, lambda: env.probe(np.stack([_first_rows(env)] * forks), settings.num_dev))
-        updates += learning_steps * (forks + 1)
-        tokens += learning_steps * (probe[0] + step[0])
-        seconds += learning_steps * (probe[1] + step[1])
+        num_probes = math.ceil(learning_steps / settings.probe_every)
+        updates += num_probes * forks + learning_steps
+        tokens += num_probes * probe[0] + learning_steps * step[0]
+        seconds += num_probes * probe[1] + learning_steps * step[1]
     elif plan.episodes:
         updates, tokens, seconds = learning_steps, learning_steps * step[0], learning_steps * step[1]
     final_steps = env.config.horizon * plan.num_runs * len(_names(plan))
@@ -195,6 +196,12 @@ def estimate(plan: Plan) -> Estimate:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     total_seconds = seconds + final_steps * step[1]
     return Estimate(updates + final_steps, int(tokens), tokens / phi_tokens(env), total_seconds, memory)
+
+
+def _learning_steps(agent: Agent, env: RaiseSelectEnv) -> int:
+    """Return the steps of one of the agent's learning episodes."""
+    wanted = getattr(getattr(agent, "settings", None), "num_steps", None)
+    return min(wanted or env.config.horizon, env.config.horizon)
 
 
 def _measure(env: RaiseSelectEnv, work: Callable[[], object]) -> tuple[float, float]:
@@ -390,7 +397,7 @@ def _write_outcome(folder: Path, env: RaiseSelectEnv) -> None:
         env.save_adapter(beside)
 
 
-def _write_results(run: _Run, plan: Plan, env: RaiseSelectEnv) -> dict[str, Any]:
+def _write_results(run: _Run, plan: Plan, env: RaiseSelectEnv, learning_steps: int) -> dict[str, Any]:
     records = run.records()
     report = {
         "schema_version": REPORT_VERSION,
@@ -400,7 +407,10 @@ def _write_results(run: _Run, plan: Plan, env: RaiseSelectEnv) -> dict[str, Any]
         "curves": {
             agent_name(name): [r.dev_scores for r in records if r.agent == agent_name(name)] for name in _names(plan)
         },
-        "learning": {"episode_returns": run.state.get("episode_returns", [])},
+        "learning": {
+            "episode_returns": run.state.get("episode_returns", []),
+            "num_steps": learning_steps,
+        },
         "settings": {**plan.to_json(), **env.config.to_kwargs()},
         "versions": run.state["versions"],
         "machine": _machine(env),
@@ -426,9 +436,11 @@ def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
 
 def _agent_scores(records: Sequence[EpisodeRecord], name: str, env: RaiseSelectEnv) -> dict[str, list[float | None]]:
     own = [record for record in records if record.agent == name]
-    scores: dict[str, list[float | None]] = {"dev_score": [record.dev_scores[-1] for record in own]}
+    scores: dict[str, list[float | None]] = {}
     if env.config.reward == "loss":
         scores["dev_loss"] = [-record.dev_scores[-1] for record in own]
+    else:
+        scores["dev_score"] = [record.dev_scores[-1] for record in own]
     if env.assets.has_test:
         scores["test_loss"] = [record.final.get("test_loss") for record in own]
         if _shows_accuracy(env):

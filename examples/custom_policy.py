@@ -16,7 +16,7 @@ import numpy as np
 
 import raise_env  # registers RaiseSelect-v0
 
-BATCH_SIZE, NUM_FORKS, NUM_EPISODES = 8, 8, 3
+BATCH_SIZE, NUM_FORKS, NUM_EPISODES = 8, 8, 2
 COLUMNS = slice(2, 38)  # what differs between rows and never changes: difficulty and meaning
 
 settings = {"horizon": 20, "num_dev": 32}

@@ -15,7 +15,7 @@ import raise_env  # registers RaiseSelect-v0
 from raise_env.agents import RandomAgent, SubsetPolicy, run_episode
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--num-steps", type=int, default=800, help="steps to learn for")
+parser.add_argument("--num-steps", type=int, default=400, help="steps to learn for")
 parser.add_argument("--fast", action="store_true", help="learn for two short episodes on a small pool")
 arguments = parser.parse_args()
 
@@ -43,11 +43,15 @@ model = PPO(
 )
 
 
+returns = []
+
+
 def report(local_variables, _) -> bool:
-    """Print the return of an episode that has ended, and go on learning."""
-    for info in local_variables["infos"]:
-        if "episode" in info:
-            print(f"step {model.num_timesteps}: return {info['episode']['r']:.2f}")
+    """Print the mean return of every four episodes, and go on learning."""
+    returns.extend(info["episode"]["r"] for info in local_variables["infos"] if "episode" in info)
+    if len(returns) == 4:
+        print(f"step {model.num_timesteps}: return {np.mean(returns):.2f}")
+        returns.clear()
     return True
 
 

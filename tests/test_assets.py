@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import numpy as np
+import pytest
+
+from raise_env.assets import load_data
+from raise_env.config import EnvConfig
+from raise_env.env import RaiseSelectEnv
+from raise_env.errors import DataError, SettingError
+
+
+def rows(first, count, extra=""):
+    return [{"instruction": f"Say {number}{extra}.", "output": str(number)} for number in range(first, first + count)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Return a function that writes pool, dev and test set, and returns the settings that name them."""
+
+    def write(pool=None, dev=None, test=None, **settings):
+        parts = {"pool": pool or rows(0, 24), "dev": dev or rows(100, 6), "test": test or rows(200, 6)}
+        for name, lines in parts.items():
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        named = {name: str(tmp_path / f"{name}.jsonl") for name in parts}
+        small = {"num_candidates": 8, "num_classes": 2, "batch_size": 2, "horizon": 2, "auxiliary_updates": 0}
+        return {**named, **small, **settings}
+
+    return write
+
+
+def test_env__files_of_ones_own__are_trained_and_scored_on(files):
+    env = RaiseSelectEnv(**files())
+    env.reset(seed=0)
+    assert [len(rows) for rows in (env.assets.pool, env.assets.data.dev, env.assets.data.test)] == [24, 6, 6]
+    assert env.assets.pool[3].prompt == "Say 3."
+    action = np.array([1, 0, 0, 0, 1, 0, 0, 0])
+    assert env.step(action)[1] != 0
+    assert "test_score" in env.step(action)[4]
+
+
+def test_env__no_test_set__has_no_test_score(files):
+    settings = files()
+    del settings["test"]
+    env = RaiseSelectEnv(**settings)
+    env.reset(seed=0)
+    info = env.step([1, 0] * 4)[4]
+    assert env.budget_left == 0
+    assert "test_score" not in info
+    assert set(env.assets.content) == {"model", "pool", "dev"}
+
+
+def test_env__all_candidates_of_a_file__are_counted_before_anything_is_loaded(files):
+    assert RaiseSelectEnv(**files(num_candidates="all")).action_space.n == 24
+    with pytest.raises(DataError, match="no such file"):
+        RaiseSelectEnv(pool="none.jsonl", dev="dev.jsonl", num_candidates="all")
+
+
+def test_load_data__row_of_dev_or_test_in_the_pool__is_refused_unless_allowed(files):
+    settings = files(dev=rows(5, 1) + rows(100, 5), test=rows(100, 1) + rows(200, 5))
+    with pytest.raises(DataError, match=r"(?s)dev\.jsonl.*line 1.*Say 5.*test\.jsonl.*Say 100"):
+        load_data(EnvConfig.from_kwargs(settings))
+    assert len(load_data(EnvConfig.from_kwargs({**settings, "allow_overlap": True})).dev) == 6
+
+
+def test_load_data__part_of_dev_and_test__is_a_fixed_part(files):
+    config = EnvConfig.from_kwargs(files(num_dev=3, num_test=2))
+    first, again = load_data(config), load_data(config)
+    assert (len(first.dev), len(first.test), len(first.pool)) == (3, 2, 24)
+    assert [row.prompt for row in first.dev] == [row.prompt for row in again.dev]
+    with pytest.raises(SettingError, match="7 rows were asked for"):
+        load_data(EnvConfig.from_kwargs(files(num_dev=7)))
+
+
+def test_load_data__embedded_task__takes_part_of_it_likewise():
+    data = load_data(EnvConfig(num_dev=3, num_test=2, pool_size=70))
+    assert (len(data.pool), len(data.dev), len(data.test)) == (70, 3, 2)
+
+
+def test_load_data__fewer_rows_than_candidates__is_said(files):
+    with pytest.raises(SettingError, match="num_candidates is 64, but the pool has 24 rows"):
+        load_data(EnvConfig.from_kwargs(files(num_candidates=64)))
+
+
+def test_load_data__empty_rows__are_refused_or_skipped(files):
+    settings = files(pool=[*rows(0, 10), {"instruction": "Say nothing.", "output": ""}])
+    with pytest.raises(DataError, match="line 11"):
+        load_data(EnvConfig.from_kwargs(settings))
+    assert len(load_data(EnvConfig.from_kwargs({**settings, "skip_empty": True})).pool) == 10
+
+
+def test_assets__file_changed_on_disk__is_read_again(files):
+    settings = files()
+    first = RaiseSelectEnv(**settings).assets
+    assert RaiseSelectEnv(**settings).assets is first
+    files(pool=rows(40, 24))
+    os.utime(settings["pool"], ns=(1, 1))
+    second = RaiseSelectEnv(**settings).assets
+    assert second.pool[0].prompt == "Say 40."
+    assert second.content["pool"] != first.content["pool"]
+    assert second.content["dev"] == first.content["dev"]
+
+
+def test_assets__rows_that_do_not_fit__are_never_offered(files):
+    long = rows(0, 3, extra=" and then a lot more than fits") + rows(3, 21)
+    env = RaiseSelectEnv(**files(pool=long, max_length=30, num_candidates="all"))
+    env.reset(seed=0)
+    assert env.assets.classes[:3].tolist() == [-1] * 3
+    assert (env.assets.classes[3:] >= 0).all()
+    assert not np.isin(env.candidates, [0, 1, 2]).any()
+    assert env.action_masks().sum() == 21
+    assert (env.assets.features.columns[:3] == 0).all()
+    assert np.isfinite(env.observation()).all()
+
+
+def test_assets__dev_rows_that_do_not_fit__are_left_out_and_said(files, caplog):
+    dev = rows(100, 5) + rows(105, 1, extra=" and then a lot more than fits")
+    env = RaiseSelectEnv(**files(dev=dev, max_length=30))
+    with caplog.at_level(logging.WARNING, logger="raise_env"):
+        assert env.assets.num_dev == 5
+    assert "1 of 6 dev rows are left out" in caplog.text
+
+
+def test_assets__nothing_fits__says_what_to_raise(files):
+    with pytest.raises(DataError, match="max_length"):
+        RaiseSelectEnv(**files(max_length=4)).reset()
+
+
+def test_assets__classes__share_the_rows_out(embedded_env):
+    assets = embedded_env().assets
+    assert sorted(np.concatenate(assets.members)) == list(range(64))
+    for label, ids in enumerate(assets.members):
+        assert (assets.classes[ids] == label).all()
+    assert assets.pool_tokens == assets.learner.pool.lengths.sum()
+    assert set(assets.content) == {"model", "pool", "dev", "test"}
+
+
+def test_accuracy__dev_rows_with_choices__is_a_reward(files):
+    choices = [{**row, "choices": [row["output"], "no"]} for row in rows(100, 6)]
+    env = RaiseSelectEnv(**files(dev=choices, test=[{**row, "choices": [row["output"], "x"]} for row in rows(200, 4)]))
+    other = RaiseSelectEnv(**{**files(dev=choices), "reward": "accuracy"})
+    env.reset(seed=0)
+    other.reset(seed=0)
+    assert 0 <= other.dev_scores[0] <= 1
+    assert env.evaluate("dev").accuracy == other.dev_scores[0]

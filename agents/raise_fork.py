@@ -47,7 +47,8 @@ class ForkSettings:
         num_dev: Dev rows that the forks of a group are scored on, drawn afresh for each group; None: all.
         num_steps: Steps of a learning episode, which is then left; None: to its end. The learning rate falls with
             the environment's own horizon, so a few steps see the rates at which most of a run is made.
-        probe_every: Steps from one group of forks to the next; between them the trunk takes what F ranks best.
+        fork_steps: Updates that each fork makes before it is scored. One shows what a batch does at once, much of
+            which the next updates would undo or do anyway; several show more of what lasts.
         num_networks: Networks whose mean is F; each is fitted to groups drawn with replacement.
         hidden_dims: Widths of a network's hidden layers.
         learning_rate: Adam's, for the fit.
@@ -61,7 +62,7 @@ class ForkSettings:
     num_forks: int = 8
     num_dev: int | None = 32
     num_steps: int | None = 16
-    probe_every: int = 1
+    fork_steps: int = 1
     num_networks: int = 5
     hidden_dims: tuple[int, ...] = (64, 64)
     learning_rate: float = 3e-3
@@ -224,7 +225,7 @@ class RaiseFork(BatchAgent):
         with replaced_folder(Path(folder)) as beside:
             self.save(beside / "selector")
             groups = {
-                "rows": torch.from_numpy(np.stack([group.rows for group in self.groups])),
+                "rows": torch.from_numpy(_stacked_rows(self.groups)),
                 "gains": torch.from_numpy(np.stack([group.gains for group in self.groups])),
             }
             save_file(groups, beside / "groups.safetensors")
@@ -256,15 +257,38 @@ class RaiseFork(BatchAgent):
         observation, _ = world.reset(seed=int(rng.integers(2**31)))
         over = False
         while not over and world.num_steps != self.settings.num_steps:
-            actions = self._actions(observation, world.action_masks(), world.config.batch_size, rng)
-            if world.num_steps % self.settings.probe_every == 0:
-                group = _group(observation, actions, world.probe(actions, self.settings.num_dev))
-                if group is not None:
-                    self.groups.append(group)
-            observation, _, over, _, _ = world.step(actions[rng.integers(len(actions))])
+            group, observation, over = self._fork(world, observation, rng)
+            if group is not None:
+                self.groups.append(group)
         # An episode that is left before its end was not scored yet: taking nothing gives the score as it is.
-        last = world.dev_scores[-1] if over else float(world.probe(np.zeros((1, len(observation)), dtype=np.int8))[0])
+        last = world.dev_scores[-1] if over else float(world.probe(_nothing(world))[0])
         return last - world.dev_scores[0]
+
+    def _fork(
+        self, world: RaiseSelectEnv, observation: np.ndarray, rng: np.random.Generator
+    ) -> tuple[Group | None, np.ndarray, bool]:
+        """Try batches in forks, go on from one of them, and return what they showed, what is offered, and the end."""
+        if self.settings.fork_steps == 1:
+            actions = self._actions(observation, world.action_masks(), world.config.batch_size, rng)
+            scores = world.probe(actions, self.settings.num_dev)
+            group = _group([observation[action == 1] for action in actions], scores)
+            observation, _, over, _, _ = world.step(actions[rng.integers(len(actions))])
+            return group, observation, over
+        forks = world.fork(self.settings.num_forks)
+        rows: list[list[np.ndarray]] = [[] for _ in forks]
+        over = False
+        for _ in range(self.settings.fork_steps):
+            if over or forks[0].num_steps == self.settings.num_steps:
+                break
+            actions = self._actions(observation, forks[0].action_masks(), world.config.batch_size, rng)
+            for fork, action, taken in zip(forks, actions, rows, strict=True):
+                # What is offered, and when it ends, is the same for all forks; what was taken is each one's own.
+                taken.append(fork.observation()[action == 1])
+                observation, _, over, _, _ = fork.step(action)
+        scores = np.array([_score(fork, over, self.settings.num_dev) for fork in forks])
+        chosen = forks[rng.integers(len(forks))]
+        world.restore(chosen.snapshot())
+        return _group([np.concatenate(taken) for taken in rows], scores), world.observation(), over
 
     def _actions(self, observation: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """Return the forks' 0/1 choices, shape (num_forks, rows), int8."""
@@ -290,7 +314,7 @@ def fit_ensemble(groups: Sequence[Group], settings: ForkSettings, seed: int) -> 
         settings: How to fit.
         seed: What first weights and the networks' shares of the groups are drawn from.
     """
-    rows = torch.from_numpy(np.stack([group.rows for group in groups]))  # (groups, forks, batch, 39)
+    rows = torch.from_numpy(_stacked_rows(groups))  # (groups, forks, most rows of a fork, 39)
     gains = torch.from_numpy(np.stack([group.gains for group in groups]))  # (groups, forks)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -337,26 +361,33 @@ def _fit(
 
 
 def _loss(network: AcquisitionFunction, rows: Tensor, gains: Tensor) -> Tensor:
-    sums = network(rows).sum(dim=-1)  # (groups, forks)
+    sums = (network(rows) * rows.any(dim=-1)).sum(dim=-1)  # (groups, forks); rows of zeros are padding
     explained: Tensor = sums - sums.mean(dim=1, keepdim=True)
     return (explained - gains).square().mean()
 
 
-def _group(observation: np.ndarray, actions: np.ndarray, scores: np.ndarray) -> Group | None:
+def _stacked_rows(groups: Sequence[Group]) -> np.ndarray:
+    """Return all groups' rows, shape (groups, forks, most rows of a fork, 39); shorter forks end in rows of zeros."""
+    most = max(group.rows.shape[1] for group in groups)
+    return np.stack([np.pad(group.rows, ((0, 0), (0, most - group.rows.shape[1]), (0, 0))) for group in groups])
+
+
+def _group(rows: Sequence[np.ndarray], scores: np.ndarray) -> Group | None:
     """Return what a group of forks showed; None where it showed nothing, or a fork diverged."""
     spread = scores.std() if np.isfinite(scores).all() else 0.0
-    if spread < 1e-9:
+    if spread < 1e-9 or len({len(part) for part in rows}) > 1:
         return None
-    rows = np.stack([observation[action == 1] for action in actions])
-    return Group(rows, ((scores - scores.mean()) / spread).astype(np.float32))
+    return Group(np.stack(rows), ((scores - scores.mean()) / spread).astype(np.float32))
 
 
-def _nothing_seen(world: RaiseSelectEnv) -> str:
-    return (
-        f"in a whole episode the forks of no step differed in reward {world.config.reward!r}, or one of them diverged: "
-        "there is nothing to learn from. Take reward 'loss', more forks (num_forks), more dev rows, or a lower "
-        "learning_rate."
-    )
+def _score(fork: RaiseSelectEnv, over: bool, num_dev: int | None) -> float:
+    """Return a fork's dev score: on the group's common sample while the episode goes on, else its last."""
+    return fork.dev_scores[-1] if over else float(fork.probe(_nothing(fork), num_dev)[0])
+
+
+def _nothing(world: RaiseSelectEnv) -> np.ndarray:
+    """Return one action that takes no row, shape (1, candidates), int8."""
+    return np.zeros((1, len(world.candidates)), dtype=np.int8)
 
 
 def _random_batches(allowed: np.ndarray, size: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -185,7 +185,7 @@ def estimate(plan: Plan) -> Estimate:
     learning_steps = plan.episodes * _learning_steps(agent, env)
     if settings is not None and forks and plan.episodes:
         probe = _measure(env, lambda: env.probe(np.stack([_first_rows(env)] * forks), settings.num_dev))
-        num_probes = math.ceil(learning_steps / settings.probe_every)
+        num_probes = math.ceil(learning_steps / settings.fork_steps)
         updates += num_probes * forks + learning_steps
         tokens += num_probes * probe[0] + learning_steps * step[0]
         seconds += num_probes * probe[1] + learning_steps * step[1]

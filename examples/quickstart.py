@@ -7,7 +7,7 @@ for the features of the pool are computed; they are kept for the next one.
 
 import gymnasium as gym
 
-import raise_env  # registers RaiseSelect-v0
+import raise_env  # the import registers RaiseSelect-v0
 
 env = raise_env.TopKScores(gym.make("RaiseSelect-v0"))  # an action is a score for each candidate; the best are taken
 env.action_space.seed(0)

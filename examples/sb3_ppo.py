@@ -11,8 +11,10 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3 import PPO
 
-import raise_env  # registers RaiseSelect-v0
+import raise_env
 from raise_env.agents import RandomAgent, SubsetPolicy, run_episode
+
+gym.register_envs(raise_env)  # done by the import; this says so
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--num-steps", type=int, default=400, help="steps to learn for")

@@ -32,23 +32,40 @@ class TakesFirst:
         return choice, state
 
 
-class HasNoPredict:
-    pass
-
-
-class Counts:
+class Remembers:
     """Keeps what it was called with, and passes a state on from call to call."""
 
-    def __init__(self, action_space=None, action=None):
+    def __init__(self):
         self.calls = []
-        if action_space is not None:
-            self.action_space = action_space
-        self.action = action
 
-    def predict(self, observation, state=None, episode_start=None, deterministic=True, **more):
-        self.calls.append((state, bool(episode_start[0]), deterministic, more))
-        action = self.action(observation, more) if self.action else TakesFirst().predict(observation)[0]
-        return action, (len(self.calls) if state is None else state + 1)
+    def predict(self, observation, state=None, episode_start=None, deterministic=True):
+        self.calls.append((state, bool(episode_start[0]), deterministic))
+        return TakesFirst().predict(observation)[0], len(self.calls)
+
+
+class ScoresEarlierRowsHigher:
+    action_space = spaces.Box(-1, 1, (32,))
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=True):
+        return -np.arange(len(observation), dtype=np.float32) / len(observation), state
+
+
+class PicksFirstAllowed:
+    action_space = spaces.Discrete(32)
+
+    def __init__(self):
+        self.masks = []
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=True, action_masks=None):
+        self.masks.append(action_masks)
+        return np.flatnonzero(action_masks)[0], state
+
+
+class PicksWithoutMasks:
+    action_space = spaces.Discrete(32)
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=True):
+        return np.int64(0), state
 
 
 class FixedScores(PoolScoreAgent):
@@ -71,7 +88,7 @@ def with_assets(env, **changes):
 
 
 def with_labels(num_clean=20, num_rows=60):
-    """Return a toy environment of all rows: first clean ones of a target skill, then clean others, then spoilt ones."""
+    """Return a toy world on offer whole: clean rows of a target skill, then clean ones of another, then spoilt ones."""
     rows = [
         Instruction(
             f"q{i}",
@@ -83,7 +100,7 @@ def with_labels(num_clean=20, num_rows=60):
         )
         for i in range(num_rows)
     ]
-    return with_assets(toy_env(num_rows, num_candidates="all", horizon=3), pool=Pool(rows, "toy"))
+    return with_assets(toy_env(num_rows, num_candidates=num_rows, num_classes=1, horizon=3), pool=Pool(rows, "toy"))
 
 
 # The base
@@ -164,9 +181,18 @@ def test_random__many_draws__every_candidate_alike():
 
 
 def test_pool_scores__rows_taken_once__come_after_all_others():
-    env = toy_env(32, num_candidates="all", horizon=4, batch_size=8)
+    env = toy_env(32, num_candidates=32, num_classes=1, horizon=4, batch_size=8)
     record = run_episode(env, FixedScores(), seed=0, name="fixed")
     assert [sorted(rows) for rows in record.actions] == [list(range(s, s + 8)) for s in (24, 16, 8, 0)]
+
+
+def test_pool_scores__whole_pool_on_offer__the_best_that_the_budget_buys_in_random_order():
+    env = toy_env(64, num_candidates="all", horizon=4, batch_size=8)
+    record = run_episode(env, FixedScores(), seed=0, name="fixed")
+    assert sorted(row for rows in record.actions for row in rows) == list(range(32, 64))
+    assert max(record.actions[-1]) > 56  # not from best to worst
+    another = run_episode(env, FixedScores(), seed=1, name="fixed")
+    assert another.actions != record.actions
 
 
 def test_ifd__values__by_hand():
@@ -187,9 +213,8 @@ def test_ifd__rows_that_the_auxiliary_model_could_not_read__do_not_spoil_the_oth
 
 
 def test_ifd__a_step__takes_the_hardest_that_fit():
-    env = with_features(
-        toy_env(16, num_candidates="all", batch_size=2), [-1.0] * 16, [-1.0 - 0.1 * i for i in range(16)]
-    )
+    env = toy_env(16, num_candidates=16, num_classes=1, batch_size=2)
+    env = with_features(env, log_p_given=[-1.0] * 16, log_p=[-1.0 - 0.1 * row for row in range(16)])
     record = run_episode(env, IfdAgent(), seed=0, name="ifd")
     # log P(y) falls with the row, so IFD = exp(log P(y) - log P(y|x)) is highest for the first rows.
     assert sorted(record.actions[0]) == [0, 1]
@@ -241,38 +266,56 @@ def test_run_episode__on_step__every_step_from_one():
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_run_episode__predict__gets_state_start_and_determinism(deterministic):
-    agent = Counts()
-    run_episode(toy_env(horizon=3), agent, seed=0, name="counts", deterministic=deterministic)
-    assert agent.calls == [
-        (None, True, deterministic, {}),
-        (1, False, deterministic, {}),
-        (2, False, deterministic, {}),
-    ]
+    agent = Remembers()
+    run_episode(toy_env(horizon=3), agent, seed=0, name="remembers", deterministic=deterministic)
+    assert agent.calls == [(None, True, deterministic), (1, False, deterministic), (2, False, deterministic)]
 
 
 def test_run_episode__agent_that_scores__the_best_of_each_class_are_trained_on():
-    agent = Counts(spaces.Box(-1, 1, (32,)), lambda rows, _: -np.arange(len(rows), dtype=np.float32) / 32)
     env = toy_env(horizon=1, num_classes=4, batch_size=8)
     env.reset(seed=0)
     offered = env.candidates
-    record = run_episode(env, agent, seed=0, name="scores")
+    record = run_episode(env, ScoresEarlierRowsHigher(), seed=0, name="scores")
     assert record.actions == [[int(offered[8 * label + place]) for label in range(4) for place in range(2)]]
 
 
 def test_run_episode__agent_that_picks__is_told_what_is_left():
-    agent = Counts(spaces.Discrete(32), lambda _, more: np.flatnonzero(more["action_masks"])[0])
-    env = toy_env(horizon=2, batch_size=8)
-    record = run_episode(env, agent, seed=0, name="picks")
+    agent = PicksFirstAllowed()
+    record = run_episode(toy_env(horizon=2, batch_size=8), agent, seed=0, name="picks")
     assert [len(set(rows)) for rows in record.actions] == [8, 8]
-    assert [call[3]["action_masks"].sum() for call in agent.calls[:9]] == [32, 31, 30, 29, 28, 27, 26, 25, 32]
+    assert [mask.sum() for mask in agent.masks[:9]] == [32, 31, 30, 29, 28, 27, 26, 25, 32]
 
 
-def test_fit_wrapper__action_space__decides():
+def test_run_episode__agent_that_takes_no_masks__is_not_given_any():
+    record = run_episode(toy_env(horizon=2, batch_size=8), PicksWithoutMasks(), seed=0, name="picks")
+    assert [len(rows) for rows in record.actions] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("agent", "wrapper"), [(ScoresEarlierRowsHigher(), TopKScores), (PicksFirstAllowed(), PickOne)]
+)
+def test_fit_wrapper__action_space__decides(agent, wrapper):
+    assert isinstance(fit_wrapper(toy_env(), agent), wrapper)
+
+
+def test_fit_wrapper__no_action_space_or_the_environments__stays_as_it_is():
     env = toy_env()
-    assert fit_wrapper(env, TakesFirst()) is env
-    assert fit_wrapper(env, Counts(spaces.MultiBinary(32))) is env
-    assert isinstance(fit_wrapper(env, Counts(spaces.Box(-1, 1, (32,)))), TopKScores)
-    assert isinstance(fit_wrapper(env, Counts(spaces.Discrete(32))), PickOne)
+    agent = TakesFirst()
+    assert fit_wrapper(env, agent) is env
+    agent.action_space = env.action_space
+    assert fit_wrapper(env, agent) is env
+
+
+def test_fit_wrapper__wrapped_already__is_not_wrapped_twice():
+    env = TopKScores(toy_env())
+    assert fit_wrapper(env, ScoresEarlierRowsHigher()) is env
+
+
+def test_fit_wrapper__another_action_space__says_which_fit():
+    agent = TakesFirst()
+    agent.action_space = spaces.MultiDiscrete([32] * 8)
+    with pytest.raises(SettingError, match="MultiBinary, Box or Discrete"):
+        fit_wrapper(toy_env(), agent)
 
 
 # Catalogue

@@ -1,0 +1,46 @@
+"""What the documents say of the files must be so: a map that lists what is not there is worse than none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"]
+MAP = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def rows_of(heading):
+    """Return the file names in the first column of the table under a heading."""
+    section = MAP.split(f"## {heading}")[1].split("\n## ")[0]
+    return {
+        name for line in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(.*?)`", line)
+    }
+
+
+@pytest.mark.parametrize(("heading", "folder"), [("The world", "raise_env"), ("The agents", "agents")])
+def test_map__of_each_wing__names_every_file_and_no_other(heading, folder):
+    files = {path.name for path in (ROOT / folder).glob("*.py")}
+    if folder == "agents":
+        files.remove("__init__.py")
+    named = rows_of(heading)
+    assert {name for name in named if name.endswith(".py")} == files
+    assert all((ROOT / folder / name).is_dir() for name in named if name.endswith("/"))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_links__to_files__lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_anchors__within_a_page__are_headings_of_it(path):
+    text = path.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", line.lower()).strip().replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings

@@ -1,0 +1,57 @@
+"""The examples run as a reader would run them; `--fast` makes them small."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name, *arguments):
+    """Run an example in a process of its own, where a warning is an error of this project as it is in the tests."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    return result.stdout
+
+
+def test_examples__every_one__is_run_here():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"quickstart", "sb3_ppo", "custom_policy"}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples__docstring__says_what_one_sees(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert "What one sees" in docstring
+
+
+@pytest.mark.slow
+def test_quickstart__whole__the_model_becomes_better():
+    output = run("quickstart")
+    before, after = re.search(r"dev score (\S+) before, (\S+) after 40 updates", output).groups()
+    assert float(after) > float(before) + 1
+    assert re.search(r"^test score -\d+\.\d\d$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "policy"), [("sb3_ppo", "PPO"), ("custom_policy", "the policy")])
+def test_example__fast__prints_both_results(name, policy):
+    output = run(name, "--fast")
+    for words in ("random", policy):
+        assert re.search(rf"test score with {words}.*: -\d+\.\d\d \(-\d+\.\d\d, -\d+\.\d\d, -\d+\.\d\d\)", output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "policy"), [("sb3_ppo", "PPO"), ("custom_policy", "the policy")])
+def test_example__whole__what_was_learned_beats_random(name, policy):
+    output = run(name)
+    results = dict(re.findall(r"test score with (.*): (-\d+\.\d\d) \(", output))
+    random_name = next(label for label in results if label.startswith("random"))
+    assert float(results[policy]) > float(results[random_name]) + 0.1

@@ -507,8 +507,11 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
     kind = "share of right answers" if metric == "test_accuracy" else metric.replace("_", " ")
     show = ("{:.0%}" if metric == "test_accuracy" else "{:.2f}").format
     parts = [f"{show(base[metric])} before"] if metric in base else []
-    words = {"random": "with random rows", "oracle": "with the hidden labels known", name: "with the learned selector"}
-    for agent in ["random", *[a for a in agents if a not in ("random", "oracle", name)], name, "oracle"]:
+    words = {"random": "with random rows", "oracle": "with the hidden labels known"}
+    if name not in words:
+        words[name] = "with the learned selector"
+    others = [agent for agent in agents if agent not in ("random", "oracle", name)]
+    for agent in dict.fromkeys(["random", *others, name, "oracle"]):
         values = [v for v in agents.get(agent, {}).get(metric, []) if v is not None]
         if values:
             parts.append(f"{show(float(np.mean(values)))} {words.get(agent, f'with {agent}')}")

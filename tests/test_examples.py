@@ -33,7 +33,6 @@ def test_examples__docstring__says_what_one_sees(path):
     assert "What one sees" in docstring
 
 
-@pytest.mark.slow
 def test_quickstart__whole__the_model_becomes_better():
     output = run("quickstart")
     before, after = re.search(r"dev score (\S+) before, (\S+) after 40 updates", output).groups()

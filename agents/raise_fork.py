@@ -159,7 +159,7 @@ class RaiseFork(BatchAgent):
         scores = self.scores(observation)
         if not deterministic:
             scores = scores + self.settings.temperature * self._rng.gumbel(size=len(scores))
-        return self._choose(scores, observation.any(axis=1)), state
+        return self._choose(scores, np.asarray(observation.any(axis=1))), state
 
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return F in its standard deviations, shape (rows,); rows taken `max_repeats` times come last.
@@ -378,6 +378,13 @@ def _group(rows: Sequence[np.ndarray], scores: np.ndarray) -> Group | None:
     if spread < 1e-9 or len({len(part) for part in rows}) > 1:
         return None
     return Group(np.stack(rows), ((scores - scores.mean()) / spread).astype(np.float32))
+
+
+def _nothing_seen(world: RaiseSelectEnv) -> str:
+    return (
+        f"raise_fork learned nothing: with reward={world.config.reward!r} no batch scored differently from another in a "
+        "whole episode. Take reward='loss', which every update moves, more dev rows (num_dev), or a higher learning_rate."
+    )
 
 
 def _score(fork: RaiseSelectEnv, over: bool, num_dev: int | None) -> float:

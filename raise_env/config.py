@@ -170,7 +170,15 @@ class EnvConfig:
                 _require(isinstance(value, bool), entry.name, value, "True or False")
 
     def _check_sizes(self) -> None:
-        for name in ("num_classes", "batch_size", "horizon", "score_every", "pool_size", "max_length", "micro_batch_tokens"):
+        for name in (
+            "num_classes",
+            "batch_size",
+            "horizon",
+            "score_every",
+            "pool_size",
+            "max_length",
+            "micro_batch_tokens",
+        ):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
         for name in ("budget", "num_dev", "num_test"):

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-
-#: The world's modules; each may import those above it.
-LAYERS = [
-    *("version", "errors", "config", "files", "pool", "rewards", "features", "learner_protocol"),
-    *("encoding", "base_model", "evaluation", "learner"),
-    *("tiny", "tiny.skills", "tiny.task", "tiny.pretrain"),
-    *("assets", "render", "env", "vector", "wrappers", "record", "testing"),
-]
 
 #: Modules that load torch, or what loads it, when they are imported.
 WITH_TORCH = {
@@ -61,6 +54,15 @@ def is_of(module, package):
     return module == package or module.startswith(f"{package}.")
 
 
+def layers():
+    """The world's modules in the order of the map in docs/architecture.md, a folder's after each other."""
+    section = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The world")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `([\w/]+)(?:\.py)?` \|", section, re.MULTILINE)
+    tiny = ["tiny", "tiny.skills", "tiny.task", "tiny.pretrain"]
+    return [layer for name in named if name != "__init__" for layer in (tiny if name == "tiny/" else [name])]
+
+
+LAYERS = layers()
 WORLD = [name for name in SOURCES if is_of(name, "raise_env")]
 
 

@@ -38,6 +38,7 @@ BAD = {
     "batch_size": [0, 65],
     "horizon": [0, 1.5, True, "4"],
     "budget": [0, 2.5],
+    "score_every": [0, 1.0],
     "pool_size": [0],
     "max_length": [0],
     "micro_batch_tokens": [0],

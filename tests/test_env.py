@@ -378,6 +378,41 @@ def test_reward__whole_episode__adds_up_to_the_gain_in_dev_score(env):
     assert rewards == pytest.approx(np.diff(env.dev_scores).tolist())
 
 
+def test_score_every__steps_between__earn_nothing_and_the_scored_one_the_whole_gain():
+    often, seldom = toy_env(horizon=5, budget=400), toy_env(horizon=5, budget=400, score_every=2)
+    often.reset(seed=1)
+    seldom.reset(seed=1)
+    scored = []
+    seldom._learner.evaluate = lambda split, whole=seldom._learner.evaluate: scored.append(split) or whole(split)
+    for step in range(5):
+        # Nothing is taken at the end: what the step before has gained is still to be earned.
+        action = first_rows(often, 3 * (step < 4))
+        often.step(action)
+        _, _, _, _, info = seldom.step(action)
+        assert info["dev_score"] == seldom.dev_scores[-1]
+    rewards = [step.reward for step in often.history]
+    gains = [step.reward for step in seldom.history]
+    assert gains == pytest.approx([0, rewards[0] + rewards[1], 0, rewards[2] + rewards[3], 0])
+    assert scored == ["dev", "dev", "test"]
+    assert seldom.dev_scores[-1] == often.dev_scores[-1]
+
+
+def test_score_every__end_of_the_episode__is_always_scored():
+    for settings in ({"horizon": 3}, {"horizon": 9, "budget": 12}):
+        env = toy_env(score_every=99, **settings)
+        env.reset(seed=0)
+        rewards = [env.step(first_rows(env, 4))[1] for _ in range(3)]
+        assert rewards[:2] == [0, 0]
+        assert rewards[2] == env.dev_scores[-1] - env.dev_scores[0] != 0
+    env = toy_env(score_every=2, horizon=3)
+    env.reset(seed=0)
+    env.step(first_rows(env, 4))
+    moment = env.snapshot()
+    env.step(first_rows(env, 4))
+    env.restore(moment)
+    assert env.step(np.zeros(32))[1] != 0, "a snapshot remembers what is not scored yet"
+
+
 def test_end__at_the_horizon__terminates(env):
     flags = [env.step(first_rows(env, 1))[2:4] for _ in range(10)]
     assert flags == [(False, False)] * 9 + [(True, False)]

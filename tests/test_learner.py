@@ -314,6 +314,24 @@ def test_ledger__work_of_each_kind__is_counted_in_tokens(learner):
     assert learner.ledger.token_forwards == dev + 2 * first + 3 * 2 * tokens
 
 
+def test_evaluate__same_state_again__is_scored_once(learner):
+    learner.ledger = Ledger()
+    first = learner.evaluate("dev")
+    cost = learner.ledger.forward_tokens
+    learner.evaluate("test")
+    part = learner.evaluate("dev", np.array([0, 1]))
+    assert learner.evaluate("dev") is first
+    part_cost = int(learner.splits["dev"].rows.lengths[:2].sum())
+    assert learner.ledger.forward_tokens == cost + part_cost
+    np.testing.assert_allclose(part.row_losses, first.row_losses[:2], rtol=1e-5)
+    state = learner.state
+    learner.update(BATCHES[0], 0.0, 0)
+    changed = learner.evaluate("dev")
+    assert (changed.row_losses != first.row_losses).all()
+    learner.state = state
+    np.testing.assert_array_equal(learner.evaluate("dev").row_losses, first.row_losses)
+
+
 # Dropout, precision, tokenizers
 
 
@@ -324,7 +342,7 @@ def test_update__lora_dropout__is_drawn_from_its_seed_and_off_in_evaluation(embe
     start.update(BATCHES[0], 0.0, 5)  # B is zero before: dropout would not show
     losses = [start.copy().update(BATCHES[1], 0.0, seed) for seed in (7, 7, 8)]
     assert losses[0] == losses[1] != losses[2]
-    assert start.evaluate("dev").row_losses.tolist() == start.evaluate("dev").row_losses.tolist()
+    assert start.evaluate("dev").row_losses.tolist() == start.copy().evaluate("dev").row_losses.tolist()
     before = torch.get_rng_state()
     start.update(BATCHES[1], 0.0, 9)
     assert torch.equal(torch.get_rng_state(), before)

@@ -382,8 +382,9 @@ def _group(rows: Sequence[np.ndarray], scores: np.ndarray) -> Group | None:
 
 def _nothing_seen(world: RaiseSelectEnv) -> str:
     return (
-        f"raise_fork learned nothing: with reward={world.config.reward!r} no batch scored differently from another in a "
-        "whole episode. Take reward='loss', which every update moves, more dev rows (num_dev), or a higher learning_rate."
+        f"in a whole episode the forks of no step differed in reward {world.config.reward!r}, or one of them diverged: "
+        "there is nothing to learn from. Take reward 'loss', more forks (num_forks), more dev rows, or a lower "
+        "learning_rate."
     )
 
 

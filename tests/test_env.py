@@ -22,7 +22,7 @@ from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores
 from raise_env.errors import ActionError, SettingError
 from raise_env.features import CLIP, FEATURE_NAMES
 from raise_env.rewards import DIVERGENCE_PENALTY
-from raise_env.testing import ToyAssets, toy_env
+from raise_env.testing import FakeLearner, ToyAssets, toy_env
 
 MODES = (None, "ansi", "rgb_array")
 WRAPPERS = {"none": lambda env: env, "top-k": TopKScores, "pick one": PickOne}
@@ -378,23 +378,20 @@ def test_reward__whole_episode__adds_up_to_the_gain_in_dev_score(env):
     assert rewards == pytest.approx(np.diff(env.dev_scores).tolist())
 
 
-def test_score_every__steps_between__earn_nothing_and_the_scored_one_the_whole_gain():
-    often, seldom = toy_env(horizon=5, budget=400), toy_env(horizon=5, budget=400, score_every=2)
-    often.reset(seed=1)
-    seldom.reset(seed=1)
-    scored = []
-    seldom._learner.evaluate = lambda split, whole=seldom._learner.evaluate: scored.append(split) or whole(split)
-    for step in range(5):
-        # Nothing is taken at the end: what the step before has gained is still to be earned.
-        action = first_rows(often, 3 * (step < 4))
-        often.step(action)
-        _, _, _, _, info = seldom.step(action)
-        assert info["dev_score"] == seldom.dev_scores[-1]
-    rewards = [step.reward for step in often.history]
-    gains = [step.reward for step in seldom.history]
-    assert gains == pytest.approx([0, rewards[0] + rewards[1], 0, rewards[2] + rewards[3], 0])
-    assert scored == ["dev", "dev", "test"]
-    assert seldom.dev_scores[-1] == often.dev_scores[-1]
+def test_score_every__steps_between__earn_nothing_and_the_scored_one_the_whole_gain(monkeypatch):
+    def episode(**settings):
+        env = toy_env(horizon=5, budget=400, **settings)
+        env.reset(seed=1)
+        # Nothing is taken at the end: there is nothing new to score.
+        infos = [env.step(first_rows(env, 3 * (step < 4)))[4] for step in range(5)]
+        assert [info["dev_score"] for info in infos] == env.dev_scores[1:]
+        return env.dev_scores
+
+    often = episode()
+    calls, evaluate = [], FakeLearner.evaluate
+    monkeypatch.setattr(FakeLearner, "evaluate", lambda self, split: calls.append(split) or evaluate(self, split))
+    assert episode(score_every=2) == [often[0], often[0], often[2], often[2], often[4], often[4]]
+    assert calls == ["dev", "dev", "dev", "test"], "the first of them is the toy's own, before training"
 
 
 def test_score_every__end_of_the_episode__is_always_scored():

@@ -110,6 +110,27 @@ def test_learn__a_fork_diverges__its_group_is_left_out_and_learning_goes_on():
     assert all(np.isfinite(group.gains).all() for group in agent.groups)
 
 
+def test_learn__forks_of_several_updates__also_beat_random():
+    agent = RaiseFork(num_forks=8, num_networks=3, num_passes=40, num_steps=None, fork_steps=2).learn(toy_env(), 8)
+    assert all(group.rows.shape == (8, 16, 39) for group in agent.groups)
+    for seed in range(3):
+        ours = run_episode(toy_env(), agent, seed=seed, name="raise_fork")
+        random_rows = run_episode(toy_env(), RandomAgent(), seed=seed, name="random")
+        assert ours.dev_scores[-1] > random_rows.dev_scores[-1]
+
+
+@pytest.mark.parametrize(("num_steps", "rows"), [(5, [8, 8, 4]), (None, [8, 8, 8, 4])])
+def test_learn__fork_steps_that_do_not_divide_the_episode__the_last_group_is_shorter(num_steps, rows):
+    agent = learned(num_steps=num_steps, fork_steps=2, env=toy_env(horizon=7, batch_size=4))
+    assert [group.rows.shape[1] for group in agent.groups] == rows
+
+
+def test_learn__a_fork_of_several_updates_diverges__learning_goes_on():
+    env = toy_env(64, num_candidates="all", diverges_on=0)
+    agent = learned(4, env=env, num_steps=6, fork_steps=3)
+    assert all(np.isfinite(group.gains).all() for group in agent.groups)
+
+
 def test_learn__every_fork_scores_alike__an_error_that_says_what_to_do():
     # Every toy row counts as wrong until the loss has halved, which two updates do not do.
     env = toy_env(reward="exact_match", horizon=2)
@@ -219,12 +240,13 @@ def test_save__folder_that_is_there__is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["selector"]
 
 
-def test_load_progress__then_learning__equals_an_undisturbed_run(tmp_path):
-    learned(2).save_progress(tmp_path / "learning")
-    resumed = RaiseFork(**SMALL)
+@pytest.mark.parametrize("settings", [{}, {"fork_steps": 2}])
+def test_load_progress__then_learning__equals_an_undisturbed_run(tmp_path, settings):
+    learned(2, **settings).save_progress(tmp_path / "learning")
+    resumed = RaiseFork(**SMALL, **settings)
     resumed.load_progress(tmp_path / "learning")
     resumed.learn(toy_env(), 1)
-    undisturbed = learned(3)
+    undisturbed = learned(3, **settings)
     observation = observation_of(toy_env())
     np.testing.assert_array_equal(resumed.scores(observation), undisturbed.scores(observation))
     assert resumed.episode_returns == undisturbed.episode_returns

@@ -220,7 +220,7 @@ def test_train__no_test_set__reports_dev_alone(tmp_path, small_settings, plan):
     settings = own_files(small_settings, tmp_path)
     report = train(tmp_path / "run", Plan(settings, agent="random", episodes=0, compare=(), num_runs=1))
     assert set(report["base"]) == {"dev_loss"}
-    assert set(report["agents"]["random"]) == {"dev_score", "dev_loss"}
+    assert set(report["agents"]["random"]) == {"dev_loss"}
 
 
 # Interrupted and resumed

@@ -276,18 +276,21 @@ class RaiseFork(BatchAgent):
             return group, observation, over
         forks = world.fork(self.settings.num_forks)
         rows: list[list[np.ndarray]] = [[] for _ in forks]
-        over = False
+        ended, diverged = [False] * len(forks), [False] * len(forks)
         for _ in range(self.settings.fork_steps):
-            if over or forks[0].num_steps == self.settings.num_steps:
+            if any(ended) or forks[0].num_steps == self.settings.num_steps:
                 break
             actions = self._actions(observation, forks[0].action_masks(), world.config.batch_size, rng)
-            for fork, action, taken in zip(forks, actions, rows, strict=True):
-                # What is offered, and when it ends, is the same for all forks; what was taken is each one's own.
-                taken.append(fork.observation()[action == 1])
-                observation, _, over, _, _ = fork.step(action)
-        scores = np.array([_score(fork, over, self.settings.num_dev) for fork in forks])
-        chosen = forks[rng.integers(len(forks))]
-        world.restore(chosen.snapshot())
+            for place, (fork, action) in enumerate(zip(forks, actions, strict=True)):
+                # What is offered, and when it ends, is the same for all forks but those that diverge.
+                rows[place].append(fork.observation()[action == 1])
+                observation, _, ended[place], _, info = fork.step(action)
+                diverged[place] = bool(info["diverged"])
+        over = all(ended)
+        pairs = list(zip(forks, diverged, strict=True))
+        scores = np.array([-np.inf if bad else _score(fork, over, self.settings.num_dev) for fork, bad in pairs])
+        sound = [fork for fork, bad in pairs if not bad] or forks
+        world.restore(sound[rng.integers(len(sound))].snapshot())
         return _group([np.concatenate(taken) for taken in rows], scores), world.observation(), over
 
     def _actions(self, observation: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

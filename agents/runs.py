@@ -338,7 +338,7 @@ def _learn(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: R
             if resumable:
                 resumable.save_progress(run.folder / "learning")
             run.add("learning", *clock.lap())
-            show(number)
+            show(min(number, plan.episodes))  # an algorithm that counts steps may see more, shorter episodes
 
         if plan.episodes > done:
             learn(env, plan.episodes - done, seed=plan.seed, progress=episode_done)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,9 @@ FEATURE_BATCH_TOKENS = 4096
 #: The paper does not say how the auxiliary model was made ready, or in what feature space K-means ran: fixed here.
 AUXILIARY_BATCH_SIZE = 8
 FEATURE_SEED = 0
+
+#: The base models in use. Weak: one that no assets hold is let go, and two assets never hold two of a kind.
+_BASES: weakref.WeakValueDictionary[tuple[str, LoraSettings, str, str], BaseModel] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +134,7 @@ def _stamp(path: str | None) -> tuple[int, int] | None:
 @functools.lru_cache(maxsize=4)
 def _cached_assets(config: EnvConfig, _stamps: tuple[tuple[int, int] | None, ...]) -> Assets:
     data = load_data(config)
-    base = _cached_base(config.model, config.lora, config.dtype, config.device)
+    base = _shared_base(config.model, config.lora, config.dtype, config.device)
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
     pool = encoder.encode(data.pool, what="pool")
     splits: dict[Split, EvaluationSet] = {"dev": EvaluationSet.build(data.dev, encoder, "dev")}
@@ -153,9 +157,13 @@ def _cached_assets(config: EnvConfig, _stamps: tuple[tuple[int, int] | None, ...
     )
 
 
-@functools.lru_cache(maxsize=2)
-def _cached_base(source: str, lora: LoraSettings, dtype: str, device: str) -> BaseModel:
-    return BaseModel(source, lora, dtype=dtype, device=device)
+def _shared_base(source: str, lora: LoraSettings, dtype: str, device: str) -> BaseModel:
+    """Return the base model; as long as anything uses it, all get the same."""
+    key = (source, lora, dtype, device)
+    base = _BASES.get(key)
+    if base is None:
+        base = _BASES[key] = BaseModel(source, lora, dtype=dtype, device=device)
+    return base
 
 
 def _learner(config: EnvConfig, base: BaseModel, pool: EncodedRows, splits: dict[Split, EvaluationSet]) -> LoraLearner:
@@ -208,7 +216,7 @@ def _classes(features: StaticFeatures, offered: np.ndarray, num_classes: int) ->
 def _features(config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, base: BaseModel) -> StaticFeatures:
     auxiliary, auxiliary_encoder = base, encoder
     if config.auxiliary_model is not None and config.auxiliary_model != config.model:
-        auxiliary = _cached_base(config.auxiliary_model, config.lora, config.dtype, config.device)
+        auxiliary = _shared_base(config.auxiliary_model, config.lora, config.dtype, config.device)
         auxiliary_encoder = Encoder(auxiliary.tokenizer, _max_length(config, auxiliary), config.template)
         pool = auxiliary_encoder.encode(rows, what="pool (for the auxiliary model)")
     key: dict[str, str | int | float] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gymnasium.vector import SyncVectorEnv
 
@@ -12,7 +12,13 @@ from .env import RaiseSelectEnv
 __all__ = ["RaiseSelectVectorEnv"]
 
 
-class RaiseSelectVectorEnv(SyncVectorEnv[Any, Any]):
+if TYPE_CHECKING:
+    _SyncVectorEnv = SyncVectorEnv[Any, Any]
+else:  # Gymnasium 1.2's class takes no type arguments
+    _SyncVectorEnv = SyncVectorEnv
+
+
+class RaiseSelectVectorEnv(_SyncVectorEnv):
     """Environments that step one after the other in this process and share everything but their adapters.
 
     An environment whose episode has ended is reset in the step after, as Gymnasium's next-step autoreset

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-# Before torch is loaded: threads that spin while they wait make a busy machine many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is loaded: threads that spin for long while they wait make a busy machine many times slower, and threads
+# that sleep at once a quiet one. docs/results/measured.md has the numbers.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import typer
 from tqdm import tqdm
@@ -288,6 +289,9 @@ def validate(
         float | None, typer.Option(help="How far a number may be from the recorded one.", min=0)
     ] = None,
     device: Annotated[str, typer.Option(help="Where to replay.")] = "auto",
+    reward: Annotated[
+        str | None, typer.Option(help="The reward function that records may run.", metavar="module:function")
+    ] = None,
 ) -> None:
     """Replay episode records and compare every reward and score; name the first that differs."""
     from raise_env.record import TOLERANCE, read_records, replay
@@ -297,7 +301,8 @@ def validate(
     largest = 0.0
     with TerminalReporter().task("replaying", len(records)) as show:
         for done, (path, number, record) in enumerate(records, start=1):
-            difference, distance = replay(record, limit, device=device)
+            allowed = {"reward": reward} if record.env["kwargs"].get("reward") == reward and reward else {}
+            difference, distance = replay(record, limit, device=device, **allowed)
             if difference is not None:
                 typer.echo(f"{path}, record {number} ({record.agent}, seed {record.seed}): {difference}")
                 raise typer.Exit(EXIT_NO)

@@ -163,15 +163,24 @@ def replay(record: EpisodeRecord, tolerance: float = TOLERANCE, **overrides: Any
     Args:
         record: What to replay.
         tolerance: How far a number may be from the recorded one.
-        overrides: Settings that say where it runs, such as `device` or `cache_dir`.
+        overrides: Settings that say where it runs, such as `device` or `cache_dir`; and `reward`, where the record
+            names a function: code gets in by whoever replays, never by a file.
 
     Returns:
         The first difference, or None; and the largest distance of any number from the recorded one.
 
     Raises:
+        RecordError: The record's reward is a function, and `overrides` does not give the same one.
         RaiseEnvError: The environment that the record names cannot be made here.
     """
-    env = RaiseSelectEnv(**{**record.env["kwargs"], **overrides})
+    kwargs = {name: value for name, value in record.env["kwargs"].items() if name not in _PRIVATE}
+    reward = kwargs.get("reward", "loss")
+    if ":" in reward and overrides.get("reward") != reward:
+        raise RecordError(
+            f"the record's reward is the function {reward!r}, and replaying would run it: if you know it, allow it with "
+            f"--reward {reward} (in Python: reward={reward!r})."
+        )
+    env = RaiseSelectEnv(**{**kwargs, **overrides})
     for what, digest in record.content.items():
         found = env.assets.content.get(what)
         if found != digest:

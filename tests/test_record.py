@@ -206,3 +206,15 @@ def test_read_records__no_records__is_an_error_that_names_the_file(tmp_path, con
         path.write_bytes(content)
     with pytest.raises(RecordError, match=r"episodes\.jsonl"):
         list(read_records(path))
+
+
+def test_replay__reward_is_a_function__runs_only_what_the_caller_names(record, tmp_path, monkeypatch):
+    (tmp_path / "strangers_code.py").write_text("raise SystemExit('it was run')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kwargs = {**record.env["kwargs"], "reward": "strangers_code:score"}
+    strange = EpisodeRecord.from_json(changed(record, env={"id": "RaiseSelect-v0", "kwargs": kwargs}), "here")
+    for overrides in ({}, {"reward": "another:score"}):
+        with pytest.raises(RecordError, match="--reward strangers_code:score"):
+            replay(strange, **overrides)
+    with pytest.raises(SystemExit, match="it was run"):
+        replay(strange, reward="strangers_code:score")

@@ -177,7 +177,7 @@ def replay(record: EpisodeRecord, tolerance: float = TOLERANCE, **overrides: Any
     reward = kwargs.get("reward", "loss")
     if ":" in reward and overrides.get("reward") != reward:
         raise RecordError(
-            f"the record's reward is the function {reward!r}, and replaying would run it: if you know it, allow it with "
+            f"the record's reward is the function {reward!r}, which replaying would run: if you know it, allow it with "
             f"--reward {reward} (in Python: reward={reward!r})."
         )
     env = RaiseSelectEnv(**{**kwargs, **overrides})

@@ -21,7 +21,7 @@ gym.register_envs(raise_env)  # done by the import; this says so
 BATCH_SIZE, NUM_FORKS, NUM_EPISODES = 8, 8, 2
 COLUMNS = slice(2, 38)  # what differs between rows and never changes: difficulty and meaning
 
-settings = {"horizon": 20, "num_dev": 32}
+settings = {"horizon": 20, "num_dev": 32, "pool_size": 1000}
 if "--fast" in sys.argv:
     settings = {"horizon": 3, "num_dev": 8, "num_test": 8, "pool_size": 100, "auxiliary_updates": 2}
     NUM_EPISODES = 1

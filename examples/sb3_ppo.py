@@ -17,11 +17,11 @@ from raise_env.agents import RandomAgent, SubsetPolicy, run_episode
 gym.register_envs(raise_env)  # done by the import; this says so
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--num-steps", type=int, default=400, help="steps to learn for")
+parser.add_argument("--num-steps", type=int, default=320, help="steps to learn for")
 parser.add_argument("--fast", action="store_true", help="learn for two short episodes on a small pool")
 arguments = parser.parse_args()
 
-settings = {"horizon": 20, "num_dev": 32}
+settings = {"horizon": 20, "num_dev": 32, "pool_size": 1000}
 if arguments.fast:
     settings = {"horizon": 4, "num_dev": 8, "num_test": 8, "pool_size": 100, "auxiliary_updates": 2}
     arguments.num_steps = 8

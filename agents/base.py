@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,7 +49,7 @@ class LearningAgent(Agent, Protocol):
 DEFAULT_BATCH_SIZE = EnvConfig().batch_size
 
 
-class BatchAgent:
+class BatchAgent(ABC):
     """Base of agents that take the `batch_size` best rows by some score of their own.
 
     Args:
@@ -72,14 +73,37 @@ class BatchAgent:
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Return a 0/1 choice of the best rows, shape (rows,), int8.
+        """Return a 0/1 choice of the best rows, shape (rows,), int8, for any number of rows.
+
+        Args:
+            observation: Shape (rows, 39); rows of zeros are padding.
+            state: Passed through.
+            episode_start: Not used.
+            deterministic: False adds the agent's exploration, where it has any.
+        """
+        scores = self.scores(observation)
+        if not deterministic:
+            scores = scores + self._exploration(len(scores))
+        return self._choose(scores, np.asarray(observation.any(axis=1))), state
+
+    @abstractmethod
+    def scores(self, observation: np.ndarray) -> np.ndarray:
+        """Return a score for each candidate, shape (rows,); higher is taken first."""
+
+    @property
+    def _begun_world(self) -> RaiseSelectEnv:
+        """The environment to act in, for agents that cannot do without it.
 
         Raises:
             RuntimeError: `begin` was not called.
         """
         if self._world is None:
             raise RuntimeError(f"{type(self).__name__} reads the pool: call begin(env, seed) before predict.")
-        return self._choose(self.scores(observation), self._world.action_masks()), state
+        return self._world
+
+    def _exploration(self, num_rows: int) -> np.ndarray:
+        """Return what is added to the scores to explore, shape (rows,): nothing, unless a subclass learns."""
+        return np.zeros(num_rows)
 
     def _choose(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Return a 0/1 choice of the best rows.
@@ -92,10 +116,6 @@ class BatchAgent:
             return best_rows(scores, mask, size)
         within_budget = best_rows(scores, mask, max(size, self._world.budget_left))
         return best_rows(self._rng.random(len(scores)), within_budget == 1, size)
-
-    def scores(self, observation: np.ndarray) -> np.ndarray:
-        """Return a score for each candidate, shape (rows,); higher is taken first."""
-        raise NotImplementedError
 
 
 def best_rows(scores: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import gymnasium as gym
@@ -16,8 +17,12 @@ class RandomAgent(BatchAgent):
     """Takes rows at random: what every method has to beat."""
 
     def scores(self, observation: np.ndarray) -> np.ndarray:
-        """Return random numbers."""
-        return self._rng.random(len(observation))
+        """Return random numbers, from the seed that `begin` gave.
+
+        Raises:
+            RuntimeError: `begin` was not called.
+        """
+        return self._rng.random(len(self._begun_world.candidates))
 
 
 class PoolScoreAgent(BatchAgent):
@@ -37,16 +42,20 @@ class PoolScoreAgent(BatchAgent):
         self._pool_scores = self.score_pool(env)
 
     def scores(self, observation: np.ndarray) -> np.ndarray:
-        """Return the scores of the candidates; those trained on already lie below all others."""
-        assert self._world is not None
+        """Return the scores of the candidates; those trained on already lie below all others.
+
+        Raises:
+            RuntimeError: `begin` was not called.
+        """
+        candidates = self._begun_world.candidates
         assert self._pool_scores is not None
-        scores = self._pool_scores[self._world.candidates]
+        scores = self._pool_scores[candidates]
         times_taken = np.rint(np.expm1(observation[:, -1]))
         return np.asarray(scores - (np.ptp(self._pool_scores) + 1.0) * times_taken)
 
+    @abstractmethod
     def score_pool(self, env: gym.Env[Any, Any]) -> np.ndarray:
         """Return a score for each pool row, shape (pool,); higher is taken first."""
-        raise NotImplementedError
 
 
 class IfdAgent(PoolScoreAgent):

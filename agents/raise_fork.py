@@ -141,26 +141,6 @@ class RaiseFork(BatchAgent):
                 progress(number + 1, self.episode_returns[-1])
         return self
 
-    def predict(
-        self,
-        observation: np.ndarray,
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = True,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Return a 0/1 choice of the best rows, shape (rows,), int8, for any number of rows.
-
-        Args:
-            observation: Shape (rows, 39); rows of zeros are padding.
-            state: Passed through.
-            episode_start: Not used.
-            deterministic: False adds the Gumbel noise of learning.
-        """
-        scores = self.scores(observation)
-        if not deterministic:
-            scores = scores + self.settings.temperature * self._rng.gumbel(size=len(scores))
-        return self._choose(scores, np.asarray(observation.any(axis=1))), state
-
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return F in its standard deviations, shape (rows,); rows taken `max_repeats` times come last.
 
@@ -173,6 +153,10 @@ class RaiseFork(BatchAgent):
         taken = np.expm1(observation[:, -1])
         spent = taken > self.settings.max_repeats - 0.5
         return np.where(spent, scores - 1e3 * taken, scores)
+
+    def _exploration(self, num_rows: int) -> np.ndarray:
+        """Return the Gumbel noise that makes forks differ while learning."""
+        return self.settings.temperature * self._rng.gumbel(size=num_rows)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; the folder appears whole or not at all."""

@@ -519,6 +519,7 @@ class _SpacesOnly(gym.Env[Any, Any]):
     """Spaces without a world: what SB3 needs to build a model that shall not be trained."""
 
     def __init__(self, action_form: str, num_candidates: int, num_features: int) -> None:
+        self._num_candidates = num_candidates
         self.observation_space = spaces.Box(-np.inf, np.inf, (num_candidates, num_features), np.float32)
         if action_form == "scores":
             self.action_space: spaces.Space[Any] = spaces.Box(-1.0, 1.0, (num_candidates,), np.float32)
@@ -528,8 +529,8 @@ class _SpacesOnly(gym.Env[Any, Any]):
             self.action_space = spaces.MultiBinary(num_candidates)
 
     def action_masks(self) -> np.ndarray:
-        """Return what sb3-contrib looks for before it masks."""
-        raise NotImplementedError
+        """Return that everything may be picked: sb3-contrib builds no masked model without."""
+        return np.ones(self._num_candidates, dtype=bool)
 
 
 def _find_class(name: str) -> type[BaseAlgorithm]:

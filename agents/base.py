@@ -90,9 +90,8 @@ class BatchAgent(ABC):
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return a score for each candidate, shape (rows,); higher is taken first."""
 
-    @property
-    def _begun_world(self) -> RaiseSelectEnv:
-        """The environment to act in, for agents that cannot do without it.
+    def _require_begun(self) -> RaiseSelectEnv:
+        """Return the environment to act in, for agents that cannot do without it.
 
         Raises:
             RuntimeError: `begin` was not called.

@@ -22,7 +22,8 @@ class RandomAgent(BatchAgent):
         Raises:
             RuntimeError: `begin` was not called.
         """
-        return self._rng.random(len(self._begun_world.candidates))
+        self._require_begun()
+        return self._rng.random(len(observation))
 
 
 class PoolScoreAgent(BatchAgent):
@@ -47,7 +48,7 @@ class PoolScoreAgent(BatchAgent):
         Raises:
             RuntimeError: `begin` was not called.
         """
-        candidates = self._begun_world.candidates
+        candidates = self._require_begun().candidates
         assert self._pool_scores is not None
         scores = self._pool_scores[candidates]
         times_taken = np.rint(np.expm1(observation[:, -1]))

@@ -501,9 +501,11 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
     """Return the result in words that need no explanation."""
     name = agent_name(plan.agent)
     agents, base = report["agents"], report["base"]
-    metric = next(
-        (m for m in ("test_accuracy", "test_loss", "dev_loss", "dev_score") if m in agents[name]), "dev_score"
-    )
+    metrics = [m for m in ("test_accuracy", "test_loss", "dev_loss", "dev_score") if m in agents[name]]
+    # Where nobody gets an answer right, shares of right answers say nothing: the loss does.
+    if metrics[0] == "test_accuracy" and not any(v for scores in agents.values() for v in scores["test_accuracy"]):
+        metrics = metrics[1:]
+    metric = metrics[0]
     kind = "share of right answers" if metric == "test_accuracy" else metric.replace("_", " ")
     show = ("{:.0%}" if metric == "test_accuracy" else "{:.2f}").format
     parts = [f"{show(base[metric])} before"] if metric in base else []
@@ -515,9 +517,8 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
         values = [v for v in agents.get(agent, {}).get(metric, []) if v is not None]
         if values:
             parts.append(f"{show(float(np.mean(values)))} {words.get(agent, f'with {agent}')}")
-    rows = sum(len(step.selected) for step in env.history) or env.config.total_budget
     sentence = f"{kind.capitalize()}: {', '.join(parts)}."
-    budget = f" Each run trained on {rows:,} of {len(env.assets.pool):,} instructions"
+    budget = f" Each run trained on up to {env.config.total_budget:,} of {len(env.assets.pool):,} instructions"
     seconds = report["cost"]["seconds"]["learning"]
     learned = f"; the selector learned in {seconds:.0f} seconds" if seconds else ""
     return sentence + budget + learned + "." + _verdict(agents, name, metric)

@@ -18,7 +18,7 @@ import torch
 
 from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings
-from .encoding import EncodedRows, Encoder, collate, token_batches
+from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
 from .errors import DataError
 from .evaluation import EvaluationSet
 from .features import NUM_FEATURES, NUM_SEMANTIC, StaticFeatures, cache_folder, cached_features
@@ -249,7 +249,7 @@ def _compute_features(
     raw[kept, 1] = np.log1p(pool.label_counts[kept])
     logger.info("computing the features of %d rows", len(kept))
     raw[kept, 2], raw[kept, 4:] = _scan(auxiliary, adapter, pool, kept)
-    raw[kept, 3], _ = _scan(auxiliary, adapter, responses, kept)
+    raw[kept, 3] = _log_probabilities(auxiliary, adapter, responses, kept)
     ledger.forward_tokens += int(pool.lengths[kept].sum() + responses.lengths[kept].sum())
     return raw, ledger.token_forwards
 
@@ -279,11 +279,29 @@ def _scan(
     for places in token_batches(rows.lengths[chosen], FEATURE_BATCH_TOKENS):
         batch = collate(rows, chosen[places])
         losses, hidden = auxiliary.hidden_states(batch, adapter[None])
-        owners = torch.nonzero(batch.is_label, as_tuple=True)[0].to(losses.device)
-        sums = torch.zeros(len(places), device=losses.device).index_add(0, owners, losses)
-        log_p[places] = -(sums.cpu().numpy() / rows.label_counts[chosen[places]])
+        log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
         lengths = torch.from_numpy(rows.lengths[chosen[places]]).to(hidden.device)
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         mean = (hidden * inside[..., None]).sum(1) / lengths[:, None]
         semantic[places] = torch.nn.functional.adaptive_avg_pool1d(mean[:, None], NUM_SEMANTIC)[:, 0].cpu().numpy()
     return log_p, semantic
+
+
+@torch.no_grad()
+def _log_probabilities(
+    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray
+) -> np.ndarray:
+    """Return each row's mean log-probability, shape (chosen,)."""
+    log_p = np.zeros(len(chosen), dtype=np.float32)
+    for places in token_batches(rows.lengths[chosen], FEATURE_BATCH_TOKENS):
+        batch = collate(rows, chosen[places])
+        losses, _ = auxiliary.token_losses(batch, adapter[None])
+        log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
+    return log_p
+
+
+def _row_means(losses: torch.Tensor, batch: Batch, label_counts: np.ndarray) -> np.ndarray:
+    """Return minus the mean of each row's label losses, shape (rows,)."""
+    owners = torch.nonzero(batch.is_label, as_tuple=True)[0].to(losses.device)
+    sums = torch.zeros(len(label_counts), device=losses.device).index_add(0, owners, losses)
+    return np.asarray(-(sums.cpu().numpy() / label_counts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,9 @@ logger = logging.getLogger(__name__)
 PLAIN_TEMPLATE = "### Instruction:\n{{ prompt }}\n\n### Response:\n"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class EncodedRows:
-    """Rows as tokens, end to end.
+    """Rows as tokens, end to end; what is counted over all rows is counted once.
 
     Attributes:
         tokens: Token ids of all rows, shape (total,), int32.
@@ -51,12 +52,12 @@ class EncodedRows:
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[part], self.is_label[part]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, shape (rows,), int64."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def label_counts(self) -> np.ndarray:
         """Response tokens of each row, shape (rows,), int64."""
         totals = np.concatenate([[0], np.cumsum(self.is_label)])
@@ -69,7 +70,7 @@ class EncodedRows:
         tokens, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
         return EncodedRows(tokens, labels, offsets.astype(np.int64))
 
-    @property
+    @cached_property
     def has_labels(self) -> np.ndarray:
         """Whether anything of a row's response is left to learn, shape (rows,), bool."""
         return self.label_counts > 0

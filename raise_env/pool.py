@@ -222,7 +222,7 @@ def _blank_error(source: str, unit: str, blanks: list[tuple[int, str]]) -> DataE
     rows = "1 row has" if count == 1 else f"{count} rows have"
     return DataError(
         f"{source}, {unit} {number}, field {column!r}: found no text; expected some. {rows} an empty {column!r}, "
-        f"the first in {unit} {number}. Fill or remove such rows, or leave them out with skip_empty=True."
+        f"the first in {unit} {number}. Fill or remove such rows, or leave them out: skip_empty=True (--skip-empty)."
     )
 
 
@@ -481,7 +481,9 @@ def check_disjoint(pool: Pool, dev: Pool, test: Pool | None) -> None:
         pairs += [("test set", test, "pool", pool), ("test set", test, "dev set", dev)]
     faults = [fault for pair in pairs if (fault := _describe_overlap(*pair))]
     if faults:
-        raise DataError("\n".join([*faults, "Remove them from one of the two, or pass allow_overlap=True."]))
+        raise DataError(
+            "\n".join([*faults, "Remove them from one of the two, or pass allow_overlap=True (--allow-overlap)."])
+        )
 
 
 def _describe_overlap(name: str, rows: Pool, other_name: str, others: Pool) -> str:

@@ -549,7 +549,7 @@ def test_check_disjoint__shared_rows__five_named_all_counted() -> None:
     assert lines[1] == "  line 3, there row 8: question 7"
     assert [line.split(": ")[1] for line in lines[1:6]] == shared[:5]
     assert lines[6] == "  and 1 more"
-    assert lines[7] == "Remove them from one of the two, or pass allow_overlap=True."
+    assert lines[7] == "Remove them from one of the two, or pass allow_overlap=True (--allow-overlap)."
     assert len(lines) == 8
 
 

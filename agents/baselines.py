@@ -8,6 +8,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from raise_env import RaiseSelectEnv
+
 from .base import BatchAgent, world_of
 
 __all__ = ["IfdAgent", "PoolScoreAgent", "RandomAgent"]
@@ -30,33 +32,43 @@ class PoolScoreAgent(BatchAgent):
     """Base of baselines that score every pool row once, before training.
 
     Rows that were trained on in this episode come after all others, so that with the whole pool on offer the best
-    rows are taken once each, as a method that selects before training would have it.
+    rows are taken once each, as a method that selects before training would have it. Rows of equal score come in
+    random order.
     """
 
     def __init__(self, batch_size: int | None = None) -> None:
         super().__init__(batch_size)
-        self._pool_scores: np.ndarray | None = None
+        self._scored: object = None  # the assets whose pool was scored
+        self._pool_scores = np.zeros(0)  # (pool,)
+        self._ranks = np.zeros(0, dtype=np.int64)  # (pool,)
+
+    def prepare(self, env: gym.Env[Any, Any], seed: int) -> None:
+        """Score the environment's pool: done once, however many episodes follow."""
+        world = world_of(env)
+        self._pool_scores = self.score_pool(world, seed)
+        self._scored = world.assets
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Score the environment's pool."""
+        """Rank the pool's rows, once they are scored."""
         super().begin(env, seed)
-        self._pool_scores = self.score_pool(env)
+        if self._scored is not self._require_begun().assets:
+            self.prepare(env, seed)
+        order = np.lexsort((self._rng.random(len(self._pool_scores)), self._pool_scores))
+        self._ranks = np.argsort(order)
 
     def scores(self, observation: np.ndarray) -> np.ndarray:
-        """Return the scores of the candidates; those trained on already lie below all others.
+        """Return the ranks of the candidates; those trained on already lie below all others.
 
         Raises:
             RuntimeError: `begin` was not called.
         """
         candidates = self._require_begun().candidates
-        assert self._pool_scores is not None
-        scores = self._pool_scores[candidates]
         times_taken = np.rint(np.expm1(observation[:, -1]))
-        return np.asarray(scores - (np.ptp(self._pool_scores) + 1.0) * times_taken)
+        return np.asarray(self._ranks[candidates] - len(self._ranks) * times_taken)
 
     @abstractmethod
-    def score_pool(self, env: gym.Env[Any, Any]) -> np.ndarray:
-        """Return a score for each pool row, shape (pool,); higher is taken first."""
+    def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
+        """Return a score for each pool row, shape (pool,); higher is taken first. NaN is not allowed."""
 
 
 class IfdAgent(PoolScoreAgent):
@@ -68,9 +80,10 @@ class IfdAgent(PoolScoreAgent):
     paper's is warmed up on a few rows likewise.
     """
 
-    def score_pool(self, env: gym.Env[Any, Any]) -> np.ndarray:
+    def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
         """Return IFD; where it is above 1, minus its logarithm, which keeps the order and cannot overflow."""
-        features = world_of(env).assets.features
+        del seed
+        features = world.assets.features
         gap = np.float64(features.log_p_response) - features.log_p_response_given_prompt
         gap = np.nan_to_num(gap)  # NaN: rows that are never offered, as nothing of their response fits
         return np.where(gap <= 0.0, np.exp(np.minimum(gap, 0.0)), -gap)

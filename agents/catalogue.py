@@ -16,8 +16,19 @@ __all__ = ["AGENTS", "agent_name", "load_selector", "make_agent"]
 #: The agents that have a name of their own, and where they live.
 AGENTS = {
     "random": "baselines:RandomAgent",
+    "full": "baselines:FullAgent",
     "ifd": "baselines:IfdAgent",
+    "quality": "baselines:QualityAgent",
+    "deita": "baselines:DeitaAgent",
+    "self_paced": "baselines:SelfPacedAgent",
+    "loss_high": "baselines:HighLossAgent",
+    "loss_low": "baselines:LowLossAgent",
+    "diversity": "baselines:DiversityAgent",
+    "greedy": "baselines:GreedyAgent",
+    "less": "influence:LessAgent",
+    "greats": "influence:GreatsAgent",
     "oracle": "oracle:OracleAgent",
+    "raise_ppo": "raise_ppo:RaisePpo",
     "raise_fork": "raise_fork:RaiseFork",
 }
 

@@ -441,6 +441,33 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             raise ValueError(f"there is no {split!r} set to score on.")
         return self._running_learner.evaluate(split)  # type: ignore[arg-type]
 
+    def row_losses(self, rows: np.ndarray) -> np.ndarray:
+        """Return the model's mean loss on pool rows as it is, nats per response token, shape (rows,), float64.
+
+        Args:
+            rows: Pool ids, shape (rows,), int.
+        """
+        return self._running_learner.row_losses(np.asarray(rows))
+
+    def row_gradients(self, rows: np.ndarray, split: str = "pool", *, adam: bool = False) -> np.ndarray:
+        """Return the gradient of each row's mean loss in the adapter's parameters, shape (rows, P), float32.
+
+        Nothing of the episode changes; the ledger counts the tokens as forward and backward.
+
+        Args:
+            rows: Pool ids, or numbers of dev rows, shape (rows,), int.
+            split: "pool" or "dev".
+            adam: Return instead, for each row, the direction in which AdamW would go on it alone, per unit of learning
+                rate: the gradient seen through the optimiser's moments so far.
+
+        Raises:
+            ValueError: There is no such split.
+        """
+        if split not in ("pool", "dev"):
+            raise ValueError(f"split is {split!r}; expected 'pool' or 'dev'.")
+        learner = self._running_learner
+        return learner.row_gradients(np.asarray(rows), None if split == "pool" else "dev", adam=adam)
+
     def save_adapter(self, folder: str | Path) -> None:
         """Write the model's adapter as it is; `peft.PeftModel.from_pretrained` loads it."""
         self._running_learner.save_adapter(Path(folder))

@@ -19,7 +19,7 @@ from .errors import DataError
 from .pool import Instruction
 from .rewards import Evaluation
 
-__all__ = ["EVALUATION_BATCH_TOKENS", "EvaluationSet", "evaluate"]
+__all__ = ["EVALUATION_BATCH_TOKENS", "EvaluationSet", "evaluate", "score_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +84,26 @@ def evaluate(losses_of: LossFunction, data: EvaluationSet, subset: np.ndarray | 
         subset: Row numbers, shape (some,); None for all.
     """
     chosen = np.arange(len(data)) if subset is None else subset
-    sums, correct = _score_rows(losses_of, data.rows, chosen)
+    sums, correct = score_rows(losses_of, data.rows, chosen)
     tokens = data.rows.label_counts[chosen]
     if data.choices is None:
         return Evaluation(sums, tokens, correct)
     lines = np.flatnonzero(np.isin(data.choice_rows, chosen))
-    choice_sums, _ = _score_rows(losses_of, data.choices, lines)
+    choice_sums, _ = score_rows(losses_of, data.choices, lines)
     owners = data.choice_rows[lines]
     scores = tuple(-choice_sums[owners == row] for row in chosen)
     return Evaluation(sums, tokens, correct, scores, data.answers[chosen])
 
 
 @torch.no_grad()
-def _score_rows(losses_of: LossFunction, rows: EncodedRows, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def score_rows(losses_of: LossFunction, rows: EncodedRows, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the summed loss of each row's labels in nats, and whether all are the first choice, each (chosen,).
+
+    Args:
+        losses_of: As for `evaluate`.
+        rows: The rows.
+        chosen: Row numbers to score, shape (chosen,).
+    """
     sums = np.zeros(len(chosen))
     correct = np.zeros(len(chosen), dtype=bool)
     for places in token_batches(rows.lengths[chosen], EVALUATION_BATCH_TOKENS):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .encoding import EncodedRows, collate, token_batches
-from .evaluation import EvaluationSet, evaluate
+from .evaluation import EvaluationSet, evaluate, score_rows
 from .learner_protocol import Ledger, Split
 from .rewards import Evaluation
 
@@ -26,6 +26,9 @@ __all__ = ["LoraLearner", "TrainingState", "UpdateSettings"]
 
 #: AdamW's constants: torch's own defaults.
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+#: Tokens, padding included, whose rows get their gradients in one pass: each row needs memory for an adapter.
+GRADIENT_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,43 @@ class LoraLearner:
         self.ledger.forward_tokens += len(states) * self._tokens(self.splits["dev"], subset)
         return [self._evaluate(state, self.splits["dev"], subset) for state in states]
 
+    def row_losses(self, rows: np.ndarray) -> np.ndarray:
+        """Return the mean loss of each pool row as the model is, nats per response token, shape (rows,), float64.
+
+        Rows of whose response nothing fits into the length have NaN.
+        """
+        self.ledger.forward_tokens += int(self.pool.lengths[rows].sum())
+        with self._adapted(self.state) as adapters:
+            sums, _ = score_rows(lambda batch: self.base.token_losses(batch, adapters), self.pool, rows)
+        counts = self.pool.label_counts[rows]
+        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+    def row_gradients(self, rows: np.ndarray, split: Split | None = None, *, adam: bool = False) -> np.ndarray:
+        """Return the gradient of each row's mean loss in the adapter as it is, shape (rows, P), float32.
+
+        One pass gives the gradients of many rows: each row gets a copy of the adapter to itself. Where the base
+        cannot hold several adapters, rows go through it one by one.
+
+        Args:
+            rows: Row numbers, shape (rows,), int.
+            split: The dev or test rows' instead of the pool's.
+            adam: Return, for each row, the direction that AdamW would go on this row alone, per unit of learning rate
+                and without weight decay: its gradient seen through the moments so far (Xia et al. 2024, section 3.1).
+        """
+        data = self.pool if split is None else self.splits[split].rows
+        self.ledger.train_tokens += int(data.lengths[rows].sum())
+        gradients = torch.zeros(len(rows), self.base.num_parameters)
+        max_tokens = min(self.settings.micro_batch_tokens, GRADIENT_BATCH_TOKENS) if self.base.stackable else 1
+        for places in token_batches(data.lengths[rows], max_tokens):
+            adapters = self.state.adapter.expand(len(places), -1).clone().requires_grad_()
+            batch = collate(data, rows[places])
+            losses, _ = self.base.token_losses(batch, adapters)
+            counts = data.label_counts[rows[places]].tolist()
+            means = [part.sum() / max(count, 1) for part, count in zip(losses.split(counts), counts, strict=True)]
+            (gradient,) = torch.autograd.grad(torch.stack(means).sum(), adapters)
+            gradients[torch.from_numpy(places)] = (self._adam_directions(gradient) if adam else gradient).cpu()
+        return gradients.numpy()
+
     def copy(self) -> LoraLearner:
         """Return a learner over the same base that goes on from here by itself."""
         other = LoraLearner(self.base, self.pool, self.splits, self.settings, self.initial, self.ledger)
@@ -151,6 +191,12 @@ class LoraLearner:
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's form."""
         self.base.save_adapter(self.state.adapter, folder)
+
+    def _adam_directions(self, gradients: Tensor) -> Tensor:
+        count = self.state.num_updates + 1
+        first = self.state.first_moment.lerp(gradients, 1 - BETA_1) / (1 - BETA_1**count)
+        second = (self.state.second_moment * BETA_2).addcmul(gradients, gradients, value=1 - BETA_2)
+        return first / ((second / (1 - BETA_2**count)).sqrt() + EPSILON)
 
     def _evaluate(self, state: TrainingState, data: EvaluationSet, subset: np.ndarray | None) -> Evaluation:
         with self._adapted(state) as adapters:

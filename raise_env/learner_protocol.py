@@ -59,6 +59,12 @@ class Learner(Protocol):
     def probe(self, batches: Sequence[np.ndarray], progress: float, seed: int, subset: np.ndarray) -> list[Evaluation]:
         """Score what one update on each batch would give, from this very state, which stays as it is."""
 
+    def row_losses(self, rows: np.ndarray) -> np.ndarray:
+        """Return the model's mean loss on each pool row's response as it is, nats per token, shape (rows,)."""
+
+    def row_gradients(self, rows: np.ndarray, split: Split | None = None, *, adam: bool = False) -> np.ndarray:
+        """Return the gradient of each row's mean loss, shape (rows, parameters), of pool rows or of a split's."""
+
     def copy(self) -> Learner:
         """Return a learner that goes on from here by itself."""
 

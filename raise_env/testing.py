@@ -81,6 +81,18 @@ class FakeLearner:
             states.append(other.state)
         return [self._evaluation(state, subset) for state in states]
 
+    def row_losses(self, rows: np.ndarray) -> np.ndarray:
+        """Return a loss that is lower for rows of higher value."""
+        self.ledger.forward_tokens += len(rows)
+        return self._loss(self.state) - self.values[rows]
+
+    def row_gradients(self, rows: np.ndarray, split: Split | None = None, *, adam: bool = False) -> np.ndarray:
+        """Return what training on each row does to the skill, which is the toy model's one parameter."""
+        del adam
+        self.ledger.train_tokens += len(rows)
+        slopes = -self.values[rows] if split is None else np.full(len(rows), -self._loss(self.state))
+        return slopes[:, None].astype(np.float32)
+
     def copy(self) -> FakeLearner:
         """Return another with the same skill."""
         return FakeLearner(self.values, self.num_dev, self.diverges_on, self.ledger, self.state)

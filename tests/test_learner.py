@@ -213,8 +213,10 @@ def test_train__several_adapters_in_one_pass__is_each_by_itself(learner):
         (alone,), (loss_alone,) = learner._train([state], [rows], 0.3, 0)
         assert loss == pytest.approx(loss_alone, abs=1e-6)
         torch.testing.assert_close(after.first_moment, alone.first_moment, atol=1e-7, rtol=1e-4)
-        # AdamW divides small gradients by their own size, and with them their rounding.
-        torch.testing.assert_close(after.adapter, alone.adapter, atol=1e-4, rtol=0)
+        # AdamW divides small gradients by their own size, and with them their rounding: single numbers may differ by
+        # more, on some processors, so it is the whole step that is compared.
+        step, step_alone = after.adapter - state.adapter, alone.adapter - state.adapter
+        assert (step - step_alone).norm() < 1e-3 * step_alone.norm()
     assert len({round(loss, 5) for loss in losses}) == 3
 
 

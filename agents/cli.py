@@ -149,6 +149,8 @@ def _parse(name: str, text: Any) -> Any:
         return text
     if name == "lora":
         return _pairs(text, "--lora")
+    if name == "hide":
+        return _names(text)
     kind = str(EnvConfig.__dataclass_fields__[name].type)
     if "int" in kind and text != "all":
         return _number(name, text, int, "a whole number")
@@ -162,6 +164,11 @@ def _number(name: str, text: str, kind: type[int] | type[float], expected: str) 
         return kind(text)
     except ValueError:
         raise SettingError(f"--{name.replace('_', '-')} is {text!r}; expected {expected}.") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Return NAME,NAME as the names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _pairs(text: str, option: str) -> dict[str, Any]:
@@ -253,9 +260,8 @@ def train(
     """Learn a selector, make the final fine-tune with it, and report whether it beat random rows."""
     from . import runs as runs_module
 
-    others = tuple(name.strip() for name in compare.split(",") if name.strip())
     arguments = _pairs(agent_args, "--agent-args")
-    plan = runs_module.Plan(settings, agent, arguments, episodes, seed, others, runs)
+    plan = runs_module.Plan(settings, agent, arguments, episodes, seed, _names(compare), runs)
     if dry_run:
         cost = runs_module.estimate(plan)
         typer.echo(

@@ -119,7 +119,15 @@ def load_assets(config: EnvConfig) -> Assets:
 
 def _shared_part(config: EnvConfig) -> EnvConfig:
     # What an environment keeps to itself must not keep it from sharing the rest.
-    neutral = {"horizon": 1, "budget": None, "batch_size": 1, "reward": "loss", "score_every": 1, "render_mode": None}
+    neutral = {
+        "horizon": 1,
+        "budget": None,
+        "batch_size": 1,
+        "reward": "loss",
+        "score_every": 1,
+        "hide": (),
+        "render_mode": None,
+    }
     return dataclasses.replace(config, **neutral)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,16 @@ from typing import Any, Literal
 
 from .errors import SettingError, suggestion
 
-__all__ = ["AUXILIARY_UPDATES", "DTYPES", "RENDER_MODES", "REWARDS", "TINY", "EnvConfig", "LoraSettings"]
+__all__ = [
+    "AUXILIARY_UPDATES",
+    "DTYPES",
+    "OBSERVATION_BLOCKS",
+    "RENDER_MODES",
+    "REWARDS",
+    "TINY",
+    "EnvConfig",
+    "LoraSettings",
+]
 
 #: The name under which the embedded base model goes.
 TINY = "tiny"
@@ -25,6 +34,9 @@ REWARDS = ("loss", "accuracy", "exact_match")
 DTYPES = ("float32", "bfloat16")
 
 RENDER_MODES = ("ansi", "rgb_array")
+
+#: The parts of the observation that can be hidden (Lv et al. 2025, eq. 2-6), in the order of their columns.
+OBSERVATION_BLOCKS = ("stage", "difficulty", "semantic", "availability")
 
 #: Updates on random rows that make the base model an auxiliary one, where no other model was named.
 AUXILIARY_UPDATES = 60
@@ -105,6 +117,7 @@ class EnvConfig:
     auxiliary_model: str | None = None
     auxiliary_updates: int | None = None
     cache_dir: str | None = None
+    hide: tuple[str, ...] = ()
 
     render_mode: str | None = None
 
@@ -113,6 +126,7 @@ class EnvConfig:
         if not isinstance(lora, LoraSettings):
             object.__setattr__(self, "lora", _lora_settings(lora))
         self._check_kinds()
+        object.__setattr__(self, "hide", _hidden_blocks(self.hide))
         self._check_sizes()
         self._check_choices()
         self._check_data()
@@ -229,6 +243,22 @@ def _lora_settings(value: Any) -> LoraSettings:
         if name not in known:
             raise SettingError(f"unknown lora setting {name!r}: {suggestion(str(name), known)}")
     return LoraSettings(**value)
+
+
+def _hidden_blocks(value: Any) -> tuple[str, ...]:
+    """Return the blocks to hide in the order of their columns, each once."""
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+    _require(is_list, "hide", value, f"a list of blocks out of {', '.join(OBSERVATION_BLOCKS)}")
+    for name in value:
+        if name not in OBSERVATION_BLOCKS:
+            raise SettingError(f"hide has an unknown block {name!r}: {suggestion(name, OBSERVATION_BLOCKS)}")
+    if {"difficulty", "semantic"} <= set(value):
+        # Stage and availability are zeros at the first step, and rows of zeros are padding.
+        raise SettingError(
+            f"hide is {', '.join(value)!r}: rows could no longer be told from each other, nor from padding; "
+            "leave difficulty or semantic in sight."
+        )
+    return tuple(name for name in OBSERVATION_BLOCKS if name in value)
 
 
 def _require(good: bool, name: str, value: Any, expected: str) -> None:

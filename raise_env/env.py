@@ -127,7 +127,9 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | 6-37 | embedding by the auxiliary model, pooled to 32; standardised over the pool | -5 to 5 |
     | 38 | log(1 + times selected in this episode) | 0 to 5 |
 
-    Rows of zeros are padding, where a class has fewer rows than its share.
+    Rows of zeros are padding, where a class has fewer rows than its share. The paper calls the columns' blocks
+    stage (0-1), difficulty (2-5), semantic (6-37) and availability (38); of difficulty and semantic only one can be
+    hidden, or rows could not be told from padding.
 
     ## Rewards
     P(M_t) - P(M_{t-1}), where P is minus the dev loss in nats per response token unless `reward` says otherwise.
@@ -176,6 +178,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | auxiliary_model | None | folder or hub id of the model that computes the features, instead of the base model |
     | auxiliary_updates | None | updates on random rows before it does, instead of 60, or of 0 with a model of its own |
     | cache_dir | None | folder where features are kept, instead of $RAISE_ENV_CACHE or the user's cache folder |
+    | hide | () | blocks of the observation that are shown as zeros, for ablations: a list of their names |
     | render_mode | None | how the episode is drawn: "ansi" as text, "rgb_array" as a picture |
 
     ## Information
@@ -582,6 +585,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             dev_score=self._dev_scores[-1],
             first_dev_score=self._dev_scores[0],
             progress=min(1.0, self._num_steps / self.config.horizon),
+            hide=self.config.hide,
         )
 
     def _info(

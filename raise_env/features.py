@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from .files import replaced
 
 __all__ = [
+    "BLOCKS",
     "CLIP",
     "FEATURE_NAMES",
     "NUM_FEATURES",
@@ -49,6 +50,9 @@ SEMANTIC_NAMES = tuple(f"semantic_{index}" for index in range(NUM_SEMANTIC))
 FEATURE_NAMES = (*STAGE_NAMES, *DIFFICULTY_NAMES, *SEMANTIC_NAMES, "times_selected")
 
 NUM_FEATURES = len(FEATURE_NAMES)
+
+#: The columns of each part of the observation, by the names of `config.OBSERVATION_BLOCKS`.
+BLOCKS = {"stage": slice(0, 2), "difficulty": slice(2, 6), "semantic": slice(6, 38), "availability": slice(38, 39)}
 
 #: Standardised values further than this from the pool's mean are cut: the observation is bounded.
 CLIP = 5.0
@@ -119,6 +123,7 @@ def observe(
     dev_score: float,
     first_dev_score: float,
     progress: float,
+    hide: Sequence[str] = (),
 ) -> np.ndarray:
     """Return a new observation, shape (candidates, 39), float32.
 
@@ -129,12 +134,15 @@ def observe(
         dev_score: P of the model as it is.
         first_dev_score: P before any update; the column holds the gain since then relative to its size.
         progress: Share of the horizon behind, t/T, from 0 to 1.
+        hide: Names of `BLOCKS` whose columns are shown as zeros.
     """
     observation = np.empty((len(candidates), NUM_FEATURES), dtype=np.float32)
     observation[:, 0] = np.clip((dev_score - first_dev_score) / max(abs(first_dev_score), 0.1), -CLIP, CLIP)
     observation[:, 1] = progress
     observation[:, _STATIC] = static.columns[candidates]
     observation[:, -1] = np.log1p(counts[candidates]).clip(max=CLIP)
+    for name in hide:
+        observation[:, BLOCKS[name]] = 0.0
     observation[candidates < 0] = 0.0
     return observation
 

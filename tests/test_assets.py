@@ -130,6 +130,11 @@ def test_assets__nothing_fits__says_what_to_raise(files):
         RaiseSelectEnv(**files(max_length=4)).reset()
 
 
+def test_assets__what_an_environment_keeps_to_itself__does_not_matter(embedded_env):
+    own = {"horizon": 2, "budget": 5, "batch_size": 3, "reward": "exact_match", "score_every": 2, "hide": ["stage"]}
+    assert embedded_env(**own).assets is embedded_env().assets
+
+
 def test_assets__classes__share_the_rows_out(embedded_env):
     assets = embedded_env().assets
     assert sorted(np.concatenate(assets.members)) == list(range(64))

@@ -60,6 +60,7 @@ BAD = {
     "render_mode": ["human", 1],
     "allow_overlap": ["yes", None],
     "skip_empty": [1],
+    "hide": ["stage", 3, None, ["stage", 1]],
     "lora": [5, "r=8", {"r": 0}, {"r": 1.5}, {"r": "8"}, {"lora_dropout": 1.0}, {"lora_dropout": "x"}],
 }
 
@@ -109,6 +110,7 @@ def test_from_kwargs__data_that_contradict_each_other__says_which_to_add():
         {"num_candidates": "all", "batch_size": 200},
         {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_dora": True}},
         {"pool": "pool.jsonl", "dev": "dev.jsonl", "learning_rate": 1},
+        {"hide": ["stage", "semantic"]},
     ],
     ids=str,
 )
@@ -118,6 +120,25 @@ def test_to_kwargs__any_settings__come_back_through_json(kwargs):
     assert plain == kwargs, "defaults are left out"
     assert EnvConfig.from_kwargs(plain) == config
     hash(config)
+
+
+def test_hide__names_in_any_order__are_the_same_setting():
+    hidden = EnvConfig(hide=("availability", "stage", "stage"))
+    assert hidden.hide == ("stage", "availability")
+    assert hidden == EnvConfig(hide=["stage", "availability"])
+
+
+def test_hide__unknown_block__suggests_the_nearest():
+    with pytest.raises(SettingError, match="did you mean 'semantic'"):
+        EnvConfig(hide=("semantics",))
+
+
+@pytest.mark.parametrize("more", [(), ("stage",), ("stage", "availability")])
+def test_hide__all_that_tells_rows_apart__is_refused(more):
+    EnvConfig(hide=("difficulty", *more))
+    EnvConfig(hide=("semantic", *more))
+    with pytest.raises(SettingError, match="padding"):
+        EnvConfig(hide=("difficulty", "semantic", *more))
 
 
 def test_from_kwargs__path_objects__become_plain_text():

@@ -247,6 +247,21 @@ def test_observation__score_and_counts_beyond_the_bounds__are_clipped(env):
     assert observation in env.observation_space
 
 
+def test_observation__blocks_hidden__are_zeros_and_the_offers_as_before():
+    seen, hidden = toy_env(), toy_env(hide=["stage", "semantic"])
+    for env in (seen, hidden):
+        env.reset(seed=0)
+        env.step(np.ones(32))
+    np.testing.assert_array_equal(hidden.candidates, seen.candidates)
+    assert hidden.dev_scores == seen.dev_scores
+    np.testing.assert_array_equal(
+        hidden.observation()[:, [*range(2, 6), 38]], seen.observation()[:, [*range(2, 6), 38]]
+    )
+    assert not hidden.observation()[:, [0, 1, *range(6, 38)]].any()
+    assert not hidden.fork(1)[0].observation()[:, :2].any()
+    assert hidden.observation().any(axis=1).all(), "no row looks like padding"
+
+
 def test_candidates__each_step__are_new_and_class_by_class(env):
     offers = []
     for _ in range(5):

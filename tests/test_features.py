@@ -7,7 +7,17 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from raise_env.features import CLIP, cache_folder, cached_features, observation_bounds, observe, standardise
+from raise_env.config import OBSERVATION_BLOCKS
+from raise_env.features import (
+    BLOCKS,
+    CLIP,
+    FEATURE_NAMES,
+    cache_folder,
+    cached_features,
+    observation_bounds,
+    observe,
+    standardise,
+)
 
 RAW = np.random.default_rng(0).normal(size=(7, 36)).astype(np.float32)
 KEY = {"pool": "a", "updates": 3}
@@ -46,6 +56,27 @@ def test_observe__numbers_by_hand__fill_the_live_columns():
     assert (shown[2] == 0).all()
     low, high = observation_bounds(3)
     assert ((shown >= low) & (shown <= high)).all()
+
+
+@pytest.mark.parametrize(
+    ("hide", "columns"),
+    [(("stage",), [0, 1]), (("difficulty",), range(2, 6)), (("semantic", "availability"), range(6, 39))],
+)
+def test_observe__hidden_blocks__are_zeros_and_the_rest_as_before(hide, columns):
+    static, counts = standardise(RAW, 0), np.arange(1, 8)
+    scores = {"dev_score": -1.5, "first_dev_score": -2.0, "progress": 0.25}
+    shown = observe(static, np.array([1, 6, -1]), counts, **scores)
+    hidden = observe(static, np.array([1, 6, -1]), counts, **scores, hide=hide)
+    assert shown[:2].all()
+    assert not hidden[:, columns].any()
+    rest = np.setdiff1d(np.arange(39), columns)
+    np.testing.assert_array_equal(hidden[:, rest], shown[:, rest])
+
+
+def test_blocks__together__are_all_columns_in_order():
+    assert tuple(BLOCKS) == OBSERVATION_BLOCKS
+    names = [name for part in BLOCKS.values() for name in FEATURE_NAMES[part]]
+    assert names == list(FEATURE_NAMES)
 
 
 @pytest.mark.parametrize(("score", "first", "shown"), [(0.5, 0.0, 5.0), (0.02, 0.0, 0.2), (-900.0, -2.0, -CLIP)])

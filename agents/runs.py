@@ -12,23 +12,38 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
-from raise_env.errors import DataError, OutputError, RecordError, SettingError
-from raise_env.files import append_line, prepare_folder, replaced_folder, write_json, write_text
-from raise_env.record import EpisodeRecord, versions
+from raise_env.files import append_line, replaced_folder, write_json, write_text
+from raise_env.record import EpisodeRecord
 
 from .base import Agent
 from .catalogue import agent_name, make_agent
 from .report import Selection, write_report
 from .rollout import run_episode
+from .run_folder import RunFolder, whole_records
 
-__all__ = ["REPORT_VERSION", "Estimate", "Plan", "Reporter", "estimate", "finetune", "phi_tokens", "train"]
+__all__ = [
+    "FINAL_SEED",
+    "REPORT_VERSION",
+    "Clock",
+    "Estimate",
+    "Plan",
+    "Reporter",
+    "Silent",
+    "check_inputs",
+    "estimate",
+    "final_environment",
+    "final_scores",
+    "finetune",
+    "phi_tokens",
+    "processor_name",
+    "train",
+]
 
 REPORT_VERSION = 1
 
@@ -37,6 +52,9 @@ PHI_EPOCHS = 3
 
 #: What sets the final runs' seeds apart from those of learning.
 FINAL_SEED = 1000
+
+#: Settings in which two environments may differ and yet share their assets.
+_OWN_SETTINGS = frozenset({"num_candidates", "batch_size", "horizon", "budget", "reward", "score_every", "hide"})
 
 
 class Reporter(Protocol):
@@ -117,8 +135,8 @@ def train(
     reporter = reporter or Silent()
     agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in _names(plan)}
     env = RaiseSelectEnv(**plan.settings)
-    _check_inputs(env.config)
-    run = _Run.open(folder, command, plan, resume)
+    check_inputs(env.config)
+    run = RunFolder.open(folder, command, plan.to_json(), resume)
     with reporter.task("loading model, data and features", 1) as show:
         env.reset(seed=plan.seed)
         show(1)
@@ -178,24 +196,39 @@ def estimate(plan: Plan) -> Estimate:
 
     env = RaiseSelectEnv(**plan.settings)
     agent = make_agent(plan.agent, plan.agent_settings)
-    step = _measure(env, lambda: env.step(_first_rows(env)))
-    updates, tokens, seconds = 0, 0.0, 0.0
+    step = _measure(env, lambda world: world.step(_first_rows(world)))
+    updates, tokens, seconds = 0, float(env.assets.features.num_tokens), 0.0
     settings = getattr(agent, "settings", None)
     forks = getattr(settings, "num_forks", 0)
     learning_steps = plan.episodes * _learning_steps(agent, env)
+    parts = [(learning_steps, 1, step)]
     if settings is not None and forks and plan.episodes:
-        probe = _measure(env, lambda: env.probe(np.stack([_first_rows(env)] * forks), settings.num_dev))
-        num_probes = math.ceil(learning_steps / settings.fork_steps)
-        updates += num_probes * forks + learning_steps
-        tokens += num_probes * probe[0] + learning_steps * step[0]
-        seconds += num_probes * probe[1] + learning_steps * step[1]
-    elif plan.episodes:
-        updates, tokens, seconds = learning_steps, learning_steps * step[0], learning_steps * step[1]
-    final_steps = env.config.horizon * plan.num_runs * len(_names(plan))
-    tokens += final_steps * step[0] + env.assets.features.num_tokens
+        probe = _measure(env, lambda world: world.probe(np.stack([_first_rows(world)] * forks), settings.num_dev))
+        parts.append((math.ceil(learning_steps / settings.fork_steps), forks, probe))
+    for name in _names(plan):
+        final = final_environment(env, agent if name == plan.agent else make_agent(name))
+        own_step = step if final is env else _measure(final, lambda world: world.step(_first_rows(world)))
+        parts.append((final.config.horizon * plan.num_runs, 1, own_step))
+    for count, num_updates, (step_tokens, step_seconds) in parts:
+        updates += count * num_updates
+        tokens += count * step_tokens
+        seconds += count * step_seconds
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    total_seconds = seconds + final_steps * step[1]
-    return Estimate(updates + final_steps, int(tokens), tokens / phi_tokens(env), total_seconds, memory)
+    return Estimate(updates, int(tokens), tokens / phi_tokens(env), seconds, memory)
+
+
+def final_environment(env: RaiseSelectEnv, agent: Agent) -> RaiseSelectEnv:
+    """Return the environment of an agent's final runs: the one given, unless the agent's `run_settings` ask for others.
+
+    Model, data and features are shared as far as those settings let them.
+    """
+    run_settings = getattr(agent, "run_settings", None)
+    if run_settings is None:
+        return env
+    own = run_settings(env.config, sum(len(ids) for ids in env.assets.members))
+    settings = {**env.config.to_kwargs(), **own}
+    settings.pop("render_mode", None)
+    return RaiseSelectEnv(assets=env.assets if set(own) <= _OWN_SETTINGS else None, **settings)
 
 
 def _learning_steps(agent: Agent, env: RaiseSelectEnv) -> int:
@@ -204,13 +237,13 @@ def _learning_steps(agent: Agent, env: RaiseSelectEnv) -> int:
     return min(wanted or env.config.horizon, env.config.horizon)
 
 
-def _measure(env: RaiseSelectEnv, work: Callable[[], object]) -> tuple[float, float]:
+def _measure(env: RaiseSelectEnv, work: Callable[[RaiseSelectEnv], object]) -> tuple[float, float]:
     """Return token forwards and seconds of a piece of work on a new episode, the mean of two after a first in vain."""
     costs = []
     for _ in range(3):
         env.reset(seed=0)
         tokens, start = env.ledger.token_forwards, time.perf_counter()
-        work()
+        work(env)
         costs.append((env.ledger.token_forwards - tokens, time.perf_counter() - start))
     return (costs[1][0] + costs[2][0]) / 2, (costs[1][1] + costs[2][1]) / 2
 
@@ -221,8 +254,12 @@ def _first_rows(env: RaiseSelectEnv) -> np.ndarray:
     return action
 
 
-def _check_inputs(config: EnvConfig) -> None:
-    """Find bad input in a second or two: before anything is shown or written, and before features are computed."""
+def check_inputs(config: EnvConfig) -> None:
+    """Find bad input in a second or two: before anything is shown or written, and before features are computed.
+
+    Raises:
+        RaiseEnvError: A model's folder or a data file cannot be used.
+    """
     from raise_env.assets import load_data
     from raise_env.base_model import load_config
 
@@ -235,91 +272,7 @@ def _names(plan: Plan) -> list[str]:
     return list(dict.fromkeys([plan.agent, *plan.compare]))
 
 
-class _Run:
-    """A run's folder and its run.json: status, settings, times."""
-
-    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        self.folder = folder
-        self.state = state
-
-    @classmethod
-    def open(cls, folder: Path, command: str, plan: Plan, resume: bool) -> _Run:
-        prepare_folder(folder)
-        path = folder / "run.json"
-        if path.exists() and not resume:
-            raise OutputError(
-                f"{str(folder)!r} holds a run already: name another folder, or add --resume to go on with it."
-            )
-        if path.exists():
-            state = _read_json(path)
-            _check_same(state, plan, path)
-            state["status"] = "running"
-        else:
-            begun = {
-                "command": command,
-                "plan": plan.to_json(),
-                "versions": versions(),
-                "seconds": {},
-                "phi_tokens": {},
-            }
-            state = {"schema_version": REPORT_VERSION, "status": "running", "start": _now(), **begun}
-        return cls(folder, state)
-
-    def __enter__(self) -> _Run:
-        self.note()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        ended = "done" if kind is None else "failed"
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.note(status="interrupted" if interrupted else ended, end=_now())
-
-    def check_content(self, content: Mapping[str, str]) -> None:
-        """Refuse to go on with other data or another model than the run was begun with."""
-        before = self.state.get("content", content)
-        different = [name for name in {**before, **content} if before.get(name) != content.get(name)]
-        if different:
-            raise DataError(
-                f"{self.folder / 'run.json'}: since the run was begun, the content of {', '.join(different)} has "
-                "changed. Resume it with what it was begun with, or start anew in another folder."
-            )
-
-    def note(self, **values: Any) -> None:
-        """Add to run.json."""
-        self.state.update(values)
-        write_json(self.folder / "run.json", self.state)
-
-    def add(self, part: str, seconds: float, tokens: int) -> None:
-        """Add to what a part of the run has cost so far."""
-        self.state["seconds"][part] = self.state["seconds"].get(part, 0.0) + seconds
-        self.state["phi_tokens"][part] = self.state["phi_tokens"].get(part, 0) + tokens
-        self.note()
-
-    def records(self) -> list[EpisodeRecord]:
-        """Return the records of the final runs so far; a line torn by a crash is dropped."""
-        path = self.folder / "episodes.jsonl"
-        if not path.exists():
-            return []
-        whole = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                whole.append(EpisodeRecord.from_json(line, f"{path}, line {number}"))
-            except RecordError:
-                break
-        write_text(path, "".join(record.to_json() + "\n" for record in whole))
-        return whole
-
-
-def _check_same(state: dict[str, Any], plan: Plan, path: Path) -> None:
-    before, now = state.get("plan", {}), plan.to_json()
-    different = [f"{n}: then {before.get(n)!r}, now {now[n]!r}" for n in now if before.get(n) != now[n]]
-    if different:
-        raise SettingError(
-            f"{path}: the run was begun with other settings ({'; '.join(different)}). Resume it with those."
-        )
-
-
-def _learn(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:
+def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:
     """Return the agent once it has learned; the selector is in the folder afterwards."""
     learn = getattr(agent, "learn", None)
     if learn is None or plan.episodes == 0:
@@ -331,7 +284,7 @@ def _learn(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: R
         done = len(resumable.episode_returns)
     with reporter.task(f"learning to select ({plan.agent})", plan.episodes) as show:
         show(done)
-        clock = _Clock(env)
+        clock = Clock(env)
 
         def episode_done(number: int, total: float) -> None:
             run.state.setdefault("episode_returns", [])[number - 1 :] = [total]
@@ -347,31 +300,39 @@ def _learn(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: R
     return agent
 
 
-class _Clock:
+class Clock:
     """Seconds and token forwards since the last lap."""
 
     def __init__(self, env: RaiseSelectEnv) -> None:
-        self._ledger = env.ledger
+        self._ledger = env.assets.learner.ledger
         self._time, self._tokens = time.perf_counter(), self._ledger.token_forwards
 
     def lap(self) -> tuple[float, int]:
+        """Return both, and begin the next lap."""
         now, tokens = time.perf_counter(), self._ledger.token_forwards
         passed = now - self._time, tokens - self._tokens
         self._time, self._tokens = now, tokens
         return passed
 
 
-def _final_runs(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: str, reporter: Reporter) -> None:
+def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: str, reporter: Reporter) -> None:
     short = agent_name(name)
-    have = {record.seed for record in run.records() if record.agent == short}
+    env = final_environment(env, agent)
+    have = {record.seed for record in _finished_records(run.folder) if record.agent == short}
     is_selector = name == plan.agent
+    lacks_adapter = is_selector and not (run.folder / "adapter").is_dir()
     horizon = env.config.horizon
     with reporter.task(f"fine-tuning with {short}", horizon * plan.num_runs) as show:
+        prepare = getattr(agent, "prepare", None)
+        if prepare is not None and (lacks_adapter or not have.issuperset(plan.final_seeds)):
+            clock = Clock(env)
+            prepare(env, plan.seed)
+            run.book(f"preparation/{short}", *clock.lap())
         for index, seed in enumerate(plan.final_seeds):
             keeps_adapter = is_selector and index == 0
-            if seed in have and not (keeps_adapter and not (run.folder / "adapter").is_dir()):
+            if seed in have and not (keeps_adapter and lacks_adapter):
                 continue
-            clock = _Clock(env)
+            clock = Clock(env)
 
             def show_step(step: int, before: int = index * horizon) -> None:
                 show(before + step)
@@ -383,6 +344,15 @@ def _final_runs(run: _Run, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: 
             if seed not in have:
                 append_line(run.folder / "episodes.jsonl", record.to_json())
         show(horizon * plan.num_runs)
+
+
+def _finished_records(folder: Path) -> list[EpisodeRecord]:
+    """Return the records of the final runs so far; a line torn by a crash is dropped."""
+    path = folder / "episodes.jsonl"
+    whole = whole_records(path)
+    if path.exists():
+        write_text(path, "".join(record.to_json() + "\n" for record in whole))
+    return whole
 
 
 def _write_outcome(folder: Path, env: RaiseSelectEnv) -> None:
@@ -397,8 +367,8 @@ def _write_outcome(folder: Path, env: RaiseSelectEnv) -> None:
         env.save_adapter(beside)
 
 
-def _write_results(run: _Run, plan: Plan, env: RaiseSelectEnv, learning_steps: int) -> dict[str, Any]:
-    records = run.records()
+def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, learning_steps: int) -> dict[str, Any]:
+    records = _finished_records(run.folder)
     report = {
         "schema_version": REPORT_VERSION,
         "base": _base_scores(env),
@@ -435,17 +405,22 @@ def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
 
 
 def _agent_scores(records: Sequence[EpisodeRecord], name: str, env: RaiseSelectEnv) -> dict[str, list[float | None]]:
-    own = [record for record in records if record.agent == name]
-    scores: dict[str, list[float | None]] = {}
+    own = [final_scores(record, env) for record in records if record.agent == name]
+    return {metric: [scores[metric] for scores in own] for metric in own[0]}
+
+
+def final_scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, float | None]:
+    """Return what a final run came to, by the names of report.json; None on the test set for a run that diverged."""
+    scores: dict[str, float | None] = {}
     if env.config.reward == "loss":
-        scores["dev_loss"] = [-record.dev_scores[-1] for record in own]
+        scores["dev_loss"] = -record.dev_scores[-1]
     else:
-        scores["dev_score"] = [record.dev_scores[-1] for record in own]
+        scores["dev_score"] = record.dev_scores[-1]
     if env.assets.has_test:
-        scores["test_loss"] = [record.final.get("test_loss") for record in own]
+        scores["test_loss"] = record.final.get("test_loss")
         if _shows_accuracy(env):
             accuracy = "test_accuracy" if env.assets.base_evaluation.accuracy is not None else "test_exact_match"
-            scores["test_accuracy"] = [record.final.get(accuracy) for record in own]
+            scores["test_accuracy"] = record.final.get(accuracy)
     return scores
 
 
@@ -455,17 +430,20 @@ def _shows_accuracy(env: RaiseSelectEnv) -> bool:
     return env.config.is_embedded or has_choices or env.config.reward == "exact_match"
 
 
-def _cost(run: _Run, plan: Plan, env: RaiseSelectEnv) -> dict[str, dict[str, float]]:
-    final = f"final/{agent_name(plan.agent)}"
+def _cost(run: RunFolder, plan: Plan, env: RaiseSelectEnv) -> dict[str, dict[str, float]]:
+    name = agent_name(plan.agent)
+    booked, times = run.state["phi_tokens"], run.state["seconds"]
     tokens = {
         "features": env.assets.features.num_tokens,
-        "learning": run.state["phi_tokens"].get("learning", 0),
-        "final": run.state["phi_tokens"].get(final, 0) // plan.num_runs,
+        "preparation": booked.get(f"preparation/{name}", 0),
+        "learning": booked.get("learning", 0),
+        "final": booked.get(f"final/{name}", 0) // plan.num_runs,
     }
     tokens["total"] = sum(tokens.values())
     seconds = {
-        "learning": run.state["seconds"].get("learning", 0.0),
-        "final": run.state["seconds"].get(final, 0.0) / plan.num_runs,
+        "preparation": times.get(f"preparation/{name}", 0.0),
+        "learning": times.get("learning", 0.0),
+        "final": times.get(f"final/{name}", 0.0) / plan.num_runs,
     }
     seconds["total"] = sum(seconds.values())
     return {
@@ -558,17 +536,3 @@ def processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: cannot be read ({error}); expected what an earlier run wrote.") from error
-    if not isinstance(value, dict):
-        raise RecordError(f"{path}: holds {type(value).__name__}; expected an object.")
-    return value

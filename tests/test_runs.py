@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,9 +181,11 @@ def test_train__report_json__is_what_is_promised(finished, plan):
         assert scores["test_loss"] == [record.final["test_loss"] for record in own]
         assert scores["test_accuracy"] == [record.final["test_exact_match"] for record in own]
     assert set(report["cost"]) >= {"phi", "tokens", "seconds"}
-    assert set(report["cost"]["phi"]) == {"features", "learning", "final", "total"}
-    assert report["cost"]["phi"]["total"] == pytest.approx(sum(list(report["cost"]["phi"].values())[:3]))
-    assert all(math.isfinite(value) and value > 0 for value in report["cost"]["phi"].values())
+    phi = report["cost"]["phi"]
+    assert set(phi) == {"features", "preparation", "learning", "final", "total"}
+    assert phi["total"] == pytest.approx(phi["features"] + phi["learning"] + phi["final"])
+    assert phi["preparation"] == 0, "raise_fork needs none"
+    assert all(math.isfinite(value) and value > 0 for name, value in phi.items() if name != "preparation")
 
 
 def test_train__cost__tokens_counted_by_hand(finished, plan):
@@ -222,6 +226,80 @@ def test_train__no_test_set__reports_dev_alone(tmp_path, small_settings, plan):
     report = train(tmp_path / "run", Plan(settings, agent="random", episodes=0, compare=(), num_runs=1))
     assert set(report["base"]) == {"dev_loss"}
     assert set(report["agents"]["random"]) == {"dev_loss"}
+
+
+# What agents may ask for
+
+OWN_AGENT = """
+from raise_env.agents.baselines import RandomAgent
+from raise_env.agents.base import world_of
+
+class Prepares(RandomAgent):
+    calls = []
+    def prepare(self, env, seed):
+        self.calls.append(seed)
+        world_of(env).row_losses([0, 1, 2])
+
+class OwnRuns(RandomAgent):
+    worlds = []
+    def run_settings(self, config, num_rows):
+        return {"num_candidates": "all", "horizon": config.horizon - 1, "budget": num_rows // 8, **self.more}
+    def begin(self, env, seed):
+        super().begin(env, seed)
+        self.worlds.append(env)
+    more = {}
+
+class OwnRate(OwnRuns):
+    worlds = []
+    more = {"learning_rate": 1e-3}
+"""
+
+
+@pytest.fixture
+def own_agent(tmp_path, monkeypatch):
+    """A module with agents that use the hooks of final runs."""
+    (tmp_path / "own_agent.py").write_text(OWN_AGENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_agent", raising=False)
+    return importlib.import_module("own_agent")
+
+
+def test_train__agent_that_prepares__does_so_once_before_its_runs_and_it_is_booked(own_agent, tmp_path, plan):
+    own = Plan(plan.settings, agent="own_agent:Prepares", episodes=0, seed=4, num_runs=2)
+    report = train(tmp_path / "run", own)
+    assert own_agent.Prepares.calls == [4]
+    lengths = Encoder(load_tokenizer("tiny"), 256).encode(load_data(EnvConfig.from_kwargs(plan.settings)).pool).lengths
+    tokens = report["cost"]["tokens"]
+    assert tokens["preparation"] == lengths[:3].sum()
+    assert tokens["total"] == tokens["features"] + tokens["preparation"] + tokens["final"]
+    assert report["cost"]["seconds"]["preparation"] > 0
+
+
+def test_train__agent_that_prepares_interrupted_and_resumed__books_it_once(own_agent, tmp_path, plan):
+    own = Plan(plan.settings, agent="own_agent:Prepares", episodes=0, compare=(), num_runs=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", own, reporter=Interrupts("fine-tuning", 4))
+    train(tmp_path / "run", own, resume=True)
+    train(tmp_path / "undisturbed", own)
+    booked = [read_json(tmp_path / name / "run.json")["phi_tokens"] for name in ("run", "undisturbed")]
+    assert booked[0] == booked[1]
+    assert len(own_agent.Prepares.calls) == 3
+    train(tmp_path / "run", own, resume=True)
+    assert len(own_agent.Prepares.calls) == 3, "nothing is left to prepare for"
+
+
+@pytest.mark.parametrize("name", ["OwnRuns", "OwnRate"])
+def test_train__agent_with_settings_of_its_own__has_its_own_runs(own_agent, tmp_path, plan, embedded_env, name):
+    own = Plan(plan.settings, agent=f"own_agent:{name}", episodes=0, num_runs=1)
+    train(tmp_path / "run", own)
+    mine, random = read_records(tmp_path / "run" / "episodes.jsonl")
+    (world,) = getattr(own_agent, name).worlds
+    assert (world.config.num_candidates, world.config.horizon, world.config.total_budget) == ("all", 2, 8)
+    assert (len(mine.actions), len(random.actions)) == (2, 3)
+    assert {"horizon": 2, "budget": 8}.items() <= mine.env["kwargs"].items()
+    assert replay(mine, tolerance=0.0) == (None, 0.0)
+    # Another learning rate makes other features, so that nothing but the model can be shared.
+    assert (world.assets is embedded_env().assets) == (name == "OwnRuns")
 
 
 # Interrupted and resumed
@@ -273,6 +351,11 @@ def test_train__resume_with_other_settings__names_them(tmp_path, plan, finished)
     other = Plan(plan.settings, agent_settings=FORK_SETTINGS, episodes=3, num_runs=2)
     with pytest.raises(SettingError, match=r"run\.json.*episodes: then 2, now 3"):
         train(finished, other, resume=True)
+    longer = Plan({**plan.settings, "horizon": 4}, agent_settings=FORK_SETTINGS, episodes=2, num_runs=2)
+    with pytest.raises(SettingError, match=r"\(settings\.horizon: then 3, now 4\)"):
+        train(finished, longer, resume=True)
+    with pytest.raises(SettingError, match=r"command: then 'train', now 'demo'"):
+        train(finished, plan, command="demo", resume=True)
     assert read_json(finished / "run.json")["status"] == "done"
 
 
@@ -386,6 +469,11 @@ def test_estimate__updates_and_tokens__as_counted_afterwards(plan, finished):
     assert cost.memory_gb > 0
 
 
+def test_estimate__agent_with_settings_of_its_own__counts_its_own_runs(own_agent, small_settings):
+    plan = Plan(small_settings, agent="own_agent:OwnRuns", episodes=0, compare=("random",), num_runs=1)
+    assert estimate(plan).updates == 2 + 3
+
+
 def test_estimate__episodes_of_one_step__are_long_enough(small_settings):
     assert estimate(Plan({**small_settings, "horizon": 1}, episodes=1)).updates == 1 * 9 + 2 * 3
 
@@ -417,10 +505,10 @@ def documented(heading):
     return {name for cell in cells for name in re.findall(r"`(.*?)`", cell)}
 
 
-def test_files_md__fields__are_those_that_are_written(finished):
+def test_files_md__fields__are_those_that_are_written(finished, plan):
     assert set(read_json(finished / "run.json")) == documented("run.json")
     assert set(read_json(finished / "report.json")) == documented("report.json")
     assert set(read_json(finished / "selector" / "config.json")) == documented("selector/")
     assert set(read_lines(finished / "episodes.jsonl")[0]) == documented("episodes.jsonl")
-    extra = set(read_lines(finished / "selected.jsonl")[0]) - {"instruction", "output", "skill", "corruption"}
-    assert extra == documented("selected.jsonl")
+    own = set(load_data(EnvConfig.from_kwargs(plan.settings)).pool[0].fields)
+    assert set(read_lines(finished / "selected.jsonl")[0]) - own == documented("selected.jsonl")

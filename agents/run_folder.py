@@ -1,0 +1,156 @@
+"""A run's folder and its run.json: what was asked for, how far it has come, and whether it may go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from raise_env.errors import DataError, OutputError, RecordError, SettingError
+from raise_env.files import prepare_folder, write_json
+from raise_env.record import EpisodeRecord, versions
+
+__all__ = ["RunFolder", "read_json", "whole_records"]
+
+RUN_VERSION = 1
+
+
+class RunFolder:
+    """The folder of a command that takes long; as a context it notes how the work ended.
+
+    Attributes:
+        folder: Where everything is written.
+        state: What run.json holds.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        self.folder = folder
+        self.state = state
+
+    @classmethod
+    def open(cls, folder: Path, command: str, plan: Mapping[str, Any], resume: bool) -> RunFolder:
+        """Begin a run in a folder, or go on with the one that is there.
+
+        Args:
+            folder: Made where it does not exist.
+            command: The name of what is done.
+            plan: What was asked for, as JSON.
+            resume: Go on with a run of the same plan.
+
+        Raises:
+            OutputError: The folder cannot be written, or holds a run and `resume` is False.
+            RecordError: run.json cannot be read.
+            SettingError: The run was begun with another plan, or by another command.
+        """
+        prepare_folder(folder)
+        path = folder / "run.json"
+        if path.exists() and not resume:
+            raise OutputError(
+                f"{str(folder)!r} holds a run already: name another folder, or add --resume to go on with it."
+            )
+        if path.exists():
+            state = read_json(path)
+            before = {"command": state.get("command"), **_mapping(state.get("plan"))}
+            _check_same(before, {"command": command, **plan}, path)
+            state["status"] = "running"
+        else:
+            begun = {"command": command, "plan": dict(plan), "versions": versions()}
+            state = {"schema_version": RUN_VERSION, "status": "running", "start": _now(), **begun}
+        return cls(folder, state)
+
+    def __enter__(self) -> RunFolder:
+        self.note()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        ended = "done" if kind is None else "failed"
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.note(status="interrupted" if interrupted else ended, end=_now())
+
+    def check_content(self, content: Mapping[str, Any]) -> None:
+        """Refuse to go on with other data or another model than the run was begun with.
+
+        Raises:
+            DataError: The content hashes differ from those noted.
+        """
+        before = self.state.get("content", content)
+        different = [name for name in {**before, **content} if before.get(name) != content.get(name)]
+        if different:
+            raise DataError(
+                f"{self.folder / 'run.json'}: since the run was begun, the content of {', '.join(different)} has "
+                "changed. Resume it with what it was begun with, or start anew in another folder."
+            )
+
+    def note(self, **values: Any) -> None:
+        """Add to run.json."""
+        self.state.update(values)
+        write_json(self.folder / "run.json", self.state)
+
+    def add(self, part: str, seconds: float, tokens: int) -> None:
+        """Add to what a part of the run has cost so far."""
+        self.book(part, self._cost("seconds", part) + seconds, self._cost("phi_tokens", part) + tokens)
+
+    def book(self, part: str, seconds: float, tokens: int) -> None:
+        """Note what a part of the run has cost, in place of what was noted before."""
+        self.state.setdefault("seconds", {})[part] = seconds
+        self.state.setdefault("phi_tokens", {})[part] = tokens
+        self.note()
+
+    def _cost(self, kind: str, part: str) -> Any:
+        return self.state.get(kind, {}).get(part, 0)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object that an earlier run wrote.
+
+    Raises:
+        RecordError: The file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: cannot be read ({error}); expected what an earlier run wrote.") from error
+    if not isinstance(value, dict):
+        raise RecordError(f"{path}: holds {type(value).__name__}; expected an object.")
+    return value
+
+
+def whole_records(path: Path) -> list[EpisodeRecord]:
+    """Return a file's episode records, up to the first line that a crash has torn; none where there is no file."""
+    records: list[EpisodeRecord] = []
+    if not path.exists():
+        return records
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(EpisodeRecord.from_json(line, f"{path}, line {number}"))
+        except RecordError:
+            break
+    return records
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    different = [f"{name}: then {then!r}, now {this!r}" for name, then, this in _differences(before, now)]
+    if different:
+        raise SettingError(
+            f"{path}: the run was begun with other settings ({'; '.join(different)}). Resume it with those."
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, old and new value of what differs; of mappings within, their own entries."""
+    for name in {**before, **now}:
+        then, this = before.get(name), now.get(name)
+        if isinstance(then, dict) and isinstance(this, dict):
+            yield from ((f"{name}.{inner}", a, b) for inner, a, b in _differences(then, this))
+        elif then != this:
+            yield name, then, this
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from raise_env.errors import SettingError, suggestion
 
 from .base import Agent
+from .rollout import agents_code
 
-__all__ = ["AGENTS", "agent_name", "load_selector", "make_agent"]
+__all__ = ["AGENTS", "FunctionAgent", "agent_name", "load_selector", "make_agent"]
 
 #: The agents that have a name of their own, and where they live.
 AGENTS = {
@@ -19,12 +23,12 @@ AGENTS = {
     "full": "baselines:FullAgent",
     "ifd": "baselines:IfdAgent",
     "quality": "baselines:QualityAgent",
-    "deita": "baselines:DeitaAgent",
-    "self_paced": "baselines:SelfPacedAgent",
-    "loss_high": "baselines:HighLossAgent",
-    "loss_low": "baselines:LowLossAgent",
-    "diversity": "baselines:DiversityAgent",
-    "greedy": "baselines:GreedyAgent",
+    "deita": "coverage:DeitaAgent",
+    "self_paced": "online:SelfPacedAgent",
+    "loss_high": "online:HighLossAgent",
+    "loss_low": "online:LowLossAgent",
+    "diversity": "coverage:DiversityAgent",
+    "greedy": "online:GreedyAgent",
     "less": "influence:LessAgent",
     "greats": "influence:GreatsAgent",
     "oracle": "oracle:OracleAgent",
@@ -32,34 +36,71 @@ AGENTS = {
     "raise_fork": "raise_fork:RaiseFork",
 }
 
-_FORMS = ("sb3:CLASS", "selector:DIR", "package.module:Class")
+_FORMS = ("selector:DIR", "my_module:name")
+
+
+class FunctionAgent:
+    """A plain function as an agent.
+
+    Args:
+        choose: Takes an observation, shape (rows, 39), and returns a 0/1 choice, shape (rows,).
+        arguments: Keywords for every call.
+
+    Raises:
+        SettingError: The function cannot be called so.
+    """
+
+    def __init__(self, choose: Callable[..., np.ndarray], **arguments: Any) -> None:
+        try:
+            inspect.signature(choose).bind(None, **arguments)
+        except (TypeError, ValueError) as error:  # a ValueError: some builtins do not tell what they take
+            raise SettingError(
+                f"{choose!r} cannot be called with an observation and the settings {arguments}: {error}."
+            ) from error
+        self._choose = choose
+        self._arguments = arguments
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,  # noqa: ARG002 (Stable-Baselines3's signature)
+        deterministic: bool = True,  # noqa: ARG002
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return what the function chooses; `state` is passed through."""
+        return self._choose(observation, **self._arguments), state
 
 
 def make_agent(name: str, arguments: Mapping[str, Any] | None = None) -> Agent:
     """Return the agent that a name stands for.
 
     Args:
-        name: One of `AGENTS`; "sb3:CLASS" for a class of stable-baselines3 or sb3-contrib; "selector:DIR" for a
-            learned selector; "package.module:Class" for one's own.
+        name: One of `AGENTS`; "quality:COLUMN"; "sb3:CLASS" for a class of stable-baselines3 or sb3-contrib;
+            "selector:DIR" for a learned selector; "my_module:name" for one's own: a class, an object with `predict`,
+            or a function as for `FunctionAgent`.
         arguments: The agent's own settings.
 
     Raises:
         SettingError: There is no such agent, or it does not take such settings.
+        AgentError: One's own module or class failed while it was loaded or built.
         RecordError: The selector's folder cannot be read.
     """
-    kind, colon, rest = name.partition(":")
+    arguments = arguments or {}
+    kind, _, rest = name.partition(":")
     if kind == "selector" and rest:
         return load_selector(rest)
     if kind == "sb3" and rest:
         from .sb3 import Sb3Agent
 
-        return Sb3Agent(rest, **(arguments or {}))
+        return _build(Sb3Agent, name, {"algorithm": rest, **arguments})
+    if kind == "quality" and rest:
+        return make_agent("quality", {"column": rest, **arguments})
     if name in AGENTS:
         module, _, entry = AGENTS[name].partition(":")
         return _build(getattr(importlib.import_module(f".{module}", __package__), entry), name, arguments)
-    if colon and rest:
-        return _build(_own_class(kind, rest, name), name, arguments)
-    raise SettingError(f"unknown agent {name!r}: {suggestion(name, [*AGENTS, *_FORMS])}")
+    if kind and rest:
+        return _own_agent(name, arguments)
+    raise SettingError(f"unknown agent {name!r}: {suggestion(name, _known_names())}")
 
 
 def load_selector(folder: str | Path) -> Agent:
@@ -93,18 +134,59 @@ def agent_name(name: str) -> str:
     return "selector" if name.startswith("selector:") else name
 
 
-def _own_class(module: str, entry: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), entry)
-    except (ImportError, AttributeError) as error:
-        raise SettingError(f"agent {name!r} cannot be loaded: {error}. Expected an importable module:Class.") from error
+def _known_names() -> list[str]:
+    """Return every name that `make_agent` takes."""
+    from .sb3 import PRESETS
+
+    return [*AGENTS, *(f"sb3:{algorithm}" for algorithm in PRESETS), *_FORMS]
 
 
-def _build(factory: Any, name: str, arguments: Mapping[str, Any] | None) -> Agent:
+def _own_agent(name: str, arguments: Mapping[str, Any]) -> Agent:
+    """Return what a module of the user's own calls by that name, made into an agent."""
+    found = _imported(name)
+    if isinstance(found, type):
+        return _build(found, name, arguments)
+    if not callable(getattr(found, "predict", None)):
+        if not callable(found):
+            raise SettingError(
+                f"agent {name!r} is {type(found).__name__}, which has no predict(observation, ...); expected a class "
+                "or an object that has, as Stable-Baselines3's models do, or a function that chooses."
+            )
+        return _build(FunctionAgent, name, {"choose": found, **arguments})
+    if arguments:
+        raise SettingError(
+            f"agent {name!r} is there already, built by its module, and takes no settings; got "
+            f"{', '.join(arguments)}. Set them in the module, or name the class instead."
+        )
+    agent: Agent = found
+    return agent
+
+
+def _imported(name: str) -> Any:
+    module, _, entry = name.partition(":")
+    where = "the working folder and the installed packages"
+    hint = f" Leave out the ending: {module.removesuffix('.py')}:{entry}." if module.endswith(".py") else ""
+    with agents_code(f"agent {name!r}, importing {module!r}"):
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module is there, and one that it imports is not
+            raise SettingError(f"agent {name!r}: there is no module {error.name!r} in {where}.{hint}") from error
+    if not hasattr(found, entry):
+        names = [known for known in vars(found) if not known.startswith("_")]
+        raise SettingError(f"agent {name!r}: the module {module!r} has no {entry!r}: {suggestion(entry, names)}")
+    return getattr(found, entry)
+
+
+def _build(factory: Callable[..., object], name: str, arguments: Mapping[str, Any]) -> Agent:
+    """Return what the factory makes of the arguments, if it takes them and makes an agent."""
     try:
-        agent = factory(**(arguments or {}))
-    except TypeError as error:
+        inspect.signature(factory).bind(**arguments)
+    except (TypeError, ValueError) as error:  # a ValueError: some builtins do not tell what they take
         raise SettingError(f"agent {name!r} does not take these settings: {error}.") from error
+    with agents_code(f"agent {name!r}, building it"):
+        agent = factory(**arguments)
     if not isinstance(agent, Agent):
         raise SettingError(f"agent {name!r} has no predict(observation, ...); expected one, as Stable-Baselines3's.")
     return agent

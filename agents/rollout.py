@@ -1,9 +1,11 @@
-"""Running episodes: an agent, an environment, a record."""
+"""Running episodes: an agent, an environment, a record, and whose fault it is when something fails."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -11,12 +13,12 @@ import numpy as np
 from gymnasium import spaces
 
 from raise_env import PickOne, TopKScores
-from raise_env.errors import SettingError
+from raise_env.errors import ActionError, AgentError, RaiseEnvError, SettingError
 from raise_env.record import EpisodeRecord
 
 from .base import Agent, world_of
 
-__all__ = ["fit_wrapper", "run_episode"]
+__all__ = ["agents_code", "fit_wrapper", "run_episode"]
 
 
 def run_episode(
@@ -37,21 +39,30 @@ def run_episode(
         name: The agent's name in the record.
         deterministic: Passed to `predict`.
         on_step: Called after each step with its number, from 1.
+
+    Raises:
+        AgentError: The agent's own code failed, or it returned something that is no action here.
+        RaiseEnvError: The environment's own errors, as they are.
     """
     env = fit_wrapper(env, agent)
     world = world_of(env)
     observation, info = env.reset(seed=seed)
     begin = getattr(agent, "begin", None)
     if begin is not None:
-        begin(env, seed)
+        with agents_code(f"agent {name!r}, episode seed {seed}, begin"):
+            begin(env, seed)
     is_masked = isinstance(env.action_space, spaces.Discrete) and _takes_masks(agent)
     state, start, over = None, np.ones(1, dtype=bool), False
     while not over:
+        where = f"agent {name!r}, episode seed {seed}, step {world.num_steps + 1}"
         masks = {"action_masks": info["action_mask"]} if is_masked else {}
-        action, state = agent.predict(
-            observation, state=state, episode_start=start, deterministic=deterministic, **masks
-        )
-        observation, _, over, _, info = env.step(action)
+        with agents_code(where):
+            answer = agent.predict(observation, state=state, episode_start=start, deterministic=deterministic, **masks)
+        action, state = _checked(answer, env.action_space, where)
+        try:
+            observation, _, over, _, info = env.step(action)
+        except ActionError as error:
+            raise AgentError(f"{where}: predict returned {_shown(action)}: {error}") from error
         start = np.zeros(1, dtype=bool)
         if on_step is not None:
             on_step(world.num_steps)
@@ -78,6 +89,64 @@ def fit_wrapper(env: gym.Env[Any, Any], agent: object) -> gym.Env[Any, Any]:
     if isinstance(space, spaces.Discrete):
         return PickOne(env)
     raise SettingError(f"an agent that acts in {space} fits no wrapper: train it on MultiBinary, Box or Discrete.")
+
+
+@contextmanager
+def agents_code(where: str) -> Iterator[None]:
+    """Run an agent's own code in this block: what it raises becomes an `AgentError` that shows the lines that failed.
+
+    Who wrote the agent can mend it, and needs the lines; who wrote the environment would only be in the way.
+
+    Args:
+        where: What was being done, for the beginning of the message.
+
+    Raises:
+        AgentError: The code raised something; it is the cause.
+        RaiseEnvError: The environment's own errors pass through, but for an action that an agent tried in vain.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RaiseEnvError) and not isinstance(error, ActionError):
+            raise
+        raise AgentError(f"{where}: the agent's own code failed.\n{_own_lines(error)}") from error
+
+
+def _own_lines(error: Exception) -> str:
+    """Return the traceback below the block that ran the agent's code, without Python's own import machinery."""
+    frames = traceback.extract_tb(error.__traceback__)[2:]  # before: agents_code, and the block
+    own = [frame for frame in frames if "importlib" not in frame.filename]
+    return "".join([*traceback.format_list(own), *traceback.format_exception_only(error)]).rstrip()
+
+
+def _checked(answer: Any, space: spaces.Space[Any], where: str) -> tuple[Any, Any]:
+    """Return action and state, if they can be told apart and the action is made of numbers.
+
+    Shapes and values are the environment's to check.
+
+    Raises:
+        AgentError: They cannot, or it is not.
+    """
+    try:
+        action, state = answer
+        numbers = np.asarray(action)
+    except (TypeError, ValueError, RuntimeError) as error:  # a RuntimeError is torch's, on a tensor with gradients
+        raise AgentError(
+            f"{where}: predict returned {_shown(answer)}; expected a pair of a NumPy array and a state: {error}."
+        ) from error
+    is_pick = isinstance(space, spaces.Discrete)
+    if numbers.dtype.kind not in ("iu" if is_pick else "biuf") or (is_pick and numbers.ndim):
+        expected = "one whole number, the place of a candidate" if is_pick else "a number for each candidate"
+        raise AgentError(f"{where}: predict returned {_shown(action)} for the action; expected {expected}.")
+    return action, state
+
+
+def _shown(value: object) -> str:
+    """Return a short description of what an agent returned."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}, {np.array2string(value, threshold=8, edgeitems=3)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def _takes_masks(agent: Agent) -> bool:

@@ -44,8 +44,9 @@ from raise_env.errors import OutputError, RecordError, SettingError, suggestion
 from raise_env.features import SCHEMA_VERSION as FEATURES_VERSION
 from raise_env.files import replaced_folder, write_json
 
-from .base import Progress
+from .base import DEFAULT_BATCH_SIZE, Progress
 from .networks import AcquisitionFunction, Critic
+from .sb3_files import SavedModel
 from .subset import SubsetLaw
 
 __all__ = [
@@ -305,7 +306,10 @@ class Sb3Agent:
 
     Args:
         algorithm: Name of the class, such as "PPO"; a leading "sb3:" may stay.
-        action_form: One of the four, or None for the best that the class can take.
+        action_form: One of the four, or None for that of the loaded model, or the best that the class can take.
+        policy: Name of one of SB3's own policies, such as "MlpPolicy", in place of one over rows; None: what the loaded
+            model was made with, or the best.
+        load: A file that SB3's `model.save` wrote, to act and to go on learning with its weights.
         hyperparameters: The class's own arguments, as plain data, over those in `PRESETS`; `action_noise` is the
             deviation of Gaussian noise.
 
@@ -314,22 +318,34 @@ class Sb3Agent:
         model: The SB3 model, once it has learned or been loaded; an agent in its own right.
 
     Raises:
-        SettingError: The class, the action form or a hyperparameter is unknown, or they do not go together.
+        SettingError: The class, the action form, the policy or a hyperparameter is unknown, or they do not go together.
+        RecordError: The file cannot be read, or its weights do not fit the model that these settings make.
     """
 
-    def __init__(self, algorithm: str, *, action_form: str | None = None, **hyperparameters: Any) -> None:
+    def __init__(
+        self,
+        algorithm: str,
+        *,
+        action_form: str | None = None,
+        policy: str | None = None,
+        load: str | Path | None = None,
+        **hyperparameters: Any,
+    ) -> None:
         self._class = _find_class(algorithm.removeprefix("sb3:"))
         self.name = f"sb3:{self._class.__name__}"
-        forms = _action_forms(self._class)
-        if not forms:
-            raise SettingError(f"{self.name} takes none of the action spaces of this environment: take another class.")
-        if action_form is not None and action_form not in forms:
-            raise SettingError(f"{self.name} cannot act in the form {action_form!r}: {suggestion(action_form, forms)}")
-        self.action_form = action_form or forms[0]
         _check_hyperparameters(self._class, hyperparameters)
         self.hyperparameters = hyperparameters
         self.model: BaseAlgorithm | None = None
         self._subset_size = 0
+        saved = None if load is None else SavedModel.read(load)
+        if saved is not None:
+            action_form = action_form or saved.action_form
+            if policy is None and "value_net.weight" in saved.weights:  # SB3's own critic is one linear layer
+                policy = next(iter(self._class.policy_aliases))
+        self.policy = _checked_policy(self._class, policy)
+        self.action_form = _checked_form(self._class, action_form, self.policy)
+        if saved is not None:
+            self._take_over(saved, load)
 
     def wrap(self, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
         """Return the environment with the action space of this agent's action form."""
@@ -342,7 +358,10 @@ class Sb3Agent:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Sb3Agent:
-        """Learn from the start, for about as many steps as full episodes would have; the global generators stay put.
+        """Learn for about as many steps as full episodes would have; the global generators stay put.
+
+        Weights that there are already, loaded or learned before, are where it begins. Only the weights: what an
+        optimiser remembers, a replay buffer, and the schedule of exploration are new each time.
 
         Args:
             env: The environment as `gym.make` returns it; its `config` tells horizon and batch size.
@@ -353,18 +372,34 @@ class Sb3Agent:
 
         Returns:
             This agent.
+
+        Raises:
+            SettingError: The weights that there are do not fit the environment.
         """
         config = env.get_wrapper_attr("config")
+        before = self.model
+        if before is not None:
+            self._check_fit(env, before)
         num_steps = episodes * config.horizon * (config.batch_size if self.action_form == "pick" else 1)
         self._subset_size = config.batch_size
-        wrapped = self.wrap(env) if progress is None else _ReturnReporter(self.wrap(env), progress)
         with _global_generators_kept():
-            model = self._build(wrapped, num_steps, seed)
+            model = self._build(_Learning(self.wrap(env), progress), num_steps, seed)
+            if before is not None:
+                _set_weights(model, before.policy.state_dict())
             model.set_logger(Logger(None, []))  # SB3's default one makes a folder
             model.learn(num_steps)
         model.env = None  # so that the agent can be copied and stored without the language model
         self.model = model
         return self
+
+    def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
+        """Check that the model can act in the environment.
+
+        Raises:
+            SettingError: The agent has not learned yet, or not on as many candidates.
+        """
+        del seed
+        self._check_fit(env, self._trained())
 
     def predict(
         self,
@@ -415,6 +450,7 @@ class Sb3Agent:
             "format": _FORMAT,
             "agent": self.name,
             "action_form": self.action_form,
+            "policy": self.policy,
             "hyperparameters": self.hyperparameters,
             "features_version": FEATURES_VERSION,
             "num_candidates": num_candidates,
@@ -441,12 +477,12 @@ class Sb3Agent:
             made_for = (config["format"], config["features_version"]) if isinstance(config, dict) else None
             if made_for != (_FORMAT, FEATURES_VERSION):
                 raise ValueError("it is of another format or for other features; learn it again with this version")
-            agent = cls(config["agent"], action_form=config["action_form"], **config["hyperparameters"])
+            form, policy = config["action_form"], config.get("policy")
+            agent = cls(config["agent"], action_form=form, policy=policy, **config["hyperparameters"])
             agent._subset_size = config["subset_size"]
-            env = _SpacesOnly(agent.action_form, config["num_candidates"], config["num_features"])
-            with _global_generators_kept():
-                agent.model = agent._build(env, num_steps=1, seed=None)
-            agent.model.policy.load_state_dict(load_file(Path(folder, "model.safetensors")))
+            model = agent._build_untrained(config["num_candidates"], config["num_features"])
+            _set_weights(model, load_file(Path(folder, "model.safetensors")))
+            agent.model = model
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             # A RuntimeError is torch's, on weights that do not fit, or a RecursionError on nested JSON.
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
@@ -455,15 +491,62 @@ class Sb3Agent:
 
     def _trained(self) -> BaseAlgorithm:
         if self.model is None:
-            raise SettingError(f"{self.name} has not learned yet: call learn(env, episodes, seed), or load a selector.")
+            raise SettingError(
+                f"{self.name} has not learned yet: let it learn for some episodes, or load what has: a model that "
+                "Stable-Baselines3 saved (load=FILE), or a selector."
+            )
         return self.model
+
+    def _take_over(self, saved: SavedModel, path: str | Path | None) -> None:
+        """Make the model that was saved; `path` is for messages."""
+        given = self.hyperparameters.get("policy_kwargs", {})
+        policy_kwargs = {**saved.policy_kwargs, **given}
+        self._subset_size = policy_kwargs.pop("subset_size", DEFAULT_BATCH_SIZE)
+        if policy_kwargs:
+            self.hyperparameters = {**self.hyperparameters, "policy_kwargs": policy_kwargs}
+        try:
+            model = self._build_untrained(saved.num_candidates, saved.num_features)
+        except TypeError as error:  # a setting that the policy does not know
+            raise RecordError(
+                f"{path}: {self.name} cannot be built with policy_kwargs {policy_kwargs}: {error}. Was it another "
+                "algorithm that was saved?"
+            ) from error
+        misfit = _misfit(model.policy.state_dict(), saved.weights)
+        if misfit:
+            policy = type(model.policy).__name__
+            raise RecordError(
+                f"{path}: the weights are not those of {self.name} in the form {self.action_form!r} with {policy}: "
+                f"{misfit}. Name the algorithm, action_form, policy and "
+                "policy_kwargs that it was made with."
+            )
+        _set_weights(model, saved.weights)
+        self.model = model
+
+    def _check_fit(self, env: gym.Env[Any, Any], model: BaseAlgorithm) -> None:
+        """Refuse an environment that offers what the model cannot read.
+
+        Raises:
+            SettingError: Another number of features, or of candidates where the network is flat.
+        """
+        offered, learned_on = env.observation_space.shape or (), model.observation_space.shape or ()
+        compared = slice(1, None) if isinstance(model.policy, _RowWise) else slice(None)
+        if offered[compared] != learned_on[compared]:
+            raise SettingError(
+                f"{self.name} learned on observations of shape {learned_on}, and this environment's have {offered}: "
+                "set num_candidates to what it learned on, or take an algorithm that looks at rows one by one."
+            )
+
+    def _build_untrained(self, num_candidates: int, num_features: int) -> BaseAlgorithm:
+        """Return a model for weights that are there already."""
+        with _global_generators_kept():
+            return self._build(_SpacesOnly(self.action_form, num_candidates, num_features), num_steps=1, seed=None)
 
     def _build(self, env: gym.Env[Any, Any], num_steps: int, seed: int | None) -> BaseAlgorithm:
         settings = self._settings(num_steps)
         if isinstance(settings.get("action_noise"), int | float):
             shape = env.action_space.shape or ()
             settings["action_noise"] = NormalActionNoise(np.zeros(shape), np.full(shape, settings["action_noise"]))
-        policy = _policy(self._class, self.action_form)
+        policy = self.policy or _policy(self._class, self.action_form)
         if self.action_form == "subset":
             settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "subset_size": self._subset_size}
         return self._class(policy, env, seed=seed, **settings)
@@ -492,12 +575,12 @@ def _wrap(env: gym.Env[Any, Any], action_form: str) -> gym.Env[Any, Any]:
     return PickOne(env) if action_form == "pick" else env
 
 
-class _ReturnReporter(gym.Wrapper[Any, Any, Any, Any]):
-    """Tells number and return of each episode that ends."""
+class _Learning(gym.Wrapper[Any, Any, Any, Any]):
+    """Tells number and return of each episode that ends, and lets the language model train whatever SB3 is doing."""
 
-    def __init__(self, env: gym.Env[Any, Any], progress: Progress) -> None:
+    def __init__(self, env: gym.Env[Any, Any], progress: Progress | None) -> None:
         super().__init__(env)
-        self._progress = progress
+        self._progress = progress or (lambda _number, _total: None)
         self._num_episodes = 0
         self._return = 0.0
 
@@ -506,7 +589,8 @@ class _ReturnReporter(gym.Wrapper[Any, Any, Any, Any]):
         return super().reset(**kwargs)
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        result = super().step(action)
+        with torch.enable_grad():  # ARS needs no gradients, and turns them off around everything that it does
+            result = super().step(action)
         _, reward, terminated, truncated, _ = result
         self._return += float(reward)
         if terminated or truncated:
@@ -547,6 +631,58 @@ def _find_class(name: str) -> type[BaseAlgorithm]:
         advice = "" if _HAS_CONTRIB else ' More with sb3-contrib: pip install "raise-env[sb3]".'
         raise SettingError(f"no algorithm is called {name!r}: {suggestion(name, known)}{advice}")
     return known[name]
+
+
+def _checked_policy(algorithm: type[BaseAlgorithm], policy: str | None) -> str | None:
+    """Return the name of a policy of SB3's own, or None for the best.
+
+    Raises:
+        SettingError: The class has no such policy, or one for other observations.
+    """
+    known = [alias for alias in algorithm.policy_aliases if not alias.startswith(("Cnn", "MultiInput"))]
+    if policy is not None and policy not in known:
+        raise SettingError(f"{algorithm.__name__} has no policy {policy!r}: {suggestion(policy, known)}")
+    return policy
+
+
+def _checked_form(algorithm: type[BaseAlgorithm], action_form: str | None, policy: str | None) -> str:
+    """Return the form in which a model acts.
+
+    Raises:
+        SettingError: The class cannot act in the form that was asked for, or not with such a policy.
+    """
+    forms = _action_forms(algorithm)
+    if policy is not None:
+        forms = tuple(form for form in forms if form != "subset")  # that is a policy of its own
+    if not forms:
+        raise SettingError(f"sb3:{algorithm.__name__} takes none of this environment's action spaces: take another.")
+    if action_form is not None and action_form not in forms:
+        raise SettingError(
+            f"sb3:{algorithm.__name__} cannot act in the form {action_form!r}"
+            f"{f' with {policy}' if policy else ''}: {suggestion(action_form, forms)}"
+        )
+    return action_form or forms[0]
+
+
+def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Return the first thing in which weights differ from those expected, in words; empty where they fit."""
+    for name, tensor in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name].shape != tensor.shape:
+            return f"{name} has shape {tuple(found[name].shape)}, and {tuple(tensor.shape)} was expected"
+    return next((f"there is {name} too" for name in found if name not in expected), "")
+
+
+def _set_weights(model: BaseAlgorithm, weights: Mapping[str, Any]) -> None:
+    """Give the model's policy these weights; the optimiser stays new.
+
+    Raises:
+        RuntimeError: They are of other names or shapes.
+    """
+    model.policy.load_state_dict(weights)
+    if hasattr(model, "weights"):  # ARS keeps those that it varies beside the policy
+        model.weights = nn.utils.parameters_to_vector(model.policy.parameters()).detach()
 
 
 def _action_forms(algorithm: type[BaseAlgorithm]) -> tuple[str, ...]:

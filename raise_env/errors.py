@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ActionError",
+    "AgentError",
     "DataError",
     "ModelError",
     "OutputError",
@@ -42,6 +43,10 @@ class ActionError(RaiseEnvError, ValueError):
     """An action has the wrong shape, or holds something other than 0 and 1."""
 
 
+class AgentError(RaiseEnvError, RuntimeError):
+    """An agent's own code failed, or chose what is no action; says where, and ends with the lines that failed."""
+
+
 class RecordError(RaiseEnvError, ValueError):
     """An episode record, selector or results file is not what its format promises."""
 
@@ -51,8 +56,9 @@ class OutputError(RaiseEnvError, OSError):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest known one, then all of them."""
+    """Return the end of a message about an unknown name: the nearest known one, then all of them, likely ones first."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"{hint}Known: {', '.join(names)}."
+    matches = difflib.get_close_matches(name.lower(), dict.fromkeys(entry.lower() for entry in names), n=3)
+    near = sorted((entry for entry in names if entry.lower() in matches), key=lambda n: matches.index(n.lower()))
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Known: {', '.join([*near, *(entry for entry in names if entry not in near)])}."

@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 
 from raise_env.agents import sb3
-from raise_env.agents.rollout import fit_wrapper
+from raise_env.agents.rollout import fit_wrapper, run_episode
 from raise_env.agents.sb3 import PRESETS, RowPolicy, Sb3Agent, SubsetPolicy
 from raise_env.errors import OutputError, RecordError, SettingError
 from raise_env.testing import toy_env
@@ -405,6 +405,14 @@ def test_sb3_agent__progress__tells_the_return_of_each_episode() -> None:
     assert told == [(1, sum(rewards[0])), (2, sum(rewards[1])), (3, sum(rewards[2]))]
 
 
+def test_sb3_agent__algorithm_that_turns_gradients_off__does_not_for_the_language_model(embedded_env: Any) -> None:
+    told: list[float] = []
+    Sb3Agent("ARS", n_delta=1).learn(embedded_env(), 1, seed=0, progress=lambda number, total: told.append(total))
+
+    assert len(told) >= 2
+    assert any(told)
+
+
 def test_sb3_agent__learning__makes_no_log_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SB3_LOGDIR", str(tmp_path / "logs"))
     Sb3Agent("PPO").learn(multibinary(), 1, seed=0)
@@ -505,3 +513,111 @@ def test_fit_wrapper__agent_without_action_space__leaves_the_environment() -> No
 def test_fit_wrapper__other_action_space__is_refused() -> None:
     with pytest.raises(SettingError, match="fits no wrapper"):
         fit_wrapper(multibinary(), SimpleNamespace(action_space=spaces.Text(3)))  # type: ignore[arg-type]
+
+
+# Models that SB3 saved itself
+
+
+def saved_by_sb3(agent: Sb3Agent, folder: Path) -> Path:
+    agent.model.save(folder / "model.zip")
+    return folder / "model.zip"
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, forms in ALL_CLASSES.items() for form in forms])
+def test_load__model_saved_by_sb3__acts_as_before_with_nothing_else_said(name: str, form: str, tmp_path: Path) -> None:
+    agent = Sb3Agent(name, action_form=form).learn(toy(), 1, seed=1)
+    loaded = Sb3Agent(name, load=saved_by_sb3(agent, tmp_path))
+
+    assert loaded.action_form == form
+    assert acts(loaded, seed=9) == acts(agent, seed=9)
+
+
+def test_load__sb3s_own_policy__is_told_by_the_weights(tmp_path: Path) -> None:
+    model = PPO("MlpPolicy", Sb3Agent("PPO", action_form="scores").wrap(toy()), device="cpu", n_steps=8, batch_size=8)
+    model.learn(8)
+    model.save(tmp_path / "ppo.zip")
+    observation = toy().reset(seed=0)[0]
+    loaded = [Sb3Agent("PPO", load=tmp_path / "ppo.zip", policy=policy) for policy in (None, "MlpPolicy")]
+
+    for agent in loaded:
+        assert (agent.policy, agent.action_form) == ("MlpPolicy", "scores")
+        np.testing.assert_array_equal(agent.predict(observation)[0], model.predict(observation, deterministic=True)[0])
+
+
+@pytest.mark.parametrize("name", ["PPO", "MaskablePPO", "ARS"])
+def test_learn__loaded_model__goes_on_from_its_weights(name: str, tmp_path: Path) -> None:
+    agent = Sb3Agent(name).learn(toy(), 2, seed=1)
+    still = Sb3Agent(name, load=saved_by_sb3(agent, tmp_path), learning_rate=0.0).learn(toy(), 2, seed=5)
+    moved = Sb3Agent(name, load=tmp_path / "model.zip").learn(toy(), 4, seed=5)
+    weights, after = agent.model.policy.state_dict(), moved.model.policy.state_dict()
+
+    torch.testing.assert_close(still.model.policy.state_dict(), weights, rtol=0, atol=0)
+    assert any(not torch.equal(after[key], weights[key]) for key in weights)
+
+
+def test_learn__again__goes_on_from_what_was_learned() -> None:
+    agent = Sb3Agent("PPO").learn(multibinary(), 4, seed=1)
+    before = agent.model.policy.scores(rows(5))
+    agent.hyperparameters = {"learning_rate": 0.0}
+    agent.learn(multibinary(), 4, seed=2)
+
+    torch.testing.assert_close(agent.model.policy.scores(rows(5)), before, rtol=0, atol=0)
+
+
+def test_load__policy_settings__are_those_of_the_file_unless_given(tmp_path: Path) -> None:
+    agent = Sb3Agent("PPO", policy_kwargs={"net_arch": [6]}).learn(toy(), 1, seed=0)
+    path = saved_by_sb3(agent, tmp_path)
+    loaded = Sb3Agent("PPO", load=path)
+    loaded.save(tmp_path / "selector")
+
+    assert loaded.model.policy.action_net.layers[0].weight.shape == (6, 39)
+    assert acts(Sb3Agent.load(tmp_path / "selector"), seed=9) == acts(agent, seed=9)
+    with pytest.raises(RecordError, match=r"model\.zip: .* SubsetPolicy: .* shape \(6, 39\), and \(7, 39\)"):
+        Sb3Agent("PPO", load=path, policy_kwargs={"net_arch": [7]})
+    with pytest.raises(RecordError, match=r"with ActorCriticPolicy: log_std is missing\. Name the algorithm"):
+        Sb3Agent("PPO", load=path, policy="MlpPolicy", action_form="scores")
+    with pytest.raises(RecordError, match="not those of sb3:PPO in the form 'scores'"):
+        Sb3Agent("PPO", load=path, action_form="scores")
+    with pytest.raises(RecordError, match=r"cannot be built with policy_kwargs .*net_ark.*unexpected keyword"):
+        Sb3Agent("PPO", load=path, policy_kwargs={"net_ark": [6]})
+
+
+def test_load__model_of_another_algorithm__is_refused(tmp_path: Path) -> None:
+    path = saved_by_sb3(Sb3Agent("SAC").learn(toy(), 1, seed=0), tmp_path)
+    with pytest.raises(RecordError, match=r"sb3:TD3 cannot be built .* Was it another algorithm"):
+        Sb3Agent("TD3", load=path)
+    with pytest.raises(SettingError, match="sb3:DQN cannot act in the form 'scores': Known: pick"):
+        Sb3Agent("DQN", load=path)
+
+
+@pytest.mark.parametrize(("name", "policy"), [("PPO", "MlpPolicy"), ("MaskablePPO", "MlpPolicy"), ("ARS", "MlpPolicy")])
+def test_policy__one_of_sb3s_own__learns_saves_and_loads(name: str, policy: str, tmp_path: Path) -> None:
+    agent = Sb3Agent(name, policy=policy).learn(toy(), 1, seed=0)
+    agent.save(tmp_path / "selector")
+    loaded = Sb3Agent.load(tmp_path / "selector")
+
+    assert loaded.policy == policy
+    assert acts(loaded, seed=9) == acts(agent, seed=9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "MlpPolice"}, "PPO has no policy 'MlpPolice': did you mean 'MlpPolicy'"),
+        ({"policy": "CnnPolicy"}, "PPO has no policy 'CnnPolicy'"),
+        ({"policy": "MlpPolicy", "action_form": "subset"}, "cannot act in the form 'subset' with MlpPolicy"),
+    ],
+)
+def test_policy__that_does_not_fit__is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Sb3Agent("PPO", **settings)
+
+
+def test_sb3_agent__other_number_of_candidates__is_refused_where_the_network_is_flat() -> None:
+    wider = toy_env(num_candidates=NUM_ROWS + 3, num_classes=SIZE, batch_size=SIZE, horizon=HORIZON)
+    flat, row_wise = (Sb3Agent(name).learn(toy(), 1, seed=0) for name in ("SAC", "PPO"))
+    for use in (lambda: run_episode(wider, flat, seed=0, name="flat"), lambda: flat.learn(wider, 1)):
+        with pytest.raises(SettingError, match=r"learned on observations of shape \(12, 39\), .* have \(15, 39\)"):
+            use()
+
+    assert len(run_episode(wider, row_wise, seed=0, name="rows").actions) == HORIZON

@@ -1,0 +1,127 @@
+"""Reading models that Stable-Baselines3 saved itself, without running anything that their files hold.
+
+`model.save("ppo.zip")` writes the weights (policy.pth), and everything else (data) as JSON with pickles in it.
+`PPO.load` unpickles those, which runs whatever code the file's author put there. Here the JSON is read as text: beside
+each pickle SB3 notes in plain words what it holds, and that is enough to build the model anew for the weights.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raise_env.errors import RecordError
+
+__all__ = ["SavedModel"]
+
+#: What the last part of an action space's class says of the form in which the model acts.
+_ACTION_FORMS = {"Box": "scores", "Discrete": "pick", "MultiBinary": "multibinary"}
+
+#: Policy settings that matter to learning alone; what learns on from the file has its own.
+_OPTIMISER_SETTINGS = ("optimizer_class", "optimizer_kwargs")
+
+#: What the largest observation may hold: a file that claims more would only exhaust the memory.
+_MAX_NUMBERS = 10_000_000
+
+#: What broken archives raise; a RuntimeError also stands for encryption, and for JSON that is nested too deeply.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedModel:
+    """What a file of `model.save` tells.
+
+    Attributes:
+        weights: The policy's weights by name.
+        action_form: How the model acts: "subset", "multibinary", "scores" or "pick".
+        num_candidates: Rows of the observations that it was trained on.
+        num_features: Columns of the same.
+        policy_kwargs: Settings of its policy.
+    """
+
+    weights: dict[str, Tensor]
+    action_form: str
+    num_candidates: int
+    num_features: int
+    policy_kwargs: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> SavedModel:
+        """Read a file of `model.save`; no pickle in it is opened.
+
+        Raises:
+            RecordError: It cannot be read, is no such file, or its policy has settings that only a pickle could tell.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                notes = json.loads(archive.read("data"))
+                weights = _weights(archive.read("policy.pth"))
+            num_candidates, num_features = _shape(notes["observation_space"]["_shape"])
+            kind = notes["action_space"][":type:"].rstrip("'>").rpartition(".")[2]
+            policy_kwargs = _plain(notes["policy_kwargs"])
+            form = "subset" if "subset_size" in policy_kwargs else _ACTION_FORMS[kind]
+        except (*_ZIP_ERRORS, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"missing: {error.args[0]}" if isinstance(error, KeyError) else error
+            raise RecordError(
+                f"{path}: cannot be read: {reason}. Expected what Stable-Baselines3's model.save() writes for a model "
+                "of this environment."
+            ) from error
+        return cls(weights, form, num_candidates, num_features, policy_kwargs)
+
+
+def _shape(sizes: list[int]) -> tuple[int, int]:
+    """Return the number of rows and of columns of an observation.
+
+    Raises:
+        ValueError: They are not two, or no model could be built for them.
+    """
+    num_candidates, num_features = (int(size) for size in sizes)
+    if min(num_candidates, num_features) < 1 or num_candidates * num_features > _MAX_NUMBERS:
+        raise ValueError(f"its observations have shape {tuple(sizes)}")
+    return num_candidates, num_features
+
+
+def _weights(content: bytes) -> dict[str, Tensor]:
+    """Return a policy's weights.
+
+    Raises:
+        ValueError: It holds something other than tensors, or a weight that is not finite.
+    """
+    try:
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever a broken file makes it stumble over, pickle's own error too
+        raise ValueError(f"policy.pth holds no plain weights ({str(error).partition(chr(10))[0]})") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError("policy.pth holds something other than tensors by name")
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"policy.pth holds weights that are not finite: {', '.join(broken)}")
+    return dict(weights)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a policy's settings as SB3 notes them: as they are, or as text beside a pickle of them all.
+
+    Raises:
+        ValueError: One that decides how the model acts can only be told by the pickle.
+    """
+    named = {name: value for name, value in settings.items() if name not in _OPTIMISER_SETTINGS}
+    if ":serialized:" not in named:
+        return named
+    plain = {name: value for name, value in named.items() if not name.startswith(":")}
+    # SB3 writes str() of what is no plain data: "<class 'torch.nn.modules.activation.SiLU'>".
+    objects = [f"{name}={value}" for name, value in plain.items() if isinstance(value, str)]
+    if objects:
+        raise ValueError(
+            f"its policy was made with {', '.join(objects)}, which only a pickle could restore. If you trust the file, "
+            'load it in a module of your own, model = PPO.load("ppo.zip"), and name that: --agent my_module:model'
+        )
+    return plain

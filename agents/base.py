@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -54,7 +54,13 @@ class BatchAgent(ABC):
 
     Args:
         batch_size: Rows to take; None: what the environment is made for.
+
+    Attributes:
+        is_live: Whether each step's scores rest on the model as it then is, or on what was taken before. Such agents
+            take their best at once even where the whole pool is on offer: later steps are for later scores.
     """
+
+    is_live: ClassVar[bool] = False
 
     def __init__(self, batch_size: int | None = None) -> None:
         self.batch_size = batch_size
@@ -90,6 +96,11 @@ class BatchAgent(ABC):
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return a score for each candidate, shape (rows,); higher is taken first."""
 
+    @property
+    def _num_wanted(self) -> int:
+        """Rows to take in a step."""
+        return self.batch_size or (self._world.config.batch_size if self._world else DEFAULT_BATCH_SIZE)
+
     def _require_begun(self) -> RaiseSelectEnv:
         """Return the environment to act in, for agents that cannot do without it.
 
@@ -107,11 +118,12 @@ class BatchAgent(ABC):
     def _choose(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Return a 0/1 choice of the best rows.
 
-        Where the whole pool is on offer, the rows that the rest of the budget would buy are taken in random order:
-        from best to worst, batches would be as alike as they can be, and the first would hold nothing but extremes.
+        Where the whole pool is on offer and the scores stay as they are, the rows that the rest of the budget would
+        buy are taken in random order: from best to worst, batches would be as alike as they can be, and the first
+        would hold nothing but extremes.
         """
-        size = self.batch_size or (self._world.config.batch_size if self._world else DEFAULT_BATCH_SIZE)
-        if self._world is None or self._world.config.num_candidates != "all":
+        size = self._num_wanted
+        if self._world is None or self._world.config.num_candidates != "all" or self.is_live:
             return best_rows(scores, mask, size)
         within_budget = best_rows(scores, mask, max(size, self._world.budget_left))
         return best_rows(self._rng.random(len(scores)), within_budget == 1, size)

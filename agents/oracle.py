@@ -23,9 +23,13 @@ class OracleAgent(PoolScoreAgent):
     def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
         """Return 2 for clean rows of target skills, 1 for other clean rows, 0 for the rest."""
         del seed
-        if not world.config.is_embedded:
-            raise SettingError("the oracle reads the hidden labels of embedded tasks; this pool has none.")
+        pool = world.assets.pool
+        # A file's own columns of these names would be no labels of this task.
+        if not world.config.is_embedded or not all({"skill", "corruption"} <= set(row.fields) for row in pool):
+            raise SettingError(
+                f"the oracle reads the hidden labels of embedded tasks; {pool.source} has none. Name another agent."
+            )
         targets = TASKS[world.config.task].target_skills
-        clean = np.array([row.fields["corruption"] == CLEAN for row in world.assets.pool])
-        target = np.array([row.fields["skill"] in targets for row in world.assets.pool])
+        clean = np.array([row.fields["corruption"] == CLEAN for row in pool])
+        target = np.array([row.fields["skill"] in targets for row in pool])
         return clean * (1.0 + target)

@@ -84,7 +84,7 @@ class FakeLearner:
     def row_losses(self, rows: np.ndarray) -> np.ndarray:
         """Return a loss that is lower for rows of higher value."""
         self.ledger.forward_tokens += len(rows)
-        return self._loss(self.state) - self.values[rows]
+        return np.asarray(self._loss(self.state) - self.values[rows])
 
     def row_gradients(self, rows: np.ndarray, split: Split | None = None, *, adam: bool = False) -> np.ndarray:
         """Return what training on each row does to the skill, which is the toy model's one parameter."""
@@ -92,6 +92,12 @@ class FakeLearner:
         self.ledger.train_tokens += len(rows)
         slopes = -self.values[rows] if split is None else np.full(len(rows), -self._loss(self.state))
         return slopes[:, None].astype(np.float32)
+
+    def dev_direction(self, num_updates: int, batch_size: int, progress: float, seed: int) -> np.ndarray:
+        """Return that more skill is better."""
+        del progress, seed
+        self.ledger.train_tokens += max(1, num_updates) * batch_size
+        return np.ones(1, dtype=np.float32)
 
     def copy(self) -> FakeLearner:
         """Return another with the same skill."""

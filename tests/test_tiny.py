@@ -112,6 +112,28 @@ def test_generate_task__hidden_labels__tell_the_truth(task):
     assert wrong[False] > 0.99 * corrupted, "but for a rare question that another answer fits too"
 
 
+def test_generate_task__ratings__are_public_halves_of_the_pool_alone(task):
+    ratings = [row.fields["rating"] for row in task.pool]
+    assert set(ratings) == {1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0}
+    assert not any("rating" in row.fields for rows in (task.dev, task.test) for row in rows)
+
+
+def test_generate_task__ratings__tell_right_from_wrong_with_the_error_that_they_say():
+    rows = generate_task("default", pool_size=20_000).pool
+    clean = np.array([row.fields["corruption"] == CLEAN for row in rows])
+    good = np.array([row.fields["rating"] for row in rows]) >= 4.5
+    # A rating of 4.5 begins at 4.25: 0.25 standard deviations below 4.5, 1.25 above 3.
+    assert good[clean].mean() == pytest.approx(0.599, abs=0.02)
+    assert good[~clean].mean() == pytest.approx(0.106, abs=0.02)
+    assert clean[good].mean() == pytest.approx(0.79, abs=0.02)
+
+
+def test_generate_task__ratings__leave_prompts_and_responses_as_they_are(task, monkeypatch):
+    monkeypatch.setattr(task_module, "_rated", lambda row, judge: row)
+    assert generate_task("default").pool.content_hash == task.pool.content_hash
+    assert "rating" in task.pool[0].fields
+
+
 def test_observation__hidden_labels_taken_away__is_the_same_to_the_bit(embedded_env, monkeypatch, tmp_path):
     def blind(*args, **kwargs):
         task = generate_task(*args, **kwargs)

@@ -3,10 +3,17 @@
 Dev and test are clean instructions of a few of the skills, over facts that the pool never asks: a selector
 that does well has found rows that are both clean and of use. What is hidden from it, the skill and the
 corruption of every row, stands in the rows' `fields` for the oracle and for analysis alone.
+
+Public is the pool's field `rating`, from 1 to 5 in steps of a half: what a strong language model might say of the
+answer. The judge is simulated. It mostly sees whether an answer is right, and errs: it means 4.5 for a clean row and 3
+for a corrupted one, misses that by normal noise of standard deviation 1, and rounds to the next half within 1 to 5.
+So 60% of the clean rows and 11% of the corrupted ones are rated at least 4.5; of those rated so, 79% are clean, against
+40% of the pool. It does not know which skills dev and test ask for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +26,9 @@ __all__ = ["CLEAN", "TASKS", "EmbeddedTask", "TaskData", "generate_task"]
 
 #: The value of the hidden field `corruption` in rows whose answer is right.
 CLEAN = "none"
+
+#: What the simulated judge means to rate clean and corrupted rows, and the standard deviation of its error.
+CLEAN_RATING, CORRUPTED_RATING, RATING_ERROR = 4.5, 3.0, 1.0
 
 SHRUGS = ("I do not know.", "Ask someone else.", "That is hard to say.")
 
@@ -83,6 +93,8 @@ def generate_task(name: str, *, seed: int = 0, pool_size: int = 2000) -> TaskDat
     test = [_instruction(s.skill, fact, w) for s in targets for fact, w in _asked(s.test, task.num_test, targets, rng)]
     # The pool comes last: then dev and test are the same for every size of it.
     pool = [_pool_row(facts, task.corruption, rng) for _ in range(pool_size)]
+    judge = random.Random(f"{name}/{seed}/rating")  # a stream of its own: ratings leave the rows as they are
+    pool = [_rated(row, judge) for row in pool]
     source = f"embedded:{name}"
     return TaskData(Pool(pool, source), Pool(dev, f"{source}/dev"), Pool(test, f"{source}/test"))
 
@@ -120,6 +132,12 @@ def _pool_row(facts: dict[str, _Facts], corruption: float, rng: random.Random) -
         # Too short to be cut or scrambled.
         kind, answer = "wrong", _wrong(asked, fact, question, rng)
     return _row(asked.skill, question, answer, kind)
+
+
+def _rated(row: Instruction, judge: random.Random) -> Instruction:
+    meant = CLEAN_RATING if row.fields["corruption"] == CLEAN else CORRUPTED_RATING
+    rating = round(2 * judge.gauss(meant, RATING_ERROR)) / 2
+    return dataclasses.replace(row, fields={**row.fields, "rating": min(max(rating, 1.0), 5.0)})
 
 
 def _wrong(asked: _Facts, fact: Fact, _question: str, rng: random.Random) -> str:

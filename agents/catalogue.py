@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,9 @@ AGENTS = {
 }
 
 _FORMS = ("selector:DIR", "my_module:name")
+
+#: What an agent that does not learn may have.
+_ACTING = ("predict", "action_space", "begin", "prepare", "run_settings")
 
 
 class FunctionAgent:
@@ -115,6 +119,7 @@ def load_selector(folder: str | Path) -> Agent:
     import json
 
     from .raise_fork import RaiseFork
+    from .raise_ppo import RaisePpo
     from .sb3 import Sb3Agent
 
     folder = Path(folder)
@@ -126,7 +131,7 @@ def load_selector(folder: str | Path) -> Agent:
         kind = ""
     if str(kind).startswith("sb3"):
         return Sb3Agent.load(folder)
-    return RaiseFork.load(folder)
+    return RaisePpo.load(folder) if kind == "raise_ppo" else RaiseFork.load(folder)
 
 
 def agent_name(name: str) -> str:
@@ -158,7 +163,20 @@ def _own_agent(name: str, arguments: Mapping[str, Any]) -> Agent:
             f"agent {name!r} is there already, built by its module, and takes no settings; got "
             f"{', '.join(arguments)}. Set them in the module, or name the class instead."
         )
+    return _acting(found)
+
+
+def _acting(found: Any) -> Agent:
+    """Return the agent; without its `learn` where that is another's, as that of SB3's models, which counts steps."""
     agent: Agent = found
+    learn = getattr(found, "learn", None)
+    if learn is None:
+        return agent
+    try:
+        inspect.signature(learn).bind(None, 1, seed=0, progress=None)
+    except TypeError:
+        acting: Any = SimpleNamespace(**{name: getattr(found, name) for name in _ACTING if hasattr(found, name)})
+        agent = acting
     return agent
 
 

@@ -101,15 +101,22 @@ def test_make_agent__class_object_or_function_of_ones_own__acts(name, arguments,
     assert [len(rows) for rows in record.actions] == [size, size]
 
 
-def test_make_agent__model_that_ones_own_file_has_loaded__is_used_as_it_is(my_module, tmp_path):
+def test_make_agent__model_that_ones_own_file_has_loaded__acts_and_does_not_learn(my_module, tmp_path):
     model = PPO("MlpPolicy", TopKScores(toy_env()), device="cpu")
     model.save(tmp_path / "ppo.zip")
     my_module(f"from stable_baselines3 import PPO\nmodel = PPO.load({str(tmp_path / 'ppo.zip')!r}, device='cpu')")
     agent = make_agent("mine:model")
     observation, _ = toy_env().reset(seed=0)
-    assert isinstance(agent, PPO)
     expected, _ = model.predict(observation, deterministic=True)
     np.testing.assert_array_equal(agent.predict(observation, deterministic=True)[0], expected)
+    assert agent.action_space == model.action_space
+    assert not hasattr(agent, "learn")  # SB3's takes a number of steps
+    assert not hasattr(agent, "save")
+
+
+def test_make_agent__object_that_learns_as_agents_do__is_used_as_it_is(my_module):
+    my_module("from raise_env.agents import RaiseFork\nmodel = RaiseFork()")
+    assert isinstance(make_agent("mine:model"), RaiseFork)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +182,8 @@ def test_load_selector__broken_config__record_error(tmp_path, content):
 
 
 def test_load_selector__folder_of_a_run__its_selector(tmp_path):
-    agent = RaiseFork(num_forks=2, num_networks=1, num_passes=1, num_steps=1)
-    agent.learn(toy_env(), episodes=1)
+    agent = RaiseFork(num_forks=2, num_networks=1, num_passes=1)
+    agent.learn(toy_env(horizon=1), episodes=1)
     agent.save(tmp_path / "selector")
     observation, _ = toy_env().reset(seed=0)
     np.testing.assert_array_equal(load_selector(tmp_path).scores(observation), agent.scores(observation))
@@ -203,19 +210,14 @@ def small(small_settings, monkeypatch, tmp_path):
 def test_train_and_validate__model_that_sb3_saved__acts_and_its_records_replay(small, small_settings, tmp_path):
     model = PPO("MlpPolicy", TopKScores(toy_env(num_candidates=small_settings["num_candidates"])), device="cpu")
     model.save("ppo.zip")
-    agent = ["--agent", "sb3:PPO", "--agent-args", "load=ppo.zip", "--episodes", 0]
+    agent = ["--agent", "sb3:PPO", "--agent-args", "load=ppo.zip", "--episodes", "0"]
     assert raise_env("train", "--out", "run", *small, *agent, "--runs", 1, "--compare", "") == 0
     assert raise_env("validate", "run/episodes.jsonl") == 0
     record = json.loads((tmp_path / "run" / "episodes.jsonl").read_text())
     assert record["agent"] == "sb3:PPO"
 
-    (tmp_path / "mine.py").write_text("from stable_baselines3 import PPO\nmodel = PPO.load('ppo.zip', device='cpu')")
-    try:
-        env = RaiseSelectEnv(**small_settings)
-        again = run_episode(env, make_agent("mine:model"), seed=record["seed"], name="mine:model")
-    finally:
-        sys.modules.pop("mine", None)
-    assert again.actions == record["actions"]  # SB3's own way to load chooses the same
+    again = run_episode(RaiseSelectEnv(**small_settings), PPO.load("ppo.zip"), seed=record["seed"], name="again")
+    assert again.actions == record["actions"]  # SB3's own way to load it chooses the same
 
 
 def test_train_and_validate__function_of_ones_own__acts_and_its_records_replay(small, tmp_path):

@@ -23,7 +23,8 @@ def run(name, *arguments):
 
 
 def test_examples__every_one__is_run_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"quickstart", "sb3_ppo", "custom_policy"}
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {"quickstart", "sb3_ppo", "custom_policy", "plug_in_method", "compare_algorithms"}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -40,15 +41,31 @@ def test_quickstart__whole__the_model_becomes_better():
     assert re.search(r"^test score -\d+\.\d\d$", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("name", "policy"), [("sb3_ppo", "PPO"), ("custom_policy", "the policy")])
+CONTESTANTS = [("sb3_ppo", "PPO"), ("custom_policy", "the policy"), ("plug_in_method", "the method")]
+
+
+@pytest.mark.parametrize(("name", "policy"), CONTESTANTS)
 def test_example__fast__prints_both_results(name, policy):
     output = run(name, "--fast")
     for words in ("random", policy):
         assert re.search(rf"test score with {words}.*: -\d+\.\d\d \(-\d+\.\d\d, -\d+\.\d\d, -\d+\.\d\d\)", output)
 
 
+def test_compare_algorithms__quick__a_line_with_intervals_for_each():
+    number = r"-?\d+\.\d\d"
+    lines = run("compare_algorithms", "--quick").splitlines()[1:]
+    cells = [
+        re.fullmatch(rf"(\S+) +({number}) \({number}, {number}\) +({number}) \({number}, {number}\) +\d+ s", line)
+        for line in lines
+    ]
+    assert [cell[1] for cell in cells] == ["random", "ifd", "sb3:PPO", "raise_fork", "oracle"]
+    means = {cell[1]: float(cell[2]) for cell in cells}
+    for cell in cells:
+        assert float(cell[3]) == pytest.approx(means["random"] - float(cell[2]), abs=0.011)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "policy"), [("sb3_ppo", "PPO"), ("custom_policy", "the policy")])
+@pytest.mark.parametrize(("name", "policy"), CONTESTANTS)
 def test_example__whole__what_was_learned_beats_random(name, policy):
     output = run(name)
     results = dict(re.findall(r"test score with (.*): (-\d+\.\d\d) \(", output))

@@ -34,6 +34,9 @@ EXIT_NO, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 DEMO_EPISODES = 6
 DEMO_COMPARE = ("random", "ifd", "oracle")
 TRAIN_EPISODES = 6
+BENCH_AGENTS = "random,ifd,raise_fork,oracle"
+BENCH_SEEDS = 10
+ABLATION_SEEDS = 5
 
 app = typer.Typer(
     name="raise-env",
@@ -75,7 +78,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if not arguments or arguments[0] != "train":
+    if not arguments or arguments[0] not in ("train", "bench", "ablate"):
         return "Run the same command again to start over."
     import shlex
 
@@ -226,6 +229,12 @@ def _remove_last_demo(out: Path) -> None:
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="DIR")]
 Seed = Annotated[int, typer.Option("--seed", help="What everything is drawn from.", min=0)]
+Seeds = Annotated[int, typer.Option("--seeds", help="Runs of each agent, seeds 0, 1, 2, ...", min=1)]
+Workers = Annotated[int, typer.Option("--workers", help="Processes side by side, of one thread each.", min=1)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
+AgentArguments = Annotated[
+    str, typer.Option("--agent-args", help="The agent's own settings.", metavar="NAME=VALUE,...")
+]
 
 
 @app.command()
@@ -249,12 +258,12 @@ def train(
     settings: dict[str, Any],
     out: Out,
     agent: Annotated[str, typer.Option(help="Who learns to select; see `raise-env info`.")] = "raise_fork",
-    agent_args: Annotated[str, typer.Option(help="The agent's own settings.", metavar="NAME=VALUE,...")] = "",
+    agent_args: AgentArguments = "",
     episodes: Annotated[int, typer.Option(help="Episodes to learn for.", min=0)] = TRAIN_EPISODES,
     compare: Annotated[str, typer.Option(help="Agents to compare with, with commas between.")] = "random",
     runs: Annotated[int, typer.Option(help="Final runs of each agent.", min=1)] = 3,
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and stop.")] = False,
 ) -> None:
     """Learn a selector, make the final fine-tune with it, and report whether it beat random rows."""
@@ -286,6 +295,118 @@ def finetune(
 
     report = run_finetune(out, selector, settings, seed=seed, reporter=TerminalReporter())
     _show(report, out)
+
+
+@app.command()
+@_with_env_options
+def bench(
+    settings: dict[str, Any],
+    out: Out,
+    agents: Annotated[str, typer.Option(help="Agents, with commas between; see `raise-env info`.")] = BENCH_AGENTS,
+    tasks: Annotated[str, typer.Option(help="Embedded tasks, with commas between.", show_default=False)] = "",
+    seeds: Seeds = BENCH_SEEDS,
+    episodes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Episodes to learn for, {TRAIN_EPISODES} if not given: N for all, AGENT=N for one. Repeatable.",
+            metavar="N or AGENT=N",
+        ),
+    ] = None,
+    agent_args: Annotated[
+        list[str] | None,
+        typer.Option(help="An agent's own settings. Repeatable.", metavar="AGENT:NAME=VALUE,..."),
+    ] = None,
+    workers: Workers = 1,
+    resume: Resume = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print a finished folder's table as Markdown, and stop.")
+    ] = False,
+) -> None:
+    """Compare agents: every task, agent and seed is a run, then statistics over all."""
+    from .benchmark import OWN_TASK, BenchPlan, Entry
+    from .run_folder import read_json
+    from .summary import markdown_tables
+
+    if table:
+        typer.echo(markdown_tables(read_json(out / "summary.json")))
+        return
+    names = _names(agents)
+    arguments, numbers = _agent_arguments(agent_args or [], names), _episodes(episodes or [], names)
+    entries = {name: Entry(name, arguments.get(name, {}), numbers[name]) for name in names}
+    if tasks and "task" in settings:
+        raise SettingError("--task and --tasks both name tasks: give one of them.")
+    default = OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task)
+    _bench(out, BenchPlan(settings, entries, _names(tasks) or (default,), seeds), "bench", resume, workers)
+
+
+@app.command()
+@_with_env_options
+def ablate(
+    settings: dict[str, Any],
+    out: Out,
+    agent: Annotated[str, typer.Option(help="Who learns to select; see `raise-env info`.")] = "raise_fork",
+    agent_args: AgentArguments = "",
+    episodes: Annotated[int, typer.Option(help="Episodes to learn for.", min=0)] = TRAIN_EPISODES,
+    seeds: Seeds = ABLATION_SEEDS,
+    workers: Workers = 1,
+    resume: Resume = False,
+) -> None:
+    """Let an agent learn and act with all features, then without each block of them: what each is worth."""
+    from .benchmark import ablation
+
+    task = settings.pop("task", EnvConfig().task)
+    arguments = _pairs(agent_args, "--agent-args")
+    plan = ablation(settings, agent, arguments, episodes=episodes, num_seeds=seeds, task=task)
+    _bench(out, plan, "ablate", resume, workers)
+
+
+def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int) -> None:
+    """Carry a benchmark's plan out and print its tables.
+
+    Raises:
+        Exit: No run came to a result.
+    """
+    from .benchmark import bench as run_bench
+    from .summary import text_tables
+
+    summary = run_bench(out, plan, command=command, resume=resume, workers=workers, reporter=TerminalReporter())
+    typer.echo(f"\n{text_tables(summary)}\n")
+    num_runs = len(summary["tasks"]) * len(summary["agents"]) * len(summary["seeds"])
+    for run in summary["missing"]:
+        typer.echo(f"missing: {run['task']}, {run['agent']}, seed {run['seed']}: {run['reason']}")
+    typer.echo(f"{num_runs - len(summary['missing'])} of {num_runs} runs. All numbers: {out / 'summary.json'}")
+    if len(summary["missing"]) == num_runs:
+        raise typer.Exit(EXIT_NO)
+
+
+def _agent_arguments(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what AGENT:NAME=VALUE,... says, by agent; an agent's own name may hold colons."""
+    arguments: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        meant = max((name for name in names if text.startswith(f"{name}:")), key=len, default=None)
+        if meant is None:
+            raise SettingError(
+                f"--agent-args is {text!r}; expected AGENT:NAME=VALUE,... with one of the agents {', '.join(names)}."
+            )
+        arguments.setdefault(meant, {}).update(_pairs(text.removeprefix(f"{meant}:"), "--agent-args"))
+    return arguments
+
+
+def _episodes(texts: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Return for how many episodes each agent learns; a selector that was learned before only if it is named."""
+    for_all, own = TRAIN_EPISODES, {name: 0 for name in names if name.startswith("selector:")}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        if equals and name not in names:
+            raise SettingError(f"--episodes names {name!r}; expected one of the agents {', '.join(names)}.")
+        count = int(_number("episodes", number, int, "N or AGENT=N, N a whole number"))
+        if count < 0:
+            raise SettingError(f"--episodes is {text!r}; expected a number of at least 0.")
+        if equals:
+            own[name] = count
+        else:
+            for_all = count
+    return {name: own.get(name, for_all) for name in names}
 
 
 @app.command()

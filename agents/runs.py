@@ -7,7 +7,6 @@ was done is on disk whatever happens, and `resume` goes on from there with the s
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -175,7 +174,7 @@ class Estimate:
         updates: Optimiser steps, the forks' included.
         tokens: Token forwards, forward and backward counted as 3.
         phi: The same in Phi.
-        seconds: Measured on a few steps of this machine.
+        seconds: As measured on this machine.
         memory_gb: The most that this process has used so far, in 10^9 bytes.
     """
 
@@ -187,7 +186,9 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Measure a few steps and return what the whole plan would cost.
+    """Return what the whole plan would cost, from an episode of learning and a few steps of each agent's final runs.
+
+    Agents' preparations are left out: they cannot be measured but by making them.
 
     Raises:
         RaiseEnvError: As `train`.
@@ -195,26 +196,18 @@ def estimate(plan: Plan) -> Estimate:
     import resource
 
     env = RaiseSelectEnv(**plan.settings)
-    agent = make_agent(plan.agent, plan.agent_settings)
-    step = _measure(env, lambda world: world.step(_first_rows(world)))
-    updates, tokens, seconds = 0, float(env.assets.features.num_tokens), 0.0
-    settings = getattr(agent, "settings", None)
-    forks = getattr(settings, "num_forks", 0)
-    learning_steps = plan.episodes * _learning_steps(agent, env)
-    parts = [(learning_steps, 1, step)]
-    if settings is not None and forks and plan.episodes:
-        probe = _measure(env, lambda world: world.probe(np.stack([_first_rows(world)] * forks), settings.num_dev))
-        parts.append((math.ceil(learning_steps / settings.fork_steps), forks, probe))
+    agent: Any = make_agent(plan.agent, plan.agent_settings)
+    total = np.zeros(3)
     for name in _names(plan):
         final = final_environment(env, agent if name == plan.agent else make_agent(name))
-        own_step = step if final is env else _measure(final, lambda world: world.step(_first_rows(world)))
-        parts.append((final.config.horizon * plan.num_runs, 1, own_step))
-    for count, num_updates, (step_tokens, step_seconds) in parts:
-        updates += count * num_updates
-        tokens += count * step_tokens
-        seconds += count * step_seconds
+        steps = [_measure(final, lambda world: world.step(_first_rows(world))) for _ in range(3)]
+        total += np.mean(steps[1:], axis=0) * final.config.horizon * plan.num_runs  # the first step warms up
+    if plan.episodes and hasattr(agent, "learn"):
+        total += _measure(env, lambda world: agent.learn(world, 1, seed=plan.seed)) * plan.episodes
+    updates, tokens, seconds = total
+    tokens += env.assets.features.num_tokens
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return Estimate(updates, int(tokens), tokens / phi_tokens(env), seconds, memory)
+    return Estimate(round(updates), round(tokens), tokens / phi_tokens(env), seconds, memory)
 
 
 def final_environment(env: RaiseSelectEnv, agent: Agent) -> RaiseSelectEnv:
@@ -237,15 +230,13 @@ def _learning_steps(agent: Agent, env: RaiseSelectEnv) -> int:
     return min(wanted or env.config.horizon, env.config.horizon)
 
 
-def _measure(env: RaiseSelectEnv, work: Callable[[RaiseSelectEnv], object]) -> tuple[float, float]:
-    """Return token forwards and seconds of a piece of work on a new episode, the mean of two after a first in vain."""
-    costs = []
-    for _ in range(3):
-        env.reset(seed=0)
-        tokens, start = env.ledger.token_forwards, time.perf_counter()
-        work(env)
-        costs.append((env.ledger.token_forwards - tokens, time.perf_counter() - start))
-    return (costs[1][0] + costs[2][0]) / 2, (costs[1][1] + costs[2][1]) / 2
+def _measure(env: RaiseSelectEnv, work: Callable[[RaiseSelectEnv], object]) -> np.ndarray:
+    """Return updates, token forwards and seconds of a piece of work on a new episode, shape (3,)."""
+    env.reset(seed=0)
+    ledger = env.ledger
+    before = np.array([ledger.updates, ledger.token_forwards, time.perf_counter()])
+    work(env)
+    return np.asarray(np.array([ledger.updates, ledger.token_forwards, time.perf_counter()]) - before)
 
 
 def _first_rows(env: RaiseSelectEnv) -> np.ndarray:
@@ -325,6 +316,7 @@ def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, n
     with reporter.task(f"fine-tuning with {short}", horizon * plan.num_runs) as show:
         prepare = getattr(agent, "prepare", None)
         if prepare is not None and (lacks_adapter or not have.issuperset(plan.final_seeds)):
+            env.reset(seed=plan.seed)
             clock = Clock(env)
             prepare(env, plan.seed)
             run.book(f"preparation/{short}", *clock.lap())

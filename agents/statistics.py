@@ -3,7 +3,7 @@
 Pure functions over arrays with a row for each run and a column for each task. Runs of one row belong together: they
 began from the same adapter and were offered the same candidates. The aggregates over tasks, and their intervals from
 resampled runs, are those of Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical
-Precipice", NeurIPS.
+Precipice", NeurIPS. What the bootstrap is to be put on takes any number of such arrays at once, in leading dimensions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = [
     "interquartile_mean",
     "mean_interval",
     "normalise",
+    "overall_mean",
     "paired_difference",
     "probability_of_improvement",
 ]
@@ -87,53 +88,62 @@ def normalise(scores: np.ndarray, zero: np.ndarray, one: np.ndarray) -> np.ndarr
     return np.asarray((scores - low) / (high - low))
 
 
-def interquartile_mean(scores: np.ndarray) -> float:
-    """Return the mean of the middle half of all runs of all tasks: robust as a median, and steadier.
+def overall_mean(scores: np.ndarray) -> np.ndarray:
+    """Return the mean of all runs of all tasks, shape (...).
 
     Args:
-        scores: Shape (num_runs, num_tasks).
+        scores: Shape (..., num_runs, num_tasks).
     """
-    return float(stats.trim_mean(scores, 0.25, axis=None))
+    return np.asarray(scores.mean(axis=(-2, -1)))
 
 
-def probability_of_improvement(scores: np.ndarray, reference: np.ndarray) -> float:
-    """Return the chance that a run scores higher than one of the reference in a task drawn at random.
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """Return the mean of the middle half of all runs of all tasks, shape (...): robust as a median, and steadier.
+
+    Args:
+        scores: Shape (..., num_runs, num_tasks).
+    """
+    return np.asarray(stats.trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1))
+
+
+def probability_of_improvement(scores: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the chance that a run scores higher than one of the reference in a task drawn at random, shape (...).
 
     Equal scores count as half (Agarwal et al. 2021, section 4.2): in each task it is Mann and Whitney's U over the
     number of pairs.
 
     Args:
-        scores: Higher is better, shape (num_runs, num_tasks).
-        reference: Shape (any number of runs, num_tasks).
+        scores: Higher is better, shape (..., num_runs, num_tasks).
+        reference: Shape (..., any number of runs, num_tasks).
     """
-    higher = scores[:, None, :] > reference[None, :, :]
-    equal = scores[:, None, :] == reference[None, :, :]
-    return float((higher + 0.5 * equal).mean())
+    ours, theirs = scores[..., :, None, :], reference[..., None, :, :]
+    return np.asarray(((ours > theirs) + 0.5 * (ours == theirs)).mean(axis=(-3, -2, -1)))
 
 
-def bootstrap_interval(statistic: Callable[..., float], *samples: np.ndarray, seed: int = 0) -> Interval:
+def bootstrap_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: int = 0) -> Interval:
     """Return a statistic with its 95% interval from a stratified bootstrap: the runs of each task are drawn anew.
 
     The ends are percentiles of the statistic over the resamples (Agarwal et al. 2021, section 4.1). With few runs
     such intervals are too narrow: five runs vary less among themselves than the world they come from.
 
     Args:
-        statistic: Takes as many arrays as there are samples.
+        statistic: Takes as many arrays as there are samples, with leading dimensions, and returns one number for each.
         samples: Each of shape (num_runs, num_tasks), all of them whole; they are resampled independently.
         seed: What the resamples are drawn from.
     """
-    value = statistic(*samples)
+    value = float(statistic(*samples))
     if min(len(sample) for sample in samples) < 2:
         return Interval(value, np.nan, np.nan)
     rng = np.random.default_rng(seed)
-    values = [statistic(*(_resampled(sample, rng) for sample in samples)) for _ in range(NUM_RESAMPLES)]
+    values = statistic(*(_resampled(sample, rng) for sample in samples))
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(value, float(low), float(high))
 
 
 def _resampled(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    places = rng.integers(len(sample), size=sample.shape)
-    return np.asarray(np.take_along_axis(sample, places, axis=0))
+    """Return the runs of each task drawn anew, shape (NUM_RESAMPLES, num_runs, num_tasks)."""
+    places = rng.integers(len(sample), size=(NUM_RESAMPLES, *sample.shape))
+    return np.asarray(np.take_along_axis(sample[None], places, axis=1))
 
 
 def _task_means(scores: np.ndarray) -> np.ndarray:

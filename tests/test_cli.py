@@ -19,10 +19,12 @@ import torch
 
 from raise_env import __version__
 from raise_env.agents import cli
+from raise_env.agents.benchmark import Entry
 from raise_env.agents.catalogue import AGENTS
+from raise_env.agents.summary import summarise
 from raise_env.config import EnvConfig
 
-FORK_ARGUMENTS = "num_forks=2,num_steps=2,num_networks=2,num_passes=3"
+FORK_ARGUMENTS = "num_forks=2,num_networks=2,num_passes=3"
 SMALL_RUN = ["--episodes", "1", "--runs", "1", "--agent-args", FORK_ARGUMENTS]
 ENTRY = [sys.executable, "-m", "raise_env.agents"]
 
@@ -99,7 +101,7 @@ def module_path(monkeypatch):
 # What every command shares
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "finetune", "validate", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "finetune", "bench", "ablate", "validate", "info"])
 def test_help__every_command__says_what_it_does(command):
     outcome = run(command, "--help")
     assert outcome.code == 0
@@ -113,7 +115,7 @@ def test_main__no_command__lists_them():
     assert "validate" in outcome.out + outcome.err
 
 
-@pytest.mark.parametrize("command", ["train", "finetune"])
+@pytest.mark.parametrize("command", ["train", "finetune", "bench", "ablate"])
 def test_help__every_setting_of_the_environment__has_an_option_with_words(command):
     text = " ".join(run(command, "--help").out.split())
     for entry in dataclasses.fields(EnvConfig):
@@ -164,15 +166,16 @@ def test_train__not_a_terminal__plain_lines_of_progress(trained):
 def test_train__options__are_the_environments_settings(trained, small_settings):
     plan = json.loads((trained[0] / "run.json").read_text())["plan"]
     assert plan["settings"] == small_settings
-    assert plan["agent_settings"] == {"num_forks": 2, "num_steps": 2, "num_networks": 2, "num_passes": 3}
+    assert plan["agent_settings"] == {"num_forks": 2, "num_networks": 2, "num_passes": 3}
 
 
 def test_train__lora_and_switches__are_read_as_such(tmp_path, small):
-    lora = ["--lora", "r=2,lora_alpha=4", "--skip-empty"]
+    lora = ["--lora", "r=2,lora_alpha=4", "--skip-empty", "--hide", "stage, availability"]
     run("train", "--out", tmp_path / "run", *small, *lora, "--agent", "random", "--episodes", "0", "--compare", "")
     plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
     assert plan["settings"]["lora"] == {"r": 2, "lora_alpha": 4}
     assert plan["settings"]["skip_empty"] is True
+    assert plan["settings"]["hide"] == ["stage", "availability"]
 
 
 def test_train__dry_run__prints_the_cost_and_writes_nothing(tmp_path, small):
@@ -212,6 +215,147 @@ def test_finetune__selector_of_a_run__on_a_pool_of_ones_own(trained, tmp_path, o
 def test_finetune__folder_of_the_run__finds_the_selector_in_it(trained, tmp_path, small):
     outcome = run("finetune", "--selector", trained[0], "--out", tmp_path / "out", *small)
     assert outcome.code == 0, outcome.err
+
+
+# bench and ablate
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory, small):
+    """A finished benchmark, and what the command printed."""
+    folder = tmp_path_factory.mktemp("benched") / "bench"
+    outcome = run("bench", "--out", folder, *small, "--agents", "random,oracle", "--seeds", "2")
+    assert outcome.code == 0, outcome.err
+    return folder, outcome
+
+
+def test_bench__results__table_progress_and_where_the_numbers_are(benched):
+    folder, outcome = benched
+    assert re.search(r"^random +2 +\d", outcome.out, re.MULTILINE)
+    assert f"4 of 4 runs. All numbers: {folder / 'summary.json'}" in outcome.out
+    assert "2 agents, 4 runs" in outcome.err
+
+
+def test_bench__table__prints_a_finished_folder_again(benched):
+    outcome = run("bench", "--out", benched[0], "--table")
+    assert outcome.code == 0
+    assert outcome.out.startswith("| agent | runs | test loss |")
+    assert re.search(r"^\| oracle \| 2 \| ", outcome.out, re.MULTILINE)
+
+
+def test_bench__table_of_what_is_no_benchmark__named(tmp_path):
+    assert str(tmp_path / "summary.json") in refused("bench", "--out", tmp_path, "--table")
+
+
+def test_bench__records__can_be_validated(benched):
+    assert run("validate", benched[0] / "episodes.jsonl").code == 0
+
+
+def test_bench__resume_of_a_finished_one__the_same_table(benched, small):
+    folder, outcome = benched
+    again = run("bench", "--out", folder, *small, "--agents", "random,oracle", "--seeds", "2", "--resume")
+    assert (again.code, again.out) == (0, outcome.out)
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """Return a function that gives what a command would have done, without doing it."""
+    from raise_env.agents import benchmark
+
+    calls = []
+
+    def bench(out, plan, **options):
+        calls.append((plan, options))
+        return summarise([], plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
+
+    monkeypatch.setattr(benchmark, "bench", bench)
+
+    def ask(*arguments):
+        outcome = run(*arguments)
+        assert calls, outcome.err
+        return calls.pop()
+
+    return ask
+
+
+def test_bench__options__are_shared_out_among_the_agents(asked_for):
+    args = ["--agent-args", "raise_fork:num_forks=4", "--agent-args", "sb3:PPO:gamma=0.5,action_form=scores"]
+    more = ["--agent-args", "raise_fork:num_passes=3", "--episodes", "4", "--episodes", "sb3:PPO=9"]
+    names = "raise_fork, sb3:PPO,selector:run/selector"
+    plan, options = asked_for(
+        "bench", "--out", "x", "--agents", names, *args, *more, "--workers", "3", "--horizon", "5"
+    )
+    assert plan.settings == {"horizon": 5}
+    assert plan.entries == {
+        "raise_fork": Entry("raise_fork", {"num_forks": 4, "num_passes": 3}, 4),
+        "sb3:PPO": Entry("sb3:PPO", {"gamma": 0.5, "action_form": "scores"}, 9),
+        "selector:run/selector": Entry("selector:run/selector", {}, 0),
+    }
+    assert (options["workers"], options["resume"], options["command"]) == (3, False, "bench")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tasks"),
+    [
+        ([], ("default",)),
+        (["--task", "other"], ("other",)),
+        (["--tasks", "one, two"], ("one", "two")),
+        (["--pool", "pool.jsonl", "--dev", "dev.jsonl"], ("own",)),
+    ],
+)
+def test_bench__tasks__are_the_embedded_ones_or_the_pool(asked_for, arguments, tasks):
+    plan, _ = asked_for("bench", "--out", "x", *arguments)
+    assert plan.tasks == tasks
+    assert "task" not in plan.settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--agents", "randon,random,orakle"], ["'randon'", "'orakle'", "did you mean 'random'"]),
+        (["--tasks", "defualt,hrad"], ["'defualt'", "'hrad'"]),
+        (["--task", "default", "--tasks", "default"], ["--task", "--tasks"]),
+        (["--agent-args", "raise_ppo:gamma=0"], ["--agent-args", "'raise_ppo:gamma=0'", "raise_fork"]),
+        (["--agent-args", "raise_fork:forks=0"], ["forks", "num_forks"]),
+        (["--episodes", "raise_ppo=3"], ["--episodes", "'raise_ppo'"]),
+        (["--episodes", "many"], ["--episodes", "'many'"]),
+        (["--episodes", "raise_fork=-1"], ["--episodes", "at least 0"]),
+        (["--seed-model", "3"], ["seed_model"]),
+        (["--seeds", "0"], ["--seeds"]),
+    ],
+)
+def test_bench__bad_input__says_which_and_nothing_is_written(tmp_path, arguments, words):
+    message = refused("bench", "--out", tmp_path / "out", *arguments)
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench__every_run_fails__one_and_why(own_files, tmp_path):
+    settings = own_files[own_files.index("--pool") :]
+    outcome = run("bench", "--out", tmp_path / "out", *settings, "--agents", "oracle", "--seeds", "1")
+    assert outcome.code == 1
+    assert "missing: own, oracle, seed 0: the oracle reads the hidden labels" in outcome.out
+    assert "Traceback" not in outcome.err
+
+
+def test_ablate__results__differences_to_all_features(tmp_path, small):
+    outcome = run("ablate", "--out", tmp_path / "out", *small, "--agent", "random", "--seeds", "1")
+    assert outcome.code == 0, outcome.err
+    assert "difference to all features" in outcome.out
+    assert re.search(r"^without semantic +1 ", outcome.out, re.MULTILINE)
+    assert "6 of 6 runs" in outcome.out
+    plan = json.loads((tmp_path / "out" / "run.json").read_text())["plan"]
+    assert plan["entries"]["without stage"]["settings"] == {"hide": ["stage"]}
+
+
+def test_ablate__options__are_the_plans(asked_for):
+    plan, options = asked_for(
+        "ablate", "--out", "x", "--agent", "sb3:PPO", "--seeds", "3", "--task", "default", "--resume"
+    )
+    assert (plan.num_seeds, plan.tasks, plan.settings) == (3, ("default",), {})
+    assert plan.entries["all features"] == Entry("sb3:PPO", {}, cli.TRAIN_EPISODES)
+    assert (options["command"], options["resume"]) == ("ablate", True)
 
 
 # validate
@@ -290,7 +434,7 @@ def small_demo(monkeypatch, small_settings):
     """Let `demo` do its work on a small environment: the whole takes minutes."""
     from raise_env.agents import runs
 
-    settings = {"num_forks": 2, "num_steps": 2, "num_networks": 2, "num_passes": 3}
+    settings = {"num_forks": 2, "num_networks": 2, "num_passes": 3}
 
     def plan(_, **changes):
         return dataclasses.replace(Plan(small_settings, num_runs=1, agent_settings=settings), **changes)
@@ -432,6 +576,7 @@ def test_bad_input__unknown_agent__the_nearest_is_named(own_files, tmp_path, opt
         (["--learning-rate", "nan"], ["learning_rate is nan"]),
         (["--lora", "r"], ["--lora", "NAME=VALUE"]),
         (["--lora", "rank=4"], ["'rank'", "lora_alpha"]),
+        (["--hide", "stages"], ["'stages'", "did you mean 'stage'"]),
         (["--agent-args", "forks=4"], ["forks", "num_forks"]),
         (["--task", "unheard-of", "--pool-size", "20"], ["unheard-of", "default"]),
         (["--device", "abacus"], ["abacus"]),

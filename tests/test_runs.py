@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -22,7 +23,7 @@ from raise_env.encoding import Encoder, collate
 from raise_env.errors import DataError, OutputError, RaiseEnvError, RecordError, SettingError
 from raise_env.record import read_records, replay
 
-FORK_SETTINGS = {"num_forks": 2, "num_steps": 2, "num_networks": 2, "num_passes": 3}
+FORK_SETTINGS = {"num_forks": 2, "num_networks": 2, "num_passes": 3}
 FILES = {
     "run.json",
     "episodes.jsonl",
@@ -231,6 +232,7 @@ def test_train__no_test_set__reports_dev_alone(tmp_path, small_settings, plan):
 # What agents may ask for
 
 OWN_AGENT = """
+import numpy as np
 from raise_env.agents.baselines import RandomAgent
 from raise_env.agents.base import world_of
 
@@ -252,6 +254,14 @@ class OwnRuns(RandomAgent):
 class OwnRate(OwnRuns):
     worlds = []
     more = {"learning_rate": 1e-3}
+
+class Learns(RandomAgent):
+    def learn(self, env, episodes, seed=0, progress=None):
+        for episode in range(episodes):
+            env.reset(seed=seed + episode)
+            env.probe(np.eye(16)[:4])
+            env.step(np.eye(16)[0])
+        return self
 """
 
 
@@ -458,10 +468,8 @@ def test_finetune__no_selector_there__nothing_is_written(tmp_path, small_setting
 # What it would cost
 
 
-def test_estimate__updates_and_tokens__as_counted_afterwards(plan, finished):
+def test_estimate__tokens__as_counted_afterwards(plan, finished):
     cost = estimate(plan)
-    # Learning: 2 episodes of 2 steps with 2 forks each and the step itself; then 2 final runs of 3 steps for 2 agents.
-    assert cost.updates == 2 * 2 * 3 + 2 * 2 * 3
     run = read_json(finished / "run.json")
     features = read_json(finished / "report.json")["cost"]["tokens"]["features"]
     assert cost.tokens == pytest.approx(sum(run["phi_tokens"].values()) + features, rel=0.2)
@@ -474,8 +482,11 @@ def test_estimate__agent_with_settings_of_its_own__counts_its_own_runs(own_agent
     assert estimate(plan).updates == 2 + 3
 
 
-def test_estimate__episodes_of_one_step__are_long_enough(small_settings):
-    assert estimate(Plan({**small_settings, "horizon": 1}, episodes=1)).updates == 1 * 9 + 2 * 3
+def test_estimate__agent_that_learns__counts_its_episodes(own_agent, small_settings):
+    plan = Plan(small_settings, agent="own_agent:Learns", episodes=5, compare=("random",), num_runs=2)
+    # An episode tries 4 batches and takes a step; then 2 final runs of 3 steps for 2 agents.
+    assert estimate(plan).updates == 5 * 5 + 2 * 2 * 3
+    assert estimate(dataclasses.replace(plan, episodes=0)).updates == 2 * 2 * 3
 
 
 def test_estimate__the_folder__is_not_touched(plan, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from raise_env.agents.statistics import (
     interquartile_mean,
     mean_interval,
     normalise,
+    overall_mean,
     paired_difference,
     probability_of_improvement,
 )
@@ -81,6 +82,7 @@ def test_interquartile_mean__numbers_by_hand__middle_half_of_all():
     scores = np.array([[-100.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 1000.0]])
     assert interquartile_mean(scores) == 3.5  # 2, 3, 4, 5
     assert interquartile_mean(np.array([[7.0]])) == 7.0
+    np.testing.assert_array_equal(interquartile_mean(np.stack([scores, 2 * scores])), [3.5, 7.0])
 
 
 def test_probability_of_improvement__numbers_by_hand__ties_are_half():
@@ -88,6 +90,8 @@ def test_probability_of_improvement__numbers_by_hand__ties_are_half():
     reference = np.array([[1.0, 1.0], [3.0, 1.0], [0.0, 1.0]])
     # First task: 1 against 1, 3, 0 gives 0.5, 0, 1; 2 against them 1, 0, 1: 3.5 of 6. Second: always.
     assert probability_of_improvement(scores, reference) == pytest.approx((3.5 / 6 + 1) / 2)
+    both = probability_of_improvement(np.stack([scores, scores]), np.stack([reference, reference + 10]))
+    np.testing.assert_allclose(both, [(3.5 / 6 + 1) / 2, 0.0])
 
 
 def test_probability_of_improvement__one_task__is_mann_and_whitneys():
@@ -103,7 +107,7 @@ def test_probability_of_improvement__one_task__is_mann_and_whitneys():
 def test_bootstrap_interval__three_runs__the_percentiles_of_all_27_resamples():
     runs = np.array([[0.0], [1.0], [5.0]])
     means = sorted(np.mean(draw) for draw in itertools.product([0.0, 1.0, 5.0], repeat=3))
-    interval = bootstrap_interval(np.mean, runs)
+    interval = bootstrap_interval(overall_mean, runs)
     assert interval.value == 2.0
     # 1 of 27 resamples is all of one value: more than 2.5 in 100 on either side.
     assert (interval.low, interval.high) == (means[0], means[-1]) == (0.0, 5.0)
@@ -111,12 +115,12 @@ def test_bootstrap_interval__three_runs__the_percentiles_of_all_27_resamples():
 
 def test_bootstrap_interval__tasks__are_strata():
     runs = np.array([[0.0, 100.0], [0.0, 100.0], [0.0, 100.0]])
-    assert bootstrap_interval(np.mean, runs) == Interval(50.0, 50.0, 50.0)
+    assert bootstrap_interval(overall_mean, runs) == Interval(50.0, 50.0, 50.0)
 
 
 def test_bootstrap_interval__tasks__are_drawn_independently():
     runs = np.array([[0.0, 1.0], [1.0, 0.0]])
-    assert bootstrap_interval(np.mean, runs) != Interval(0.5, 0.5, 0.5)
+    assert bootstrap_interval(overall_mean, runs) != Interval(0.5, 0.5, 0.5)
 
 
 def test_bootstrap_interval__two_samples__are_both_drawn_anew():
@@ -132,8 +136,8 @@ def test_bootstrap_interval__two_samples__are_both_drawn_anew():
 def test_bootstrap_interval__same_seed__same_ends_and_no_global_generator(monkeypatch):
     runs = np.random.default_rng(1).normal(size=(6, 2))
     state = str(np.random.get_state())  # noqa: NPY002 - that it is untouched is what is tested
-    assert bootstrap_interval(np.mean, runs) == bootstrap_interval(np.mean, runs)
-    assert bootstrap_interval(np.mean, runs, seed=1) != bootstrap_interval(np.mean, runs)
+    assert bootstrap_interval(overall_mean, runs) == bootstrap_interval(overall_mean, runs)
+    assert bootstrap_interval(overall_mean, runs, seed=1) != bootstrap_interval(overall_mean, runs)
     assert str(np.random.get_state()) == state  # noqa: NPY002
 
 
@@ -141,11 +145,11 @@ def test_bootstrap_interval__many_runs__agrees_with_scipys(monkeypatch):
     monkeypatch.setattr(statistics, "NUM_RESAMPLES", 20_000)
     runs = np.random.default_rng(2).gamma(2.0, size=40)
     expected = stats.bootstrap((runs,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
-    interval = bootstrap_interval(np.mean, runs[:, None])
+    interval = bootstrap_interval(overall_mean, runs[:, None])
     np.testing.assert_allclose([interval.low, interval.high], expected, rtol=0.02)
 
 
 def test_bootstrap_interval__one_run__has_no_ends():
-    interval = bootstrap_interval(np.mean, np.array([[3.0, 5.0]]))
+    interval = bootstrap_interval(overall_mean, np.array([[3.0, 5.0]]))
     assert interval.value == 4.0
     assert np.isnan([interval.low, interval.high]).all()

@@ -1,0 +1,510 @@
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raise_env.agents import load_selector
+from raise_env.agents.baselines import RandomAgent
+from raise_env.agents.benchmark import ALL_FEATURES, OWN_TASK, BenchPlan, Entry, ablation, bench
+from raise_env.agents.rollout import run_episode
+from raise_env.agents.sb3 import Sb3Agent
+from raise_env.agents.summary import summarise
+from raise_env.assets import load_data
+from raise_env.base_model import load_tokenizer
+from raise_env.config import OBSERVATION_BLOCKS, EnvConfig
+from raise_env.encoding import Encoder
+from raise_env.errors import DataError, OutputError, RaiseEnvError, RecordError, SettingError
+from raise_env.record import read_records, replay
+
+PPO_SETTINGS = {"gamma": 0.5}
+
+#: Agents of one's own that do everything an agent can do wrong, or right.
+OWN_AGENTS = """
+import os
+import numpy as np
+from raise_env.agents.baselines import RandomAgent
+from raise_env.agents.base import world_of
+
+class Dies(RandomAgent):
+    def begin(self, env, seed):
+        os._exit(9)
+
+class Fails(RandomAgent):
+    seeds = (1001,)
+    def scores(self, observation):
+        if self._seed in self.seeds:
+            raise KeyError("lost")
+        return super().scores(observation)
+    def begin(self, env, seed):
+        super().begin(env, seed)
+        self._seed = seed
+
+class Always(Fails):
+    seeds = (1000, 1001)
+
+class Shapeless(RandomAgent):
+    def predict(self, observation, state=None, episode_start=None, deterministic=True):
+        return np.ones(3), state
+
+class Hooks(RandomAgent):
+    uses_features = False
+    prepared = []
+    def prepare(self, env, seed):
+        self.prepared.append((seed, world_of(env).config.horizon))
+        world_of(env).row_losses([0, 1])
+    def run_settings(self, config, num_rows):
+        return {"horizon": config.horizon + 1}
+
+class Learns(RandomAgent):
+    learned = []
+    def learn(self, env, episodes, seed=0, progress=None):
+        self.learned.append((episodes, seed, world_of(env).config.hide))
+        return self
+
+class Watches(RandomAgent):
+    seen = []
+    def scores(self, observation):
+        self.seen.append((self._world.config.hide, self._world.config.seed_model, observation))
+        return super().scores(observation)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module with agents of one's own."""
+    (tmp_path / "bench_agents.py").write_text(OWN_AGENTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bench_agents", raising=False)
+    return importlib.import_module("bench_agents")
+
+
+class Interrupts:
+    """A reporter that interrupts once so many runs are done."""
+
+    def __init__(self, done):
+        self.done = done
+
+    @contextlib.contextmanager
+    def task(self, name, total):
+        def show(done):
+            if "runs" in name and done >= self.done:
+                raise KeyboardInterrupt
+
+        yield show
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: pytest.fail(f"{path}: {text}"))
+
+
+def numbers(folder):
+    """What a folder holds but for order and times: lines, records and selectors."""
+    lines = [{**line, "seconds": None} for line in read_lines(folder / "results.jsonl")]
+    summary = read_json(folder / "summary.json")
+    for cost in summary["cost"].values():
+        cost["seconds"] = None
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in (folder / "selectors").rglob("*") if p.is_file()}
+    records = sorted((folder / "episodes.jsonl").read_text(encoding="utf-8").splitlines())
+    return sorted(json.dumps(line) for line in lines), records, summary, files
+
+
+@pytest.fixture(scope="module")
+def plan(small_settings):
+    names = ("random", "oracle", "ifd")
+    entries = {name: Entry(name) for name in names} | {"sb3:PPO": Entry("sb3:PPO", PPO_SETTINGS, episodes=2)}
+    return BenchPlan(small_settings, entries, num_seeds=2)
+
+
+def of_own(small_settings, *names, **changes):
+    entries = {name: Entry(f"bench_agents:{name}") for name in names}
+    return BenchPlan(small_settings, entries, **{"num_seeds": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, plan):
+    """A benchmark that nothing disturbed, made by this process alone."""
+    folder = tmp_path_factory.mktemp("finished") / "bench"
+    bench(folder, plan)
+    return folder
+
+
+# What a run is
+
+
+def test_bench__results__a_line_for_every_task_agent_and_seed(finished, plan):
+    lines = read_lines(finished / "results.jsonl")
+    expected = {("default", agent, seed) for agent in plan.entries for seed in (0, 1)}
+    assert {(line["task"], line["agent"], line["seed"]) for line in lines} == expected
+    assert len(lines) == 8
+    for line in lines:
+        assert line["error"] is None
+        assert line["diverged"] is False
+        assert set(line["phi_parts"]) == {"features", "preparation", "learning", "final"}
+        assert set(line["seconds"]) == {"preparation", "learning", "final"}
+        assert math.isfinite(line["dev_loss"] + line["test_loss"] + line["phi"])
+        assert 0 <= line["test_accuracy"] <= 1
+
+
+def test_bench__a_line__is_what_a_run_made_by_hand_comes_to(finished, embedded_env):
+    (line,) = [e for e in read_lines(finished / "results.jsonl") if (e["agent"], e["seed"]) == ("random", 1)]
+    env = embedded_env(seed_model=1)
+    record = run_episode(env, RandomAgent(), seed=1001, name="random")
+    assert record.to_json() in (finished / "episodes.jsonl").read_text().splitlines()
+    assert line["dev_loss"] == pytest.approx(-record.dev_scores[-1], abs=1e-9)
+    assert line["test_loss"] == record.final["test_loss"]
+    assert line["test_accuracy"] == record.final["test_exact_match"]
+    assert line["rows"] == len({row for rows in record.actions for row in rows})
+    assert line["updates"] == 3
+
+
+def test_bench__phi__tokens_counted_by_hand(finished, plan, embedded_env):
+    data = load_data(EnvConfig.from_kwargs(plan.settings))
+    encoder = Encoder(load_tokenizer("tiny"), 256)
+    lengths, dev = encoder.encode(data.pool).lengths, int(encoder.encode(data.dev).lengths.sum())
+    one = 9 * int(lengths.sum())
+    features = embedded_env().assets.features.num_tokens
+    for line, record in zip(
+        read_lines(finished / "results.jsonl"), read_records(finished / "episodes.jsonl"), strict=True
+    ):
+        parts = line["phi_parts"]
+        assert parts["final"] == pytest.approx(sum(3 * int(lengths[rows].sum()) + dev for rows in record.actions) / one)
+        assert parts["features"] == pytest.approx(
+            {"random": 0, "oracle": 0, "ifd": features, "sb3:PPO": features}[line["agent"]] / one
+        )
+        assert (parts["learning"] > 0) == (line["agent"] == "sb3:PPO")
+        assert parts["preparation"] == 0
+        assert line["phi"] == pytest.approx(sum(parts.values()))
+
+
+def test_bench__agents_of_one_seed__begin_alike_and_are_offered_the_same(finished):
+    records = list(read_records(finished / "episodes.jsonl"))
+    assert {record.seed for record in records} == {1000, 1001}
+    for record in records:
+        assert record.env["kwargs"].get("seed_model", 0) == record.seed - 1000
+    ways = [{tuple(map(tuple, record.actions)) for record in records if record.seed == seed} for seed in (1000, 1001)]
+    assert all(len(way) > 1 for way in ways), "they choose differently"
+    assert [replay(record, tolerance=0.0) for record in records[:4]] == [(None, 0.0)] * 4
+
+
+def test_bench__an_agent_that_learns__does_so_with_the_runs_seed_and_is_kept(finished, embedded_env, tmp_path):
+    folders = finished / "selectors" / "default"
+    assert [path.name for path in folders.iterdir()] == ["sb3-PPO"]
+    weights = [(folders / "sb3-PPO" / str(seed) / "model.safetensors").read_bytes() for seed in (0, 1)]
+    assert weights[0] != weights[1]
+    Sb3Agent("PPO", **PPO_SETTINGS).learn(embedded_env(seed_model=1), 2, seed=1).save(tmp_path / "by-hand")
+    assert weights[1] == (tmp_path / "by-hand" / "model.safetensors").read_bytes()
+    assert load_selector(folders / "sb3-PPO" / "0").hyperparameters == PPO_SETTINGS
+
+
+def test_bench__agents_with_hooks__are_prepared_in_their_own_environment(own, tmp_path, small_settings):
+    bench(tmp_path / "bench", of_own(small_settings, "Hooks"))
+    assert own.Hooks.prepared == [(0, 4), (1, 4)]
+    lines, records = (
+        read_lines(tmp_path / "bench" / "results.jsonl"),
+        read_records(tmp_path / "bench" / "episodes.jsonl"),
+    )
+    for line, record in zip(lines, records, strict=True):
+        assert len(record.actions) == line["updates"] == 4
+        assert line["phi_parts"]["preparation"] > 0
+        assert line["seconds"]["preparation"] > 0
+        assert line["phi_parts"]["features"] == 0, "it says that it uses none"
+
+
+def test_bench__threads__are_one_meanwhile_and_as_before_afterwards(own, tmp_path, small_settings, monkeypatch):
+    counts = []
+    monkeypatch.setattr(own.Watches, "begin", lambda self, env, seed: counts.append(torch.get_num_threads()))
+    monkeypatch.setattr(own.Watches, "scores", lambda self, observation: np.arange(len(observation)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        bench(tmp_path / "bench", of_own(small_settings, "Watches", num_seeds=1))
+        assert counts == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bench__another_reward_than_the_loss__still_reports_the_loss(tmp_path, small_settings, embedded_env):
+    settings = {**small_settings, "reward": "exact_match"}
+    bench(tmp_path / "bench", BenchPlan(settings, {"random": Entry("random")}, num_seeds=1))
+    (line,) = read_lines(tmp_path / "bench" / "results.jsonl")
+    env = embedded_env(reward="exact_match")
+    run_episode(env, RandomAgent(), seed=1000, name="random")
+    assert line["dev_loss"] == pytest.approx(env.evaluate("dev").loss)
+
+
+# The folder
+
+
+def test_bench__summary__is_that_of_the_lines(finished, plan):
+    summary = read_json(finished / "summary.json")
+    lines = read_lines(finished / "results.jsonl")
+    assert summary == summarise(lines, ("default",), list(plan.entries), range(2), "random")
+    assert summary["missing"] == []
+    assert set(summary["normalised"]) == set(plan.entries)
+
+
+def test_bench__run_json__says_what_was_asked_for(finished, plan):
+    run = read_json(finished / "run.json")
+    assert (run["command"], run["status"], run["plan"]) == ("bench", "done", plan.to_json())
+    assert set(run["content"]["default"]) == {"model", "pool", "dev", "test"}
+
+
+def test_bench__folder__nothing_half_written_is_left(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        *("run.json", "results.jsonl", "episodes.jsonl", "summary.json", "selectors")
+    }
+    assert not list(finished.rglob(".*"))
+
+
+def documented(heading):
+    """Return the fields in the first table under a heading of docs/files.md."""
+    text = (Path(__file__).parents[1] / "docs" / "files.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(.*?)`", cell)}
+
+
+def test_files_md__fields__are_those_that_are_written(finished):
+    assert set(read_lines(finished / "results.jsonl")[0]) == documented("results.jsonl")
+    assert set(read_json(finished / "summary.json")) == documented("summary.json")
+
+
+# Any order, any number of workers, any interruption
+
+
+@pytest.mark.slow
+def test_bench__two_workers__equal_one_up_to_order_and_times(tmp_path, plan, finished):
+    bench(tmp_path / "bench", plan, workers=2)
+    assert numbers(tmp_path / "bench") == numbers(finished)
+
+
+@pytest.mark.slow
+def test_bench__a_worker_that_dies__says_how_to_go_on(own, tmp_path, small_settings):
+    with pytest.raises(RaiseEnvError, match=r"memory.*--resume"):
+        bench(tmp_path / "bench", of_own(small_settings, "Dies"), workers=2)
+    assert read_json(tmp_path / "bench" / "run.json")["status"] == "failed"
+
+
+@pytest.mark.parametrize("done", [1, 4, 7])
+def test_bench__interrupted_then_resumed__equals_an_undisturbed_one(tmp_path, plan, finished, done):
+    folder = tmp_path / "bench"
+    with pytest.raises(KeyboardInterrupt):
+        bench(folder, plan, reporter=Interrupts(done))
+    assert read_json(folder / "run.json")["status"] == "interrupted"
+    assert len(read_lines(folder / "results.jsonl")) == done
+    bench(folder, plan, resume=True)
+    assert numbers(folder) == numbers(finished)
+
+
+def copy_of(finished, folder):
+    shutil.copytree(finished, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "episodes.jsonl"])
+@pytest.mark.parametrize("lost", [1, 100])
+def test_bench__last_line_is_torn__that_run_is_made_again(tmp_path, plan, finished, name, lost):
+    folder = copy_of(finished, tmp_path / "bench")
+    (folder / name).write_bytes((folder / name).read_bytes()[:-lost])
+    bench(folder, plan, resume=True)
+    assert numbers(folder) == numbers(finished)
+
+
+def test_bench__a_record_without_its_line__that_run_is_made_again(tmp_path, plan, finished):
+    folder = copy_of(finished, tmp_path / "bench")
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(lines[:-1]))
+    bench(folder, plan, resume=True)
+    assert numbers(folder) == numbers(finished)
+
+
+def test_bench__resume_of_a_finished_one__runs_nothing(tmp_path, plan, finished, monkeypatch):
+    folder = copy_of(finished, tmp_path / "bench")
+    monkeypatch.setattr("raise_env.agents.benchmark.run_job", lambda job: pytest.fail(f"{job} is done"))
+    assert bench(folder, plan, resume=True) == read_json(finished / "summary.json")
+
+
+def test_bench__lines_and_records_that_do_not_go_together__are_refused(tmp_path, plan, finished):
+    folder = copy_of(finished, tmp_path / "bench")
+    records = (folder / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (folder / "episodes.jsonl").write_text("".join(records[::-1]))
+    before = (folder / "episodes.jsonl").read_bytes()
+    with pytest.raises(RecordError, match=r"episodes\.jsonl, record 1"):
+        bench(folder, plan, resume=True)
+    assert (folder / "episodes.jsonl").read_bytes() == before
+
+
+def test_bench__folder_with_a_run__refuses_and_says_how_to_go_on(finished, plan):
+    with pytest.raises(OutputError, match=r"holds a run already.*--resume"):
+        bench(finished, plan)
+
+
+def test_bench__resume_with_other_settings__all_are_named(finished, plan):
+    entries = {**plan.entries, "sb3:PPO": Entry("sb3:PPO", PPO_SETTINGS, episodes=3)}
+    other = BenchPlan({**plan.settings, "horizon": 4}, entries, num_seeds=3)
+    with pytest.raises(SettingError) as caught:
+        bench(finished, other, resume=True)
+    for words in ("settings.horizon: then 3, now 4", "num_seeds: then 2, now 3", "entries.sb3:PPO.episodes: then 2"):
+        assert words in str(caught.value)
+
+
+# Failures
+
+
+def test_bench__one_run_fails__is_noted_and_the_others_go_on(own, tmp_path, small_settings, caplog):
+    summary = bench(tmp_path / "bench", of_own(small_settings, "Fails", "Hooks"))
+    lines = {(line["agent"], line["seed"]): line for line in read_lines(tmp_path / "bench" / "results.jsonl")}
+    assert len(lines) == 4
+    failed = lines.pop(("Fails", 1))
+    assert "lost" in failed["error"]
+    assert failed["test_loss"] is failed["phi"] is failed["rows"] is None
+    assert all(line["error"] is None for line in lines.values())
+    assert len(list(read_records(tmp_path / "bench" / "episodes.jsonl"))) == 3
+    assert summary["missing"] == [{"task": "default", "agent": "Fails", "seed": 1, "reason": failed["error"]}]
+    assert "default, Fails, seed 1 failed: " in caplog.text
+
+
+def test_bench__what_failed_once__is_tried_again(own, tmp_path, small_settings, monkeypatch):
+    plan = of_own(small_settings, "Fails", "Hooks")
+    bench(tmp_path / "bench", plan)
+    monkeypatch.setattr(own.Fails, "seeds", ())
+    own.Hooks.prepared.clear()
+    summary = bench(tmp_path / "bench", plan, resume=True)
+    assert summary["missing"] == []
+    assert own.Hooks.prepared == []
+    assert [line["error"] for line in read_lines(tmp_path / "bench" / "results.jsonl")] == [None] * 4
+    assert len(list(read_records(tmp_path / "bench" / "episodes.jsonl"))) == 4
+
+
+def test_bench__an_action_of_the_wrong_shape__is_that_runs_failure(own, tmp_path, small_settings):
+    summary = bench(tmp_path / "bench", of_own(small_settings, "Shapeless", num_seeds=1))
+    assert "shape" in summary["missing"][0]["reason"]
+
+
+def test_bench__a_loss_that_is_no_longer_finite__is_missing_as_diverged(tmp_path, small_settings):
+    settings = {**small_settings, "learning_rate": 1e30, "auxiliary_updates": 0}
+    summary = bench(tmp_path / "bench", BenchPlan(settings, {"random": Entry("random")}, num_seeds=1))
+    (line,) = read_lines(tmp_path / "bench" / "results.jsonl")
+    assert line["diverged"] is True
+    assert line["dev_loss"] is line["test_loss"] is line["error"] is None
+    assert summary["missing"][0]["reason"] == "diverged"
+
+
+# Bad input
+
+
+def test_bench__several_unknown_names__all_are_named_and_nothing_is_written(tmp_path, small_settings):
+    entries = {name: Entry(name) for name in ("random", "randon", "orakle")}
+    with pytest.raises(SettingError) as caught:
+        bench(tmp_path / "bench", BenchPlan(small_settings, entries, tasks=("default", "defualt", "hrad")))
+    for name in ("randon", "orakle", "defualt", "hrad"):
+        assert repr(name) in str(caught.value)
+    assert not (tmp_path / "bench").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "tasks", "words"),
+    [
+        ({"seed_model": 1}, ("default",), "seed_model"),
+        ({"pool": "pool.jsonl", "dev": "dev.jsonl"}, ("default",), "not both"),
+        ({}, (OWN_TASK,), "not both"),
+        ({"model": "./no-such-folder"}, ("default",), "no-such-folder"),
+        ({"pool": "no-such.jsonl", "dev": "dev.jsonl"}, (OWN_TASK,), "no-such.jsonl"),
+    ],
+)
+def test_bench__settings_that_cannot_be__an_error_before_anything_is_written(tmp_path, changes, tasks, words):
+    with pytest.raises(RaiseEnvError, match=words):
+        bench(tmp_path / "bench", BenchPlan(changes, {"random": Entry("random")}, tasks))
+    assert not (tmp_path / "bench").exists()
+
+
+def test_bench__names_that_would_share_a_folder__are_refused(tmp_path, small_settings):
+    entries = {"a b": Entry("random"), "a-b": Entry("random")}
+    with pytest.raises(SettingError, match="share a folder"):
+        bench(tmp_path / "bench", BenchPlan(small_settings, entries))
+
+
+def own_settings(folder, small_settings):
+    """Write a pool, dev and test set of one's own and return the settings that name them."""
+    files = {"pool": range(40), "dev": range(40, 48), "test": range(50, 58)}
+    for name, rows in files.items():
+        texts = [json.dumps({"question": f"What is {i} plus {i}?", "answer": f"{2 * i}."}) for i in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(texts))
+    settings = {name: value for name, value in small_settings.items() if name != "pool_size"}
+    return settings | {name: str(folder / f"{name}.jsonl") for name in files}
+
+
+def test_bench__a_pool_of_ones_own__is_a_task_too(tmp_path, small_settings):
+    settings = own_settings(tmp_path, small_settings)
+    entries = {"random": Entry("random"), "oracle": Entry("oracle")}
+    summary = bench(tmp_path / "bench", BenchPlan(settings, entries, (OWN_TASK,), num_seeds=1))
+    random, oracle = read_lines(tmp_path / "bench" / "results.jsonl")
+    assert random["task"] == "own"
+    assert random["test_accuracy"] is None, "of a free answer none is expected"
+    assert "hidden labels" in oracle["error"]
+    assert summary["normalised"] == {}
+
+
+def test_bench__data_changed_since__is_refused(tmp_path, small_settings):
+    settings = own_settings(tmp_path, small_settings)
+    plan = BenchPlan(settings, {"random": Entry("random")}, (OWN_TASK,), num_seeds=2)
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path / "bench", plan, reporter=Interrupts(1))
+    path = tmp_path / "pool.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[::-1]))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(DataError, match="own"):
+        bench(tmp_path / "bench", plan, resume=True)
+
+
+# Ablation
+
+
+def test_ablation__rows__all_features_then_without_each_block_then_random(small_settings):
+    plan = ablation(small_settings, "sb3:PPO", PPO_SETTINGS, episodes=2, num_seeds=3)
+    assert list(plan.entries) == [ALL_FEATURES, *(f"without {block}" for block in OBSERVATION_BLOCKS), "random"]
+    assert plan.reference == ALL_FEATURES
+    assert plan.entries[ALL_FEATURES] == Entry("sb3:PPO", PPO_SETTINGS, 2)
+    assert plan.entries["without stage"] == Entry("sb3:PPO", PPO_SETTINGS, 2, {"hide": ["stage"]})
+    assert ablation({"pool": "p", "dev": "d"}, "sb3:PPO", episodes=1, num_seeds=1).tasks == (OWN_TASK,)
+
+
+def test_ablation__settings_that_hide_something__are_refused():
+    with pytest.raises(SettingError, match="hide"):
+        ablation({"hide": ("stage",)}, "sb3:PPO", episodes=1, num_seeds=1)
+
+
+def test_ablation__each_row__acts_on_what_it_may_see(own, tmp_path, small_settings):
+    own.Watches.seen.clear()
+    plan = ablation(small_settings, "bench_agents:Watches", episodes=0, num_seeds=2)
+    summary = bench(tmp_path / "bench", plan, command="ablate")
+    assert {(hide, seed) for hide, seed, _ in own.Watches.seen} == {
+        (hide, seed) for hide in [(), *((block,) for block in OBSERVATION_BLOCKS)] for seed in (0, 1)
+    }
+    hidden = [observation for hide, _, observation in own.Watches.seen if hide == ("semantic",)]
+    assert not any(observation[:, 6:38].any() for observation in hidden)
+    # This agent does not look at what it sees: nothing is worth anything.
+    assert summary["differences"]["default"]["without stage"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_ablation__an_agent_that_learns__learns_without_the_block(own, tmp_path, small_settings):
+    own.Learns.learned.clear()
+    plan = ablation(small_settings, "bench_agents:Learns", episodes=7, num_seeds=1)
+    bench(tmp_path / "bench", plan)
+    assert own.Learns.learned == [(7, 0, hide) for hide in ((), *((block,) for block in OBSERVATION_BLOCKS))]

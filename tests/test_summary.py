@@ -1,0 +1,177 @@
+"""Results of made-up runs, so that every number can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raise_env.agents.summary import LEGEND, markdown_tables, summarise, text_tables
+
+T3 = 4.302653  # Student's t for three runs
+
+
+def line(agent, seed, loss, *, task="a", accuracy=None, phi=1.0, error=None, diverged=False):
+    parts = {"features": 0.25, "preparation": 0.0, "learning": phi - 0.5, "final": 0.25}
+    seconds = {"preparation": 0.0, "learning": 2.0, "final": 1.0}
+    done = {"phi": phi, "phi_parts": parts, "seconds": seconds} if error is None else {}
+    scores = {"dev_loss": loss, "test_loss": loss, "test_accuracy": accuracy, "diverged": diverged, "error": error}
+    empty = {"phi": None, "phi_parts": None, "seconds": None}
+    return {"task": task, "agent": agent, "seed": seed, **scores, **empty, **done}
+
+
+LOSSES = {"random": [0.9, 1.0, 1.1], "oracle": [0.2, 0.2, 0.2], "mine": [0.5, 0.6, 0.4]}
+RESULTS = [line(agent, seed, loss) for agent, losses in LOSSES.items() for seed, loss in enumerate(losses)]
+
+
+def summary_of(results=RESULTS, tasks=("a",), agents=("random", "mine", "oracle"), seeds=range(3), reference="random"):
+    summary = summarise(results, tasks, agents, seeds, reference)
+    json.dumps(summary, allow_nan=False)
+    return summary
+
+
+def test_summarise__three_runs__mean_spread_and_intervals_by_hand():
+    spread = summary_of()["per_task"]["a"]["mine"]
+    assert spread["mean"] == pytest.approx(0.5)
+    assert spread["std"] == pytest.approx(0.1)
+    assert spread["half_width"] == pytest.approx(T3 * 0.1 / 3**0.5, rel=1e-6)
+    assert (spread["low"], spread["high"]) == pytest.approx((0.4, 0.6))  # percentiles of the resampled means
+    assert spread["num_runs"] == 3
+
+
+def test_summarise__normalised__between_random_and_oracle():
+    normalised = summary_of()["normalised"]
+    # The middle half of 0.4, 0.5, 0.6 is 0.5: (1.0 - 0.5) / (1.0 - 0.2).
+    assert normalised["mine"]["iqm"] == pytest.approx(0.625)
+    assert normalised["oracle"] == pytest.approx({"iqm": 1.0, "low": 1.0, "high": 1.0})
+    assert normalised["random"]["iqm"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("agents", [("random", "mine"), ("oracle", "mine")])
+def test_summarise__without_one_of_the_marks__has_no_scale(agents):
+    assert summary_of(agents=agents)["normalised"] == {}
+
+
+def test_summarise__against_random__lower_loss_is_better():
+    against = summary_of()["against_random"]
+    assert set(against) == {"mine", "oracle"}
+    assert against["mine"] == {"probability_of_improvement": 1.0, "low": 1.0, "high": 1.0}
+    assert summary_of(agents=("mine", "oracle"))["against_random"] == {}
+
+
+def test_summarise__differences__are_paired():
+    differences = summary_of()["differences"]["a"]
+    assert set(differences) == {"mine", "oracle"}
+    # -0.4, -0.4, -0.7: mean -0.5, standard deviation sqrt(0.03).
+    assert differences["mine"]["mean"] == pytest.approx(-0.5)
+    assert differences["mine"]["high"] == pytest.approx(-0.5 + T3 * (0.03 / 3) ** 0.5, rel=1e-6)
+    assert set(summary_of(reference="mine")["differences"]["a"]) == {"random", "oracle"}
+
+
+def test_summarise__order_of_the_lines__does_not_matter():
+    assert summary_of(RESULTS[::-1]) == summary_of()
+
+
+def test_summarise__one_run__has_no_intervals():
+    summary = summary_of(seeds=range(1), results=[entry for entry in RESULTS if entry["seed"] == 0])
+    spread = summary["per_task"]["a"]["mine"]
+    assert spread == {"mean": 0.5, "std": None, "low": None, "high": None, "half_width": None, "num_runs": 1}
+    assert summary["normalised"]["mine"] == {"iqm": pytest.approx(0.4 / 0.7), "low": None, "high": None}
+
+
+def test_summarise__missing_runs__are_named_and_left_out():
+    results = [*RESULTS[:-1], line("mine", 2, None, diverged=True)]
+    results[4] = line("oracle", 1, None, error="it broke")
+    summary = summary_of([entry for entry in results if (entry["agent"], entry["seed"]) != ("random", 2)])
+    assert summary["missing"] == [
+        {"task": "a", "agent": "random", "seed": 2, "reason": "not run"},
+        {"task": "a", "agent": "mine", "seed": 2, "reason": "diverged"},
+        {"task": "a", "agent": "oracle", "seed": 1, "reason": "it broke"},
+    ]
+    assert summary["per_task"]["a"]["mine"]["mean"] == pytest.approx(0.55)
+    assert summary["per_task"]["a"]["random"]["num_runs"] == 2
+    # Pairs of what both have: seeds 0 and 1.
+    assert summary["differences"]["a"]["mine"]["mean"] == pytest.approx(-0.4)
+
+
+def test_summarise__nothing_but_failures__is_all_empty():
+    summary = summary_of([line("mine", 0, None, error="no")], agents=("mine",), seeds=range(1))
+    assert summary["per_task"]["a"]["mine"]["mean"] is None
+    assert summary["cost"]["mine"]["phi"]["total"] is None
+    assert summary["normalised"] == summary["against_random"] == summary["differences"] == {}
+    assert "mine" in text_tables(summary)
+
+
+def test_summarise__several_tasks__a_seed_counts_where_it_has_all():
+    results = [*RESULTS, *(line(e["agent"], e["seed"], 10 * e["test_loss"], task="b") for e in RESULTS)]
+    summary = summary_of(results, tasks=("a", "b"))
+    assert summary["normalised"]["mine"]["iqm"] == pytest.approx(0.625)
+    results = [entry for entry in results if (entry["agent"], entry["seed"], entry["task"]) != ("mine", 2, "b")]
+    summary = summary_of(results, tasks=("a", "b"))
+    # Without seed 2: 0.5 and 0.6 in both tasks, 0.625 and 0.5.
+    assert summary["normalised"]["mine"]["iqm"] == pytest.approx(0.5625)
+    assert summary["per_task"]["a"]["mine"]["num_runs"] == 3
+
+
+def test_summarise__no_test_set__takes_the_dev_loss():
+    results = [{**entry, "test_loss": None} for entry in RESULTS]
+    summary = summary_of(results)
+    assert summary["metric"] == "dev_loss"
+    assert summary["per_task"]["a"]["mine"]["mean"] == pytest.approx(0.5)
+    assert "dev loss" in text_tables(summary)
+
+
+def test_summarise__cost__means_over_runs():
+    results = [line("mine", 0, 0.5, phi=1.0), line("mine", 1, 0.5, phi=2.0)]
+    cost = summary_of(results, agents=("mine",), seeds=range(2))["cost"]["mine"]
+    assert cost["phi"] == {"features": 0.25, "preparation": 0.0, "learning": 1.0, "final": 0.25, "total": 1.5}
+    assert cost["seconds"] == {"preparation": 0.0, "learning": 2.0, "final": 1.0, "total": 3.0}
+
+
+# Tables
+
+
+def cells(text):
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
+
+
+def test_markdown_tables__one_task__one_table_with_the_best_first():
+    header, rule, *rows = cells(markdown_tables(summary_of()))
+    assert header[:4] == ["agent", "runs", "test loss", "normalised IQM"]
+    assert set(rule) == {"---", "---:"}
+    assert [row[0] for row in rows] == ["oracle", "mine", "random"]
+    assert rows[1][1:4] == ["3", "0.500 ± 0.248", "0.62 [0.50, 0.75]"]
+    assert rows[1][4:] == ["0.25", "0.00", "0.50", "1.00", "3.0"]
+
+
+def test_markdown_tables__right_answers__in_per_cent_where_there_are_any():
+    results = [line("mine", seed, 0.5, accuracy=0.5 + 0.1 * seed) for seed in range(3)]
+    header, _, row = cells(markdown_tables(summary_of(results, agents=("mine",))))
+    assert row[header.index("right answers")] == "60.0% ± 24.8"
+
+
+def test_markdown_tables__another_reference__shows_the_differences():
+    header, _, *rows = cells(markdown_tables(summary_of(reference="mine")))
+    column = header.index("difference to mine")
+    assert [row[column] for row in rows] == ["-0.300 [-0.548, -0.052]", "", "+0.500 [+0.070, +0.930]"]
+
+
+def test_markdown_tables__several_tasks__one_each_and_one_over_all():
+    results = [*RESULTS, *(line(e["agent"], e["seed"], 1.3 - e["test_loss"], task="b") for e in RESULTS)]
+    text = markdown_tables(summary_of(results, tasks=("a", "b")))
+    assert text.index("### a") < text.index("### b") < text.index("### all tasks")
+    first, second, overall = (cells(part) for part in text.split("###")[1:])
+    assert [row[0] for row in first[2:]] == ["oracle", "mine", "random"]
+    assert [row[0] for row in second[2:]] == ["random", "mine", "oracle"]
+    assert overall[0][:2] == ["agent", "normalised IQM"]
+
+
+def test_markdown_tables__a_bar_in_a_name__stays_in_its_cell():
+    results = [{**entry, "agent": "x|y"} for entry in RESULTS[:3]]
+    assert "| x\\|y |" in markdown_tables(summary_of(results, agents=("x|y",)))
+
+
+def test_text_tables__terminal__says_what_its_signs_mean():
+    text = text_tables(summary_of())
+    assert text.splitlines()[0].split()[:4] == ["agent", "runs", "test", "loss"]
+    assert text.endswith(LEGEND)

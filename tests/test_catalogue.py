@@ -43,7 +43,8 @@ def test_make_agent__unknown_name__names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("randon", "random"), ("Oracle", "oracle"), ("ppo", "sb3:PPO"), ("loss_lo", "loss_low")]
+    ("name", "nearest"),
+    [("randon", "random"), ("Oracle", "oracle"), ("ppo", "sb3:PPO"), ("PPO", "sb3:PPO"), ("loss_lo", "loss_low")],
 )
 def test_make_agent__unknown_name__lists_all_the_nearest_first(name, nearest):
     with pytest.raises(SettingError, match=f"unknown agent '{name}': did you mean '{nearest}'") as caught:

@@ -544,11 +544,12 @@ def test_load__sb3s_own_policy__is_told_by_the_weights(tmp_path: Path) -> None:
         np.testing.assert_array_equal(agent.predict(observation)[0], model.predict(observation, deterministic=True)[0])
 
 
-@pytest.mark.parametrize("name", ["PPO", "MaskablePPO", "ARS"])
-def test_learn__loaded_model__goes_on_from_its_weights(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "settings"), [("PPO", {}), ("MaskablePPO", {}), ("ARS", {"zero_policy": False})])
+def test_learn__loaded_model__goes_on_from_its_weights(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     agent = Sb3Agent(name).learn(toy(), 2, seed=1)
-    still = Sb3Agent(name, load=saved_by_sb3(agent, tmp_path), learning_rate=0.0).learn(toy(), 2, seed=5)
-    moved = Sb3Agent(name, load=tmp_path / "model.zip").learn(toy(), 4, seed=5)
+    path = saved_by_sb3(agent, tmp_path)
+    still = Sb3Agent(name, load=path, learning_rate=0.0, **settings).learn(toy(), 2, seed=5)
+    moved = Sb3Agent(name, load=path, **settings).learn(toy(), 4, seed=5)
     weights, after = agent.model.policy.state_dict(), moved.model.policy.state_dict()
 
     torch.testing.assert_close(still.model.policy.state_dict(), weights, rtol=0, atol=0)

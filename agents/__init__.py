@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .catalogue import load_selector, make_agent
     from .oracle import OracleAgent
     from .raise_fork import RaiseFork
+    from .raise_ppo import RaisePpo
     from .rollout import run_episode
     from .sb3 import Sb3Agent, SubsetPolicy
     from .subset import SubsetLaw
@@ -20,6 +21,7 @@ __all__ = [
     "IfdAgent",
     "OracleAgent",
     "RaiseFork",
+    "RaisePpo",
     "RandomAgent",
     "Sb3Agent",
     "SubsetLaw",
@@ -34,6 +36,7 @@ _HOMES = {
     "IfdAgent": "baselines",
     "OracleAgent": "oracle",
     "RaiseFork": "raise_fork",
+    "RaisePpo": "raise_ppo",
     "RandomAgent": "baselines",
     "Sb3Agent": "sb3",
     "SubsetLaw": "subset",

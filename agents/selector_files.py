@@ -1,0 +1,98 @@
+"""The folder of a learned selector: config.json says what it is, model.safetensors holds its weights.
+
+Nothing is pickled, and nothing in a folder is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raise_env.errors import RecordError
+from raise_env.features import FEATURE_NAMES
+from raise_env.features import SCHEMA_VERSION as FEATURES_VERSION
+from raise_env.files import replaced_folder, write_json
+
+__all__ = ["SELECTOR_FORMAT", "read_config", "stored_tensors", "write_selector"]
+
+#: Counts up when `read_config` could no longer read what an earlier `write_selector` wrote.
+SELECTOR_FORMAT = 1
+
+
+def write_selector(
+    folder: Path,
+    agent: str,
+    weights: Mapping[str, Tensor],
+    *,
+    settings: Mapping[str, Any],
+    episode_returns: Sequence[float],
+    training: Mapping[str, Any],
+) -> None:
+    """Write a selector; the folder appears whole or not at all.
+
+    Args:
+        folder: Where to.
+        agent: The agent's name in the catalogue.
+        weights: What it has learned.
+        settings: What the agent is made with, as plain data.
+        episode_returns: The return of each episode of learning.
+        training: What it learned on, for the reader.
+    """
+    config = {
+        "format": SELECTOR_FORMAT,
+        "agent": agent,
+        "settings": dict(settings),
+        "features": {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION},
+        "episode_returns": list(episode_returns),
+        "training": dict(training),
+    }
+    with replaced_folder(folder) as beside:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
+        write_json(beside / "config.json", config)
+
+
+def read_config(folder: Path, agent: str) -> dict[str, Any]:
+    """Return what config.json holds, checked.
+
+    Raises:
+        RecordError: It is missing or torn, or the selector is of another kind or for other features.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise RecordError(
+            f"{path}: not a selector ({error}). Expected a folder that `raise-env train` wrote."
+        ) from error
+    if not isinstance(config, dict) or config.get("agent") != agent or config.get("format") != SELECTOR_FORMAT:
+        raise RecordError(f"{path}: not a {agent} selector of format {SELECTOR_FORMAT}.")
+    features = config.get("features")
+    if features != {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION}:
+        raise RecordError(f"{path}: the selector was learned on other features; learn it again with this version.")
+    if not isinstance(config.get("settings"), dict) or not isinstance(config.get("training"), dict):
+        raise RecordError(f"{path}: the fields 'settings' and 'training' are not as promised.")
+    if not isinstance(config.get("episode_returns"), list):
+        raise RecordError(f"{path}: the field 'episode_returns' is not as promised.")
+    return config
+
+
+@contextlib.contextmanager
+def stored_tensors(path: Path) -> Iterator[dict[str, Tensor]]:
+    """Give the tensors of a file, to be put where they belong within the context.
+
+    Raises:
+        RecordError: The file is missing or torn, or what it holds does not fit where it is put.
+    """
+    try:
+        yield load_file(path)
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        # A RuntimeError is torch's, on weights of another shape or name.
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise RecordError(f"{path}: not the weights that config.json names ({reason}).") from error

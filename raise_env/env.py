@@ -15,6 +15,7 @@ from gymnasium.error import ResetNeeded
 from .config import EnvConfig
 from .errors import ActionError
 from .features import FEATURE_NAMES, StaticFeatures, observation_bounds, observe
+from .learner_protocol import scheduled_rate
 from .pool import Pool, draw_candidates
 from .rewards import DIVERGENCE_PENALTY, Evaluation, RewardFunction, load_reward, step_reward
 
@@ -326,6 +327,11 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     def budget_left(self) -> int:
         """Instructions that may still be trained on in this episode."""
         return self.config.total_budget - self._num_spent
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        return scheduled_rate(self.config.learning_rate, self._progress)
 
     @property
     def dev_scores(self) -> list[float]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .base_model import BaseModel
 from .encoding import EncodedRows, collate, token_batches
 from .evaluation import EvaluationSet, evaluate, score_rows
-from .learner_protocol import Ledger, Split
+from .learner_protocol import Ledger, Split, scheduled_rate
 from .rewards import Evaluation
 
 __all__ = ["LoraLearner", "TrainingState", "UpdateSettings"]
@@ -228,7 +228,7 @@ class LoraLearner:
             self.ledger.train_tokens += int(self.pool.lengths[rows].sum())
         self.ledger.updates += len(batches)
         gradients, losses = self._gradients(states, batches, seed)
-        rate = self.settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        rate = scheduled_rate(self.settings.learning_rate, progress)
         return _adamw(states, gradients, rate, self.settings), losses
 
     def _gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from .rewards import Evaluation
 
-__all__ = ["Learner", "Ledger", "Split"]
+__all__ = ["Learner", "Ledger", "Split", "scheduled_rate"]
 
 Split = Literal["dev", "test"]
 
@@ -36,6 +37,16 @@ class Ledger:
     def token_forwards(self) -> int:
         """The cost in token forwards: a forward is 1, forward and backward is 3; the test set is left out."""
         return self.forward_tokens + 3 * self.train_tokens
+
+
+def scheduled_rate(learning_rate: float, progress: float) -> float:
+    """Return an update's learning rate: a cosine from the first to 0, without warm-up (Lv et al. 2025, section 4).
+
+    Args:
+        learning_rate: The first update's.
+        progress: Share of the episode that is used up; above 1 counts as 1.
+    """
+    return learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
 class Learner(Protocol):

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import random
 import subprocess
 import sys
@@ -771,6 +772,63 @@ def test_schedule__share_of_the_episode__is_that_of_what_runs_out_first():
     assert env._progress == pytest.approx(0.1)
     env.step(first_rows(env, 10))
     assert env._progress == pytest.approx(0.5)
+
+
+def test_learning_rate__each_step__is_what_the_next_update_is_told(monkeypatch):
+    env = toy_env(horizon=10, budget=20, learning_rate=0.5)
+    env.reset(seed=0)
+    told = []
+    update = type(env.assets.learner).update
+    spied = lambda self, rows, progress, seed: told.append(progress) or update(self, rows, progress, seed)  # noqa: E731
+    monkeypatch.setattr(type(env.assets.learner), "update", spied)
+    rates = []
+    for size in (1, 6, 3, 10):
+        rates.append(env.learning_rate)
+        env.step(first_rows(env, size))
+    assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * progress)) for progress in told])
+    assert told == pytest.approx([0, 0.1, 0.35, 0.5])
+    assert env.learning_rate == pytest.approx(0.0, abs=1e-9)
+
+
+# Losses and gradients of single rows
+
+
+def test_row_losses__and_gradients__change_nothing_of_the_episode(env):
+    before = moment_of(env)
+    tokens = env.ledger.token_forwards
+    losses, gradients = env.row_losses([3, 150, 3]), env.row_gradients([3, 150, 3], adam=True)
+    assert losses.shape == (3,)
+    assert losses[0] == losses[2] != losses[1]
+    assert gradients.shape == (3, 1)
+    assert env.row_gradients(np.arange(5), "dev").shape == (5, 1)
+    assert env.ledger.token_forwards == tokens + 3 + 3 * (3 + 5)
+    assert moment_of(env) == before
+
+
+@pytest.mark.parametrize("split", ["test", "train", ""])
+def test_row_gradients__no_such_split__is_refused(env, split):
+    with pytest.raises(ValueError, match=f"split is '{split}'; expected 'pool' or 'dev'"):
+        env.row_gradients(np.arange(2), split)
+
+
+def test_row_losses__before_reset__asks_for_one():
+    env = toy_env()
+    for question in (env.row_losses, env.row_gradients):
+        with pytest.raises(ResetNeeded):
+            question(np.arange(2))
+
+
+def test_row_losses__embedded_model__are_of_the_model_as_it_is(embedded_env):
+    env = embedded_env()
+    env.reset(seed=0)
+    rows = env.candidates[:6]
+    before, gradients = env.row_losses(rows), env.row_gradients(rows)
+    action = first_rows(env, 4)
+    _, _, _, _, info = env.step(action)
+    counts = env.assets.learner.pool.label_counts[rows[:4]]
+    assert info["train_loss"] == pytest.approx(np.average(before[:4], weights=counts), rel=1e-5)
+    assert (env.row_losses(rows)[:4] < before[:4]).all(), "it has learned them"
+    assert np.abs(env.row_gradients(rows) - gradients).max() > 1e-3
 
 
 # Drawing

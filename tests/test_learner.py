@@ -17,7 +17,7 @@ from raise_env.config import LoraSettings
 from raise_env.env import RaiseSelectEnv
 from raise_env.evaluation import evaluate
 from raise_env.learner import LoraLearner, TrainingState, UpdateSettings, _adamw
-from raise_env.learner_protocol import Ledger
+from raise_env.learner_protocol import Ledger, scheduled_rate
 
 
 def take(env, *places):
@@ -191,6 +191,119 @@ def test_adamw__several_states_at_once__steps_as_torch_does():
             assert state.num_updates == 4
 
 
+# Losses and gradients of single rows
+
+
+def plain_model(env, folder):
+    """The environment's model as it is, as plain PEFT loads it, and its tokenizer."""
+    env.save_adapter(folder)
+    base = AutoModelForCausalLM.from_pretrained(model_folder(env.config.model))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(env.config.model))
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval(), tokenizer
+
+
+def plain_gradients(env, rows, folder):
+    """The gradient of each row's loss by a backward pass of its own, and the losses."""
+    model, tokenizer = plain_model(env, folder)
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    gradients, losses = [], []
+    for row in rows:
+        model.zero_grad()
+        loss = model(**padded(tokenizer, [row])).loss
+        loss.backward()
+        gradients.append(torch.cat([value.grad.flatten() for value in parameters]).numpy())
+        losses.append(loss.item())
+    return np.array(gradients), np.array(losses)
+
+
+def relative_errors(values, expected):
+    """How far each row is from the expected one, by its length."""
+    return np.linalg.norm(values - expected, axis=1) / np.linalg.norm(expected, axis=1)
+
+
+ROWS = np.array([31, 2, 17, 40, 5, 5, 22])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_row_gradients__embedded_model__are_those_of_plain_peft_row_by_row(embedded_env, tmp_path, form):
+    env = embedded_env(lora=FORMS[form], budget=None, auxiliary_updates=0)
+    env.reset(seed=0)
+    env.step(take(env, 0, 1, 2, 3))
+    env.step(take(env, 4, 5, 6, 7))
+    assert len(set(env.assets.learner.pool.lengths[ROWS])) > 3, "padded to different lengths"
+    expected, losses = plain_gradients(env, [env.assets.pool[int(row)] for row in ROWS], tmp_path / "pool")
+    gradients = env.row_gradients(ROWS)
+    assert gradients.dtype == np.float32
+    assert relative_errors(gradients, expected).max() < 1e-5
+    np.testing.assert_allclose(env.row_losses(ROWS), losses, rtol=1e-5)
+    dev_rows = np.array([6, 0, 3])
+    expected, _ = plain_gradients(env, [env.assets.data.dev[int(row)] for row in dev_rows], tmp_path / "dev")
+    assert relative_errors(env.row_gradients(dev_rows, "dev"), expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("num_updates", [0, 2])
+def test_row_gradients__adam__are_the_steps_that_torch_makes_from_the_same_moments(embedded_env, tmp_path, num_updates):
+    env = embedded_env(auxiliary_updates=0)
+    env.reset(seed=0)
+    for start in range(num_updates):
+        env.step(take(env, start, start + 1, start + 2))
+    state = env.snapshot().learner_state
+    gradients, _ = plain_gradients(env, [env.assets.pool[int(row)] for row in ROWS], tmp_path)
+    expected = []
+    for gradient in gradients:
+        value = torch.nn.Parameter(torch.zeros_like(state.adapter))
+        optimiser = torch.optim.AdamW([value], lr=1.0, weight_decay=0.0)
+        moments = {"exp_avg": state.first_moment.clone(), "exp_avg_sq": state.second_moment.clone()}
+        optimiser.state[value] = {"step": torch.tensor(float(state.num_updates)), **moments}
+        value.grad = torch.from_numpy(gradient)
+        optimiser.step()
+        expected.append(-value.detach().numpy())
+    # Adam divides small gradients by their own size, and with them their rounding: whole directions are compared.
+    directions = env.row_gradients(ROWS, adam=True)
+    assert relative_errors(directions, np.array(expected)).max() < 1e-3
+    assert relative_errors(env.row_gradients(ROWS), np.array(expected)).min() > 0.5
+    assert state.num_updates == num_updates
+
+
+@pytest.mark.parametrize("limit", [1, 100, 16_384])
+@pytest.mark.parametrize("adam", [False, True])
+def test_row_gradients__rows_in_any_order_and_company__are_each_their_own(learner, limit, adam):
+    learner.update(BATCHES[0], 0.0, 0)
+    together = learner.row_gradients(ROWS, adam=adam)
+    learner.settings = dataclasses.replace(learner.settings, micro_batch_tokens=limit)
+    backwards = learner.row_gradients(ROWS[::-1].copy(), adam=adam)[::-1]
+    assert relative_errors(backwards, together).max() < (1e-3 if adam else 1e-5)
+    assert relative_errors(together[:1], together[1:2]).max() > 0.1
+    np.testing.assert_allclose(learner.row_losses(ROWS[::-1].copy())[::-1], learner.row_losses(ROWS), rtol=1e-5)
+
+
+def test_row_gradients__rows_without_labels__are_zero_and_their_losses_nan(learner):
+    bare = ROWS[1:4]
+    is_label = learner.pool.is_label.copy()
+    for row in bare:
+        is_label[learner.pool.offsets[row] : learner.pool.offsets[row + 1]] = False
+    learner.pool = dataclasses.replace(learner.pool, is_label=is_label)
+    for part in (ROWS, bare):
+        has_labels = ~np.isin(part, bare)
+        np.testing.assert_array_equal(learner.row_gradients(part).any(axis=1), has_labels)
+        np.testing.assert_array_equal(np.isfinite(learner.row_losses(part)), has_labels)
+        assert np.isfinite(learner.row_gradients(part, adam=True)).all()
+
+
+def test_row_gradients__and_losses__move_nothing_and_are_counted(learner):
+    learner.update(BATCHES[0], 0.0, 0)
+    state, adapter = learner.state, learner.state.adapter.clone()
+    learner.ledger = Ledger()
+    learner.row_losses(ROWS)
+    learner.row_gradients(ROWS, adam=True)
+    learner.row_gradients(np.array([2]), "dev")
+    assert learner.state is state
+    assert torch.equal(state.adapter, adapter)
+    tokens = int(learner.pool.lengths[ROWS].sum())
+    dev_tokens = int(learner.splits["dev"].rows.lengths[2])
+    assert learner.ledger == Ledger(tokens, tokens + dev_tokens, 0, 0)
+
+
 # One update in several ways
 
 
@@ -292,6 +405,14 @@ def test_update__the_same_rows_again_and_again__are_learned(learner):
     assert losses[-1] < losses[0] - 0.2
     learner.reset()
     assert learner.update(BATCHES[0], 0.0, 0) == losses[0]
+
+
+def test_update__part_of_the_way__moves_by_the_scheduled_rate(learner):
+    learner.update(BATCHES[0], 0.25, 0)
+    moved = (learner.state.adapter - learner.initial.adapter).abs().max().item()
+    # AdamW's first step moves each number by the rate, whatever its gradient.
+    assert moved == pytest.approx(learner.settings.learning_rate * (1 + math.cos(math.pi / 4)) / 2, rel=1e-3)
+    assert moved == pytest.approx(scheduled_rate(learner.settings.learning_rate, 0.25), rel=1e-3)
 
 
 def test_update__at_the_end_of_the_schedule__moves_nothing(learner):
@@ -434,3 +555,27 @@ def test_learner__is_a_value_over_a_shared_base__copies_cost_nothing(learner):
     assert isinstance(other, LoraLearner)
     assert other.base is learner.base
     assert other.state is learner.state
+
+
+def test_dev_direction__updates__is_where_a_fresh_optimiser_on_dev_rows_goes(learner):
+    learner.update(BATCHES[0], 0.1, 0)
+    state = learner.state
+    direction = learner.dev_direction(3, 4, progress=0.5, seed=7)
+    assert learner.state is state
+    # The same by an ordinary learner whose pool is the dev set.
+    dev = learner.splits["dev"].rows
+    other = LoraLearner(learner.base, dev, {}, learner.settings, TrainingState.start(state.adapter))
+    rng = np.random.default_rng(7)
+    for _ in range(3):
+        other.update(rng.choice(len(dev), 4, replace=False), 0.5, 0)
+    np.testing.assert_array_equal(direction, (other.state.adapter - state.adapter).numpy())
+    assert np.linalg.norm(direction) > 0
+
+
+def test_dev_direction__no_updates__is_minus_the_gradient_of_one_batch(learner):
+    spent = learner.ledger.train_tokens
+    direction = learner.dev_direction(0, 100, progress=0.5, seed=0)
+    counts = learner.splits["dev"].rows.label_counts
+    assert learner.ledger.train_tokens - spent == learner.splits["dev"].rows.lengths.sum()
+    gradients = learner.row_gradients(np.arange(len(counts)), "dev")
+    np.testing.assert_allclose(direction, -(counts @ gradients) / counts.sum(), atol=1e-5)

@@ -1,17 +1,15 @@
-"""RAISE learned from forks: what a subset is worth is seen by trying it beside others from one training state.
+"""RAISE learned from forks: what rows are worth is tried out from one training state, many at a time.
 
 An ordinary algorithm sees one subset a step and has to tell its effect from the stage of training and from the
-luck of the offer. Here several copies of the same training state each try a different subset of the same
-candidates, and are scored on the same dev rows: what differs between their scores is the subsets' doing alone.
-
-Credit goes from subsets to rows by regression: the acquisition function F is fitted so that, within a group of
-forks, the sum of F over a fork's rows explains how far its score lies from the group's mean. Every group of every
+luck of the offer. Here forks of the same training state are compared with each other: what differs between them is the
+rows' doing alone. `credit.py` has the two ways to compare them; here the acquisition function F is fitted by regression
+so that, within a group of forks, the sum of F over a fork's rows explains what the fork was worth. Every group of every
 episode is kept, so nothing that was paid for is thrown away.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,70 +22,89 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raise_env import RaiseSelectEnv
-from raise_env.errors import RecordError, SettingError
-from raise_env.features import FEATURE_NAMES, NUM_FEATURES
-from raise_env.features import SCHEMA_VERSION as FEATURES_VERSION
-from raise_env.files import replaced_folder, write_json
+from raise_env import EnvConfig, RaiseSelectEnv
+from raise_env.errors import RecordError, SettingError, suggestion
+from raise_env.features import NUM_FEATURES
+from raise_env.files import replaced_folder
 
 from .base import BatchAgent, Progress, world_of
+from .credit import Group, batch_group, row_group
 from .networks import AcquisitionFunction
+from .selector_files import read_config, stored_tensors, write_selector
 
-__all__ = ["ForkSettings", "Group", "RaiseFork", "fit_ensemble"]
+__all__ = ["ForkSettings", "RaiseFork", "ensemble_scores", "fit_ensemble"]
 
-SELECTOR_FORMAT = 1
+
+#: The ways to find out what rows are worth; see `credit.py`.
+CREDITS = ("rows", "batches")
+
+#: Values that one step of the fit looks at: a group of many rows, or many groups of a few batches.
+FIT_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
 class ForkSettings:
-    """How `RaiseFork` learns.
+    """How `RaiseFork` learns. docs/results/raise_fork.md has the study that the defaults come from.
 
     Attributes:
-        num_forks: Subsets tried from each training state.
-        num_dev: Dev rows that the forks of a group are scored on, drawn afresh for each group; None: all.
-        num_steps: Steps of a learning episode, which is then left; None: to its end. The learning rate falls with
-            the environment's own horizon, so a few steps see the rates at which most of a run is made.
-        fork_steps: Updates that each fork makes before it is scored. One shows what a batch does at once, much of
-            which the next updates would undo or do anyway; several show more of what lasts.
+        credit: "rows" values each row by where its own update goes; "batches" makes updates on whole batches and
+            compares scores. None: rows where the reward is the dev loss, else batches.
+        num_states: Training states of an episode from which forks are made.
+        num_rows: With rows, how many are valued from a state.
+        num_lookahead: With rows, updates of the fork that is trained on dev rows to see which way they point; 0 takes
+            the dev gradient.
+        lookahead_size: Dev rows of each such update.
+        num_forks: With batches, how many are tried from a state.
+        num_dev: With batches, dev rows that they are scored on, drawn for each state; None: all.
+        temperature: Scale of the Gumbel noise, in standard deviations of F, under which batches are drawn while
+            learning. In the first episode they are random.
         num_networks: Networks whose mean is F; each is fitted to groups drawn with replacement.
         hidden_dims: Widths of a network's hidden layers.
         learning_rate: Adam's, for the fit.
         weight_decay: The fit's, decoupled.
         num_passes: Passes over all groups at most; each network stops where it explains the groups that it was
             not fitted to best.
-        temperature: Scale of the Gumbel noise, in standard deviations of F, that makes the forks differ.
         max_repeats: How often `predict` takes a row in one episode while there are others.
     """
 
+    credit: str | None = None
+    num_states: int = 8
+    num_rows: int = 256
+    num_lookahead: int = 16
+    lookahead_size: int = 16
     num_forks: int = 8
     num_dev: int | None = 32
-    num_steps: int | None = 16
-    fork_steps: int = 1
+    temperature: float = 1.0
     num_networks: int = 5
     hidden_dims: tuple[int, ...] = (64, 64)
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     num_passes: int = 60
-    temperature: float = 1.0
     max_repeats: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        if self.credit is not None and self.credit not in CREDITS:
+            raise SettingError(f"credit is {self.credit!r}: {suggestion(str(self.credit), CREDITS)}")
         if self.num_forks < 2:
             raise SettingError(f"num_forks is {self.num_forks}; expected at least 2, or there is nothing to compare.")
+        if self.num_rows < 2:
+            raise SettingError(f"num_rows is {self.num_rows}; expected at least 2, or there is nothing to compare.")
+        if self.num_states < 1:
+            raise SettingError(f"num_states is {self.num_states}; expected at least 1.")
 
+    def credit_for(self, reward: str) -> str:
+        """Return "rows" or "batches".
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
-    """What the forks of one training state showed.
-
-    Attributes:
-        rows: Features of each fork's rows, shape (forks, batch_size, 39), float32.
-        gains: Each fork's score minus the group's mean, over the group's standard deviation, shape (forks,), float32.
-    """
-
-    rows: np.ndarray
-    gains: np.ndarray
+        Raises:
+            SettingError: Rows were asked for, and the reward has no gradient.
+        """
+        if self.credit == "rows" and reward != "loss":
+            raise SettingError(
+                f"credit 'rows' follows the gradient of the dev loss, and reward {reward!r} has none: take "
+                "credit=batches, or reward 'loss'."
+            )
+        return self.credit or ("rows" if reward == "loss" else "batches")
 
 
 class RaiseFork(BatchAgent):
@@ -120,12 +137,13 @@ class RaiseFork(BatchAgent):
 
         Args:
             env: A RaiseSelect environment; it is left as it is.
-            episodes: Episodes of `settings.num_steps` steps.
+            episodes: Episodes, each left after the last of its `settings.num_states` states.
             seed: What candidates, forks and networks are drawn from.
             progress: Called after each episode with its number and return.
 
         Raises:
-            SettingError: No fork scored differently from its siblings, so there is nothing to learn from.
+            SettingError: The reward does not go with the credit, or no fork differed from its siblings, so that there
+                is nothing to learn from.
         """
         world = self._learning_world(world_of(env))
         self.batch_size = None
@@ -141,6 +159,10 @@ class RaiseFork(BatchAgent):
                 progress(number + 1, self.episode_returns[-1])
         return self
 
+    def learning_steps(self, config: EnvConfig) -> int:
+        """Return the steps of a learning episode: it is left after the last state that forks are made from."""
+        return self._due_steps(config)[-1] + 1
+
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return F in its standard deviations, shape (rows,); rows taken `max_repeats` times come last.
 
@@ -155,27 +177,24 @@ class RaiseFork(BatchAgent):
         return np.where(spent, scores - 1e3 * taken, scores)
 
     def _exploration(self, num_rows: int) -> np.ndarray:
-        """Return the Gumbel noise that makes forks differ while learning."""
+        """Return the Gumbel noise that makes batches differ."""
         return self.settings.temperature * self._rng.gumbel(size=num_rows)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; the folder appears whole or not at all."""
         weights = {
-            f"network_{index}.{name}": value.contiguous()
+            f"network_{index}.{name}": value
             for index, network in enumerate(self.networks)
             for name, value in network.state_dict().items()
         }
-        config = {
-            "format": SELECTOR_FORMAT,
-            "agent": "raise_fork",
-            "settings": asdict(self.settings),
-            "features": {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION},
-            "episode_returns": self.episode_returns,
-            "training": self.training,
-        }
-        with replaced_folder(Path(folder)) as beside:
-            save_file(weights, beside / "model.safetensors")
-            write_json(beside / "config.json", config)
+        write_selector(
+            Path(folder),
+            "raise_fork",
+            weights,
+            settings=asdict(self.settings),
+            episode_returns=self.episode_returns,
+            training=self.training,
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> RaiseFork:
@@ -185,23 +204,17 @@ class RaiseFork(BatchAgent):
             RecordError: A file is missing or torn, or the selector is of another kind or for other features.
         """
         folder = Path(folder)
-        config = _read_config(folder)
+        config = read_config(folder, "raise_fork")
         agent = cls(**config["settings"])
         agent.episode_returns = list(config["episode_returns"])
         agent.training = dict(config["training"])
-        try:
-            weights = load_file(folder / "model.safetensors")
+        with stored_tensors(folder / "model.safetensors") as weights:
             for index in range(agent.settings.num_networks):
                 network = AcquisitionFunction(NUM_FEATURES, agent.settings.hidden_dims, generator=torch.Generator())
                 prefix = f"network_{index}."
                 part = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
                 network.load_state_dict(part)
                 agent.networks.append(network)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise RecordError(
-                f"{folder / 'model.safetensors'}: not the weights that config.json names ({reason})."
-            ) from error
         return agent
 
     def save_progress(self, folder: str | Path) -> None:
@@ -231,64 +244,69 @@ class RaiseFork(BatchAgent):
         self.groups = [Group(rows, gains) for rows, gains in pairs]
 
     def _learning_world(self, world: RaiseSelectEnv) -> RaiseSelectEnv:
-        # Forks are scored by probes; the trunk's own scores are not needed on the way.
+        """Return an environment over the same assets that offers as many rows as are valued, and scores no step."""
         kwargs = {**world.config.to_kwargs(), "score_every": world.config.horizon}
         kwargs.pop("render_mode", None)
+        if self.settings.credit_for(world.config.reward) == "rows":
+            num_classes = world.config.num_classes
+            wanted = max(world.config.batch_size, min(self.settings.num_rows, len(world.assets.pool)))
+            kwargs["num_candidates"] = math.ceil(wanted / num_classes) * num_classes
         return RaiseSelectEnv(assets=world.assets, **kwargs)
 
     def _episode(self, world: RaiseSelectEnv, rng: np.random.Generator) -> float:
-        """Run one episode, keep what its forks showed, and return its return."""
+        """Run an episode up to the last state that is looked at, keep what forks showed, and return its return."""
         observation, _ = world.reset(seed=int(rng.integers(2**31)))
         over = False
-        while not over and world.num_steps != self.settings.num_steps:
-            group, observation, over = self._fork(world, observation, rng)
+        due_steps = self._due_steps(world.config)
+        for step in range(due_steps[-1] + 1):
+            action, group = self._look(world, observation, rng, is_due=step in due_steps)
             if group is not None:
                 self.groups.append(group)
-        # An episode that is left before its end was not scored yet: taking nothing gives the score as it is.
-        last = world.dev_scores[-1] if over else float(world.probe(_nothing(world))[0])
-        return last - world.dev_scores[0]
-
-    def _fork(
-        self, world: RaiseSelectEnv, observation: np.ndarray, rng: np.random.Generator
-    ) -> tuple[Group | None, np.ndarray, bool]:
-        """Try batches in forks, go on from one of them, and return what they showed, what is offered, and the end."""
-        if self.settings.fork_steps == 1:
-            actions = self._actions(observation, world.action_masks(), world.config.batch_size, rng)
-            scores = world.probe(actions, self.settings.num_dev)
-            group = _group([observation[action == 1] for action in actions], scores)
-            observation, _, over, _, _ = world.step(actions[rng.integers(len(actions))])
-            return group, observation, over
-        forks = world.fork(self.settings.num_forks)
-        rows: list[list[np.ndarray]] = [[] for _ in forks]
-        ended, diverged = [False] * len(forks), [False] * len(forks)
-        for _ in range(self.settings.fork_steps):
-            if any(ended) or forks[0].num_steps == self.settings.num_steps:
+            observation, _, over, _, _ = world.step(action)
+            if over:
                 break
-            actions = self._actions(observation, forks[0].action_masks(), world.config.batch_size, rng)
-            for place, (fork, action) in enumerate(zip(forks, actions, strict=True)):
-                # What is offered, and when it ends, is the same for all forks but those that diverge.
-                rows[place].append(fork.observation()[action == 1])
-                observation, _, ended[place], _, info = fork.step(action)
-                diverged[place] = bool(info["diverged"])
-        over = all(ended)
-        pairs = list(zip(forks, diverged, strict=True))
-        scores = np.array([-np.inf if bad else _score(fork, over, self.settings.num_dev) for fork, bad in pairs])
-        sound = [fork for fork, bad in pairs if not bad] or forks
-        world.restore(sound[rng.integers(len(sound))].snapshot())
-        return _group([np.concatenate(taken) for taken in rows], scores), world.observation(), over
+        # An episode that is left before its end was not scored yet: taking nothing gives the score as it is.
+        nothing = np.zeros((1, len(observation)), dtype=np.int8)
+        return (world.dev_scores[-1] if over else float(world.probe(nothing)[0])) - world.dev_scores[0]
 
-    def _actions(self, observation: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Return the forks' 0/1 choices, shape (num_forks, rows), int8."""
+    def _look(
+        self, world: RaiseSelectEnv, observation: np.ndarray, rng: np.random.Generator, *, is_due: bool
+    ) -> tuple[np.ndarray, Group | None]:
+        """Return what to train on next, and what forks showed where they are due."""
+        settings = self.settings
+        mask, size = world.action_masks(), world.config.batch_size
+        scores = ensemble_scores(self.networks, observation) if self.networks else np.zeros(0)
+        if settings.credit_for(world.config.reward) == "rows":
+            action = self._actions(scores, mask, size, 1, rng)[0]
+            return action, row_group(world, settings.num_lookahead, settings.lookahead_size) if is_due else None
+        actions = self._actions(scores, mask, size, settings.num_forks, rng)
+        group = batch_group(world, actions, settings.num_dev) if is_due else None
+        return actions[rng.integers(len(actions))], group
+
+    def _due_steps(self, config: EnvConfig) -> list[int]:
+        """Return before which steps forks are made: spread over the horizon, or, with batches, the first ones.
+
+        Late in an episode, where the rate has fallen, updates on single batches hardly differ.
+        """
+        horizon = config.horizon
+        num_states = min(self.settings.num_states, horizon)
+        if self.settings.credit_for(config.reward) == "batches":
+            return list(range(num_states))
+        return [place * horizon // num_states for place in range(num_states)]
+
+    def _actions(
+        self, scores: np.ndarray, mask: np.ndarray, size: int, count: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Return 0/1 choices, shape (count, rows), int8: random without scores, else the best under Gumbel noise."""
         allowed = np.flatnonzero(mask)
         size = min(size, len(allowed))
-        actions = np.zeros((self.settings.num_forks, len(mask)), dtype=np.int8)
-        if not self.networks:
-            for action, rows in zip(actions, _random_batches(allowed, size, len(actions), rng), strict=True):
+        actions = np.zeros((count, len(mask)), dtype=np.int8)
+        if not len(scores):
+            for action, rows in zip(actions, _random_batches(allowed, size, count, rng), strict=True):
                 action[rows] = 1
             return actions
-        scores = ensemble_scores(self.networks, observation)[allowed]
         for action in actions:
-            noisy = scores + self.settings.temperature * rng.gumbel(size=len(allowed))
+            noisy = scores[allowed] + self.settings.temperature * rng.gumbel(size=len(allowed))
             action[allowed[np.argsort(-noisy)[:size]]] = 1
         return actions
 
@@ -333,8 +351,9 @@ def _fit(
     """Fit by Adam, and go back to where the groups that were left out are explained best."""
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     best_loss, best = float("inf"), network.state_dict()
+    num_groups = max(1, FIT_BATCH // seen[1].shape[1])
     for _ in range(settings.num_passes):
-        for places in torch.randperm(len(seen[0]), generator=generator).split(32):
+        for places in torch.randperm(len(seen[0]), generator=generator).split(num_groups):
             loss = _loss(network, seen[0][places], seen[1][places])
             optimiser.zero_grad()
             loss.backward()
@@ -359,30 +378,12 @@ def _stacked_rows(groups: Sequence[Group]) -> np.ndarray:
     return np.stack([np.pad(group.rows, ((0, 0), (0, most - group.rows.shape[1]), (0, 0))) for group in groups])
 
 
-def _group(rows: Sequence[np.ndarray], scores: np.ndarray) -> Group | None:
-    """Return what a group of forks showed; None where it showed nothing, or a fork diverged."""
-    spread = scores.std() if np.isfinite(scores).all() else 0.0
-    if spread < 1e-9 or len({len(part) for part in rows}) > 1:
-        return None
-    return Group(np.stack(rows), ((scores - scores.mean()) / spread).astype(np.float32))
-
-
 def _nothing_seen(world: RaiseSelectEnv) -> str:
     return (
         f"in a whole episode the forks of no step differed in reward {world.config.reward!r}, or one of them diverged: "
         "there is nothing to learn from. Take reward 'loss', more forks (num_forks), more dev rows, or a lower "
         "learning_rate."
     )
-
-
-def _score(fork: RaiseSelectEnv, over: bool, num_dev: int | None) -> float:
-    """Return a fork's dev score: on the group's common sample while the episode goes on, else its last."""
-    return fork.dev_scores[-1] if over else float(fork.probe(_nothing(fork), num_dev)[0])
-
-
-def _nothing(world: RaiseSelectEnv) -> np.ndarray:
-    """Return one action that takes no row, shape (1, candidates), int8."""
-    return np.zeros((1, len(world.candidates)), dtype=np.int8)
 
 
 def _random_batches(allowed: np.ndarray, size: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -395,23 +396,3 @@ def _random_batches(allowed: np.ndarray, size: int, count: int, rng: np.random.G
         batches.append(left[:size])
         left = left[size:]
     return batches
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RecordError(
-            f"{path}: not a selector ({error}). Expected a folder that `raise-env train` wrote."
-        ) from error
-    if not isinstance(config, dict) or config.get("agent") != "raise_fork" or config.get("format") != SELECTOR_FORMAT:
-        raise RecordError(f"{path}: not a raise_fork selector of format {SELECTOR_FORMAT}.")
-    features = config.get("features")
-    if features != {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION}:
-        raise RecordError(f"{path}: the selector was learned on other features; learn it again with this version.")
-    if not isinstance(config.get("settings"), dict) or not isinstance(config.get("training"), dict):
-        raise RecordError(f"{path}: the fields 'settings' and 'training' are not as promised.")
-    if not isinstance(config.get("episode_returns"), list):
-        raise RecordError(f"{path}: the field 'episode_returns' is not as promised.")
-    return config

@@ -226,8 +226,8 @@ def final_environment(env: RaiseSelectEnv, agent: Agent) -> RaiseSelectEnv:
 
 def _learning_steps(agent: Agent, env: RaiseSelectEnv) -> int:
     """Return the steps of one of the agent's learning episodes."""
-    wanted = getattr(getattr(agent, "settings", None), "num_steps", None)
-    return min(wanted or env.config.horizon, env.config.horizon)
+    own = getattr(agent, "learning_steps", None)
+    return env.config.horizon if own is None else int(own(env.config))
 
 
 def _measure(env: RaiseSelectEnv, work: Callable[[RaiseSelectEnv], object]) -> np.ndarray:

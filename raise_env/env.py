@@ -477,6 +477,20 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         learner = self._running_learner
         return learner.row_gradients(np.asarray(rows), None if split == "pool" else "dev", adam=adam)
 
+    def dev_direction(self, num_updates: int = 8, batch_size: int = 16) -> np.ndarray:
+        """Return which way the adapter goes in a fork that is trained on dev rows and thrown away, shape (P,), float32.
+
+        The gradient on the dev rows tells what one small update would gain now, most of which any later update would
+        gain as well. A few updates use that up, and what is left shows what the dev set lacks for longer.
+
+        Args:
+            num_updates: Updates of the fork, at half the first learning rate, with moments of its own; 0: minus the
+                gradient on one batch.
+            batch_size: Dev rows of an update, drawn anew for each from this round's seed.
+        """
+        seed = int(self._stream(_DEV_SAMPLE).integers(2**31))
+        return self._running_learner.dev_direction(num_updates, batch_size, progress=0.5, seed=seed)
+
     def save_adapter(self, folder: str | Path) -> None:
         """Write the model's adapter as it is; `peft.PeftModel.from_pretrained` loads it."""
         self._running_learner.save_adapter(Path(folder))

@@ -182,6 +182,27 @@ class LoraLearner:
             gradients[torch.from_numpy(places)] = (self._adam_directions(gradient) if adam else gradient).cpu()
         return gradients.numpy()
 
+    def dev_direction(self, num_updates: int, batch_size: int, progress: float, seed: int) -> np.ndarray:
+        """Return which way a fork goes that is trained on dev rows, shape (P,), float32; the state stays as it is.
+
+        Args:
+            num_updates: AdamW updates of the fork, with moments of its own; 0: minus the gradient on one dev batch.
+            batch_size: Dev rows of an update, drawn without replacement; all where there are fewer.
+            progress: As for `update`; the fork's rate does not fall.
+            seed: What the dev rows are drawn from.
+        """
+        dev = self.splits["dev"].rows
+        rng = np.random.default_rng(seed)
+        batches = [rng.choice(len(dev), min(batch_size, len(dev)), replace=False) for _ in range(max(1, num_updates))]
+        fork = LoraLearner(self.base, dev, {}, self.settings, TrainingState.start(self.state.adapter), self.ledger)
+        if num_updates == 0:
+            self.ledger.train_tokens += int(dev.lengths[batches[0]].sum())
+            gradients, _ = fork._gradients([fork.state], batches, seed)
+            return np.asarray(-gradients[0].cpu().numpy())
+        for rows in batches:
+            fork.update(rows, progress, seed)
+        return np.asarray((fork.state.adapter - self.state.adapter).cpu().numpy())
+
     def copy(self) -> LoraLearner:
         """Return a learner over the same base that goes on from here by itself."""
         other = LoraLearner(self.base, self.pool, self.splits, self.settings, self.initial, self.ledger)

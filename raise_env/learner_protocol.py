@@ -76,6 +76,9 @@ class Learner(Protocol):
     def row_gradients(self, rows: np.ndarray, split: Split | None = None, *, adam: bool = False) -> np.ndarray:
         """Return the gradient of each row's mean loss, shape (rows, parameters), of pool rows or of a split's."""
 
+    def dev_direction(self, num_updates: int, batch_size: int, progress: float, seed: int) -> np.ndarray:
+        """Return which way updates on dev rows would go from here, shape (parameters,); the state stays as it is."""
+
     def copy(self) -> Learner:
         """Return a learner that goes on from here by itself."""
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from raise_env.agents import RaiseFork, RandomAgent, run_episode
-from raise_env.agents.raise_fork import ForkSettings, Group, fit_ensemble
+from raise_env.agents.credit import Group
+from raise_env.agents.raise_fork import ForkSettings, fit_ensemble
 from raise_env.errors import RaiseEnvError, RecordError, SettingError
 from raise_env.testing import toy_env
 
-SMALL = {"num_forks": 4, "num_networks": 2, "num_passes": 5, "num_steps": 3}
+SMALL = {"num_forks": 4, "num_networks": 2, "num_passes": 5, "num_states": 3, "num_rows": 16}
+BATCHES = {"credit": "batches", "num_forks": 8, "num_networks": 3, "num_passes": 40, "num_states": 10}
 TRUE_SCORES = np.array([2.0, -1.0])
 
 
@@ -37,15 +39,17 @@ def made_up_groups(count, rng):
 @pytest.fixture(scope="module")
 def selector():
     """One that learned in earnest: a second or two."""
-    return RaiseFork(num_forks=8, num_networks=3, num_passes=40, num_steps=None).learn(toy_env(), episodes=4)
+    return RaiseFork(**BATCHES).learn(toy_env(), episodes=4)
 
 
 # Learning
 
 
-def test_learn__toy_world__beats_random_on_every_seed(selector):
+@pytest.mark.parametrize("settings", [BATCHES, {"num_networks": 3, "num_passes": 40}], ids=["batches", "rows"])
+def test_learn__toy_world__beats_random_on_every_seed(settings):
+    agent = RaiseFork(**settings).learn(toy_env(), episodes=4)
     for seed in range(5):
-        ours = run_episode(toy_env(), selector, seed=seed, name="raise_fork")
+        ours = run_episode(toy_env(), agent, seed=seed, name="raise_fork")
         random_rows = run_episode(toy_env(), RandomAgent(), seed=seed, name="random")
         assert ours.dev_scores[-1] > random_rows.dev_scores[-1] + 0.1
 
@@ -97,40 +101,59 @@ def test_learn__progress__number_and_return_of_each_episode():
     assert [total for _, total in calls] == agent.episode_returns
 
 
-@pytest.mark.parametrize(("num_steps", "expected"), [(3, 3), (None, 5), (50, 5)])
-def test_learn__num_steps__ends_an_episode_unless_the_environment_does(num_steps, expected):
-    assert len(learned(num_steps=num_steps, env=toy_env(horizon=5)).groups) == expected
+@pytest.mark.parametrize("credit", ["rows", "batches"])
+@pytest.mark.parametrize(("num_states", "expected"), [(3, 3), (5, 5), (50, 5)])
+def test_learn__num_states__so_many_groups_as_far_as_there_are_steps(credit, num_states, expected):
+    agent = learned(num_states=num_states, credit=credit, env=toy_env(horizon=5))
+    assert len(agent.groups) == expected
+
+
+def test_learn__rows__are_seen_at_states_spread_over_the_horizon():
+    agent = learned(num_states=4, env=toy_env(horizon=10))
+    stages = [group.rows[0, 0, 1] for group in agent.groups]
+    np.testing.assert_allclose(stages, [0.0, 0.2, 0.5, 0.7], atol=1e-6)
+
+
+def test_learn__batches__are_seen_at_the_first_states():
+    agent = learned(num_states=4, credit="batches", env=toy_env(horizon=10))
+    stages = [group.rows[0, 0, 1] for group in agent.groups]
+    np.testing.assert_allclose(stages, [0.0, 0.1, 0.2, 0.3], atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(16, 16), (18, 20), (4, 8), (1000, 200)])
+def test_learn__num_rows__so_many_are_valued_as_classes_and_pool_allow(num_rows, expected):
+    agent = learned(num_rows=num_rows, env=toy_env(200))
+    assert {group.rows.shape for group in agent.groups} == {(expected, 1, 39)}
+
+
+def test_learn__another_reward__falls_back_to_batches():
+    agent = learned(credit=None, env=toy_env(reward=f"{__name__}:root_loss"))
+    assert {group.rows.shape for group in agent.groups} == {(4, 8, 39)}
+
+
+def test_learn__rows_for_a_reward_without_gradient__says_so():
+    with pytest.raises(SettingError, match=r"credit 'rows'.*'exact_match' has none.*credit=batches"):
+        learned(credit="rows", env=toy_env(reward="exact_match"))
+
+
+def root_loss(evaluation):
+    return -(evaluation.loss**0.5)
 
 
 def test_learn__a_fork_diverges__its_group_is_left_out_and_learning_goes_on():
     # Four of the eight batches of 64 rows are tried: half of the groups hold the row that makes the model diverge.
     env = toy_env(64, num_candidates="all", diverges_on=0)
-    agent = learned(4, env=env, num_steps=5)
+    agent = learned(4, env=env, num_states=5, credit="batches")
     assert 0 < len(agent.groups) < 20
     assert all(np.isfinite(group.gains).all() for group in agent.groups)
 
 
-def test_learn__forks_of_several_updates__also_beat_random():
-    agent = RaiseFork(num_forks=8, num_networks=3, num_passes=40, num_steps=None, fork_steps=2).learn(toy_env(), 8)
-    assert all(group.rows.shape == (8, 16, 39) for group in agent.groups)
-    for seed in range(3):
-        ours = run_episode(toy_env(), agent, seed=seed, name="raise_fork")
-        random_rows = run_episode(toy_env(), RandomAgent(), seed=seed, name="random")
-        assert ours.dev_scores[-1] > random_rows.dev_scores[-1]
-
-
-@pytest.mark.parametrize(("num_steps", "rows"), [(5, [8, 8, 4]), (None, [8, 8, 8, 4])])
-def test_learn__fork_steps_that_do_not_divide_the_episode__the_last_group_is_shorter(num_steps, rows):
-    agent = learned(num_steps=num_steps, fork_steps=2, env=toy_env(horizon=7, batch_size=4))
-    assert [group.rows.shape[1] for group in agent.groups] == rows
-
-
-def test_learn__a_fork_of_several_updates_diverges__learning_goes_on():
-    # A fork takes 24 of 400 rows: in every fourth or fifth group one of four forks takes the row that must not be.
-    env = toy_env(400, num_candidates="all", diverges_on=0)
-    agent = learned(8, env=env, num_steps=6, fork_steps=3)
-    assert 8 < len(agent.groups) < 16
+def test_learn__a_random_run_diverges__learning_goes_on():
+    # An episode trains on 24 of 64 rows: in every third the model diverges, and the states after it are left out.
+    agent = learned(6, env=toy_env(64, diverges_on=0, num_candidates=64), num_rows=64, num_states=3)
+    assert 6 < len(agent.groups) < 18
     assert all(np.isfinite(group.gains).all() for group in agent.groups)
+    assert np.isfinite(agent.episode_returns).all()
 
 
 def test_learn__every_fork_scores_alike__an_error_that_says_what_to_do():
@@ -140,9 +163,18 @@ def test_learn__every_fork_scores_alike__an_error_that_says_what_to_do():
         RaiseFork(num_forks=2, num_networks=1, num_passes=1).learn(env, 1)
 
 
-def test_fork_settings__one_fork__nothing_to_compare():
-    with pytest.raises(SettingError, match="num_forks is 1; expected at least 2"):
-        RaiseFork(num_forks=1)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_forks": 1}, "num_forks is 1; expected at least 2"),
+        ({"num_rows": 1}, "num_rows is 1; expected at least 2"),
+        ({"num_states": 0}, "num_states is 0; expected at least 1"),
+        ({"credit": "row"}, "credit is 'row': did you mean 'rows'"),
+    ],
+)
+def test_fork_settings__nothing_to_compare__says_what_is_expected(settings, message):
+    with pytest.raises(SettingError, match=message):
+        RaiseFork(**settings)
 
 
 def test_raise_fork__unknown_setting__lists_the_known():
@@ -242,7 +274,7 @@ def test_save__folder_that_is_there__is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["selector"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"fork_steps": 2}])
+@pytest.mark.parametrize("settings", [{}, {"credit": "batches"}])
 def test_load_progress__then_learning__equals_an_undisturbed_run(tmp_path, settings):
     learned(2, **settings).save_progress(tmp_path / "learning")
     resumed = RaiseFork(**SMALL, **settings)

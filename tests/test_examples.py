@@ -24,7 +24,7 @@ def run(name, *arguments):
 
 def test_examples__every_one__is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"quickstart", "sb3_ppo", "custom_policy", "plug_in_method", "compare_algorithms"}
+    assert names == {"quickstart", "compare_algorithms", *(name for name, _ in CONTESTANTS)}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -41,7 +41,10 @@ def test_quickstart__whole__the_model_becomes_better():
     assert re.search(r"^test score -\d+\.\d\d$", output, re.MULTILINE)
 
 
-CONTESTANTS = [("sb3_ppo", "PPO"), ("custom_policy", "the policy"), ("plug_in_method", "the method")]
+CONTESTANTS = [
+    *(("sb3_ppo", "PPO"), ("cleanrl_style_ppo", "PPO")),
+    *(("custom_policy", "the policy"), ("plug_in_method", "the method")),
+]
 
 
 @pytest.mark.parametrize(("name", "policy"), CONTESTANTS)

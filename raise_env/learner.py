@@ -156,6 +156,7 @@ class LoraLearner:
         counts = self.pool.label_counts[rows]
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
+    @torch.enable_grad()  # whoever acts may have turned gradients off for itself
     def row_gradients(self, rows: np.ndarray, split: Split | None = None, *, adam: bool = False) -> np.ndarray:
         """Return the gradient of each row's mean loss in the adapter as it is, shape (rows, P), float32.
 
@@ -252,6 +253,7 @@ class LoraLearner:
         rate = scheduled_rate(self.settings.learning_rate, progress)
         return _adamw(states, gradients, rate, self.settings), losses
 
+    @torch.enable_grad()  # as above
     def _gradients(
         self, states: list[TrainingState], batches: list[np.ndarray], seed: int
     ) -> tuple[Tensor, list[float]]:

@@ -579,3 +579,11 @@ def test_dev_direction__no_updates__is_minus_the_gradient_of_one_batch(learner):
     assert learner.ledger.train_tokens - spent == learner.splits["dev"].rows.lengths.sum()
     gradients = learner.row_gradients(np.arange(len(counts)), "dev")
     np.testing.assert_allclose(direction, -(counts @ gradients) / counts.sum(), atol=1e-5)
+
+
+def test_update__gradients_turned_off_by_the_caller__trains_all_the_same(learner):
+    with torch.no_grad():
+        learner.update(BATCHES[0], 0.0, 0)
+        gradients = learner.row_gradients(BATCHES[0])
+    assert (learner.state.adapter != learner.initial.adapter).any()
+    assert np.abs(gradients).max() > 0

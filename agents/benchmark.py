@@ -165,9 +165,10 @@ def ablation(
     num_seeds: int,
     task: str = "default",
 ) -> BenchPlan:
-    """Return the plan of the ablation of RAISE (Lv et al. 2025, table 4): without each block of the observation.
+    """Return the plan of RAISE's ablation (Lv et al. 2025): without each block of the observation.
 
-    The agent learns and acts without it: the block's columns are zeros. Random rows are there for the scale.
+    The agent learns and acts without it: the block's columns are zeros, so that the networks are as large as ever.
+    The paper does not say how it left a block out. Random rows are there for the scale.
 
     Args:
         settings: The environment's keywords.
@@ -305,7 +306,7 @@ def _line(job: Job, **values: Any) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """Return what went wrong: a message made for users as it is, anything else with the place that raised it."""
-    if isinstance(error, RaiseEnvError):
+    if isinstance(error, RaiseEnvError) and str(error):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
@@ -361,7 +362,9 @@ def _spread(work: Callable[[_Item], _Outcome], items: Iterable[_Item], workers: 
 
     with parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
         try:
-            yield from Parallel(batch_size=1, return_as="generator_unordered")(delayed(work)(item) for item in items)
+            # No more runs are handed out than there are workers: if this process is killed, they end after theirs.
+            parallel = Parallel(batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered")
+            yield from parallel(delayed(work)(item) for item in items)
         except TerminatedWorkerError as error:
             raise RaiseEnvError(
                 f"one of {workers} workers was ended from outside, most likely for lack of memory. What was done is "
@@ -372,7 +375,7 @@ def _spread(work: Callable[[_Item], _Outcome], items: Iterable[_Item], workers: 
 def _write(folder: Path, line: Mapping[str, Any], record: str | None) -> None:
     """Add a run to the folder: its record first, so that a line of results never lacks one."""
     if record is None:
-        logger.warning("%s, %s, seed %d failed: %s", *_key(line), line["error"])
+        logger.warning("%s, %s, seed %d failed: %s", *_key(line), line["error"].splitlines()[0])  # the file has it all
     else:
         append_line(folder / "episodes.jsonl", record)
     append_line(folder / "results.jsonl", json.dumps(line, allow_nan=False))

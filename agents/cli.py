@@ -37,6 +37,7 @@ TRAIN_EPISODES = 6
 BENCH_AGENTS = "random,ifd,raise_fork,oracle"
 BENCH_SEEDS = 10
 ABLATION_SEEDS = 5
+MISSING_SHOWN = 5
 
 app = typer.Typer(
     name="raise-env",
@@ -372,10 +373,13 @@ def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int) -> No
     summary = run_bench(out, plan, command=command, resume=resume, workers=workers, reporter=TerminalReporter())
     typer.echo(f"\n{text_tables(summary)}\n")
     num_runs = len(summary["tasks"]) * len(summary["agents"]) * len(summary["seeds"])
-    for run in summary["missing"]:
-        typer.echo(f"missing: {run['task']}, {run['agent']}, seed {run['seed']}: {run['reason']}")
-    typer.echo(f"{num_runs - len(summary['missing'])} of {num_runs} runs. All numbers: {out / 'summary.json'}")
-    if len(summary["missing"]) == num_runs:
+    missing = summary["missing"]
+    for run in missing[:MISSING_SHOWN]:
+        typer.echo(f"missing: {run['task']}, {run['agent']}, seed {run['seed']}: {run['reason'].splitlines()[0]}")
+    if len(missing) > MISSING_SHOWN:
+        typer.echo(f"missing: {len(missing) - MISSING_SHOWN} more")
+    typer.echo(f"{num_runs - len(missing)} of {num_runs} runs. All numbers: {out / 'summary.json'}")
+    if len(missing) == num_runs:
         raise typer.Exit(EXIT_NO)
 
 

@@ -109,7 +109,7 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
 def probability_of_improvement(scores: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Return the chance that a run scores higher than one of the reference in a task drawn at random, shape (...).
 
-    Equal scores count as half (Agarwal et al. 2021, section 4.2): in each task it is Mann and Whitney's U over the
+    Equal scores count as half (Agarwal et al. 2021, section 4): in each task it is Mann and Whitney's U over the
     number of pairs.
 
     Args:
@@ -123,7 +123,7 @@ def probability_of_improvement(scores: np.ndarray, reference: np.ndarray) -> np.
 def bootstrap_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: int = 0) -> Interval:
     """Return a statistic with its 95% interval from a stratified bootstrap: the runs of each task are drawn anew.
 
-    The ends are percentiles of the statistic over the resamples (Agarwal et al. 2021, section 4.1). With few runs
+    The ends are percentiles of the statistic over the resamples (Agarwal et al. 2021, section 4). With few runs
     such intervals are too narrow: five runs vary less among themselves than the world they come from.
 
     Args:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 from raise_env.agents import load_selector
 from raise_env.agents.baselines import RandomAgent
@@ -288,7 +289,6 @@ def test_files_md__fields__are_those_that_are_written(finished):
 # Any order, any number of workers, any interruption
 
 
-@pytest.mark.slow
 def test_bench__two_workers__equal_one_up_to_order_and_times(tmp_path, plan, finished):
     bench(tmp_path / "bench", plan, workers=2)
     assert numbers(tmp_path / "bench") == numbers(finished)
@@ -296,6 +296,7 @@ def test_bench__two_workers__equal_one_up_to_order_and_times(tmp_path, plan, fin
 
 @pytest.mark.slow
 def test_bench__a_worker_that_dies__says_how_to_go_on(own, tmp_path, small_settings):
+    get_reusable_executor().shutdown()  # workers of another test do not know this one's module
     with pytest.raises(RaiseEnvError, match=r"memory.*--resume"):
         bench(tmp_path / "bench", of_own(small_settings, "Dies"), workers=2)
     assert read_json(tmp_path / "bench" / "run.json")["status"] == "failed"

@@ -24,7 +24,8 @@ from raise_env.agents.catalogue import AGENTS
 from raise_env.agents.summary import summarise
 from raise_env.config import EnvConfig
 
-FORK_ARGUMENTS = "num_forks=2,num_networks=2,num_passes=3"
+FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
+FORK_ARGUMENTS = ",".join(f"{name}={value}" for name, value in FORK_SETTINGS.items())
 SMALL_RUN = ["--episodes", "1", "--runs", "1", "--agent-args", FORK_ARGUMENTS]
 ENTRY = [sys.executable, "-m", "raise_env.agents"]
 
@@ -166,7 +167,7 @@ def test_train__not_a_terminal__plain_lines_of_progress(trained):
 def test_train__options__are_the_environments_settings(trained, small_settings):
     plan = json.loads((trained[0] / "run.json").read_text())["plan"]
     assert plan["settings"] == small_settings
-    assert plan["agent_settings"] == {"num_forks": 2, "num_networks": 2, "num_passes": 3}
+    assert plan["agent_settings"] == FORK_SETTINGS
 
 
 def test_train__lora_and_switches__are_read_as_such(tmp_path, small):
@@ -273,7 +274,7 @@ def asked_for(monkeypatch):
     def ask(*arguments):
         outcome = run(*arguments)
         assert calls, outcome.err
-        return calls.pop()
+        return *calls.pop(), outcome
 
     return ask
 
@@ -282,7 +283,7 @@ def test_bench__options__are_shared_out_among_the_agents(asked_for):
     args = ["--agent-args", "raise_fork:num_forks=4", "--agent-args", "sb3:PPO:gamma=0.5,action_form=scores"]
     more = ["--agent-args", "raise_fork:num_passes=3", "--episodes", "4", "--episodes", "sb3:PPO=9"]
     names = "raise_fork, sb3:PPO,selector:run/selector"
-    plan, options = asked_for(
+    plan, options, _ = asked_for(
         "bench", "--out", "x", "--agents", names, *args, *more, "--workers", "3", "--horizon", "5"
     )
     assert plan.settings == {"horizon": 5}
@@ -304,7 +305,7 @@ def test_bench__options__are_shared_out_among_the_agents(asked_for):
     ],
 )
 def test_bench__tasks__are_the_embedded_ones_or_the_pool(asked_for, arguments, tasks):
-    plan, _ = asked_for("bench", "--out", "x", *arguments)
+    plan, _, _ = asked_for("bench", "--out", "x", *arguments)
     assert plan.tasks == tasks
     assert "task" not in plan.settings
 
@@ -339,6 +340,15 @@ def test_bench__every_run_fails__one_and_why(own_files, tmp_path):
     assert "Traceback" not in outcome.err
 
 
+def test_bench__many_runs_are_missing__a_few_are_shown(asked_for):
+    # Nothing was run, so all are missing.
+    _, _, outcome = asked_for("bench", "--out", "x", "--agents", "random", "--seeds", "9")
+    assert outcome.code == 1
+    assert outcome.out.count("missing: default, random, seed") == 5
+    assert "missing: 4 more" in outcome.out
+    assert "0 of 9 runs" in outcome.out
+
+
 def test_ablate__results__differences_to_all_features(tmp_path, small):
     outcome = run("ablate", "--out", tmp_path / "out", *small, "--agent", "random", "--seeds", "1")
     assert outcome.code == 0, outcome.err
@@ -350,7 +360,7 @@ def test_ablate__results__differences_to_all_features(tmp_path, small):
 
 
 def test_ablate__options__are_the_plans(asked_for):
-    plan, options = asked_for(
+    plan, options, _ = asked_for(
         "ablate", "--out", "x", "--agent", "sb3:PPO", "--seeds", "3", "--task", "default", "--resume"
     )
     assert (plan.num_seeds, plan.tasks, plan.settings) == (3, ("default",), {})
@@ -434,10 +444,8 @@ def small_demo(monkeypatch, small_settings):
     """Let `demo` do its work on a small environment: the whole takes minutes."""
     from raise_env.agents import runs
 
-    settings = {"num_forks": 2, "num_networks": 2, "num_passes": 3}
-
     def plan(_, **changes):
-        return dataclasses.replace(Plan(small_settings, num_runs=1, agent_settings=settings), **changes)
+        return dataclasses.replace(Plan(small_settings, num_runs=1, agent_settings=FORK_SETTINGS), **changes)
 
     Plan = runs.Plan
     monkeypatch.setattr(runs, "Plan", plan)

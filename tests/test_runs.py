@@ -23,7 +23,7 @@ from raise_env.encoding import Encoder, collate
 from raise_env.errors import DataError, OutputError, RaiseEnvError, RecordError, SettingError
 from raise_env.record import read_records, replay
 
-FORK_SETTINGS = {"num_forks": 2, "num_networks": 2, "num_passes": 3}
+FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
 FILES = {
     "run.json",
     "episodes.jsonl",

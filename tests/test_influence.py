@@ -167,6 +167,18 @@ def test_less__scoring__leaves_the_world_and_global_generators_alone(env, privat
     assert private_worlds[0].assets is env.assets
 
 
+def test_less__warm_up__takes_the_same_rows_in_each_epoch_in_another_order(private_worlds):
+    env = toy_env(batch_size=4)
+    env.reset(seed=0)
+    LessAgent(warmup_share=0.2, epochs=2).prepare(env, 0)
+    batches = [tuple(sorted(step.selected)) for step in private_worlds[0].history]
+    first, second = batches[:10], batches[10:]
+    assert len(batches) == 20
+    assert len(set(sum(first, ()))) == 40
+    assert sorted(sum(first, ())) == sorted(sum(second, ()))
+    assert set(first) != set(second)
+
+
 def test_less__episodes_over_one_pool__are_prepared_for_once(private_worlds):
     env, agent = toy_env(), LessAgent(epochs=3)
     env.reset(seed=0)

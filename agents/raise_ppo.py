@@ -52,20 +52,41 @@ from .class_law import BatchLaw
 from .networks import AcquisitionFunction, Critic
 from .selector_files import read_config, stored_tensors, write_selector
 
-__all__ = ["NUM_ROUNDS", "PRESETS", "PpoSettings", "RaisePpo", "Rollout", "advantages_of", "clipped_loss"]
+__all__ = [
+    "NUM_ROUNDS",
+    "PRESETS",
+    "PpoSettings",
+    "RaisePpo",
+    "Rollout",
+    "advantages_of",
+    "clipped_loss",
+    "stage_advantages",
+]
 
 #: K, the paper's rounds of training; an episode each.
 NUM_ROUNDS = 20
 
 RATIOS = ("exact", "softmax_product")
 
+BASELINES = ("critic", "stage")
+
 OPTIMISERS: Mapping[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 #: Settings by name, as changes to the defaults: the paper's, and those that were seen to learn faster.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "published": {},
-    "tuned": {"gamma": 0.0},
+    "tuned": {
+        "gamma": 0.0,
+        "baseline": "stage",
+        "optimiser": "adamw",
+        "actor_learning_rate": 3e-3,
+        "critic_learning_rate": 3e-3,
+    },
 }
+
+#: Returns that differ by no more than this, in units of the reward, count as alike: at the end of a run the learning
+#: rate is about 0, and differences are rounding.
+_SMALL_RETURN = 1e-3
 
 #: Rows that go through the networks at once: bounds the memory where the whole pool is on offer.
 _ROWS_AT_ONCE = 2**16
@@ -85,6 +106,9 @@ class PpoSettings:
         actor_learning_rate: F's, up to 1.
         critic_learning_rate: V's, up to 1.
         weight_decay: Of both, up to 1.
+        baseline: What advantages are measured against: "critic", V by generalised advantage estimation; or "stage", the
+            returns at the same step of all episodes so far, in their standard deviations, so that late steps with
+            their small rewards count as much as the first. With it the first episode only serves for comparison.
         ratio: "exact", the probability of what was drawn; or "softmax_product", the paper's eq. 11.
         optimiser: "sgd" or "adamw".
         num_epochs: Gradient steps after each episode, each on all of its steps.
@@ -101,6 +125,7 @@ class PpoSettings:
     actor_learning_rate: float = 1e-1
     critic_learning_rate: float = 2e-1
     weight_decay: float = 1e-2
+    baseline: str = "critic"
     ratio: str = "exact"
     optimiser: str = "sgd"
     num_epochs: int = 8
@@ -113,7 +138,7 @@ class PpoSettings:
         for name in ("clip_range", "max_grad_norm"):
             good = _is_number(getattr(self, name), 0.0, math.inf) and getattr(self, name) > 0
             _require(good, name, getattr(self, name), "a finite number above 0")
-        for name, known in (("ratio", RATIOS), ("optimiser", tuple(OPTIMISERS))):
+        for name, known in (("baseline", BASELINES), ("ratio", RATIOS), ("optimiser", tuple(OPTIMISERS))):
             _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         _require(_is_count(self.num_epochs), "num_epochs", self.num_epochs, "a whole number of at least 1")
         dims: Any = self.hidden_dims  # JSON knows no tuples
@@ -198,6 +223,7 @@ class RaisePpo(BatchAgent):
         self.acquisition: AcquisitionFunction | None = None
         self.episode_returns: list[float] = []
         self.training: dict[str, Any] = {}
+        self._rewards: list[np.ndarray] = []  # of each episode, shape (steps,)
         self._learners: dict[str, _Learner] = {}
 
     def learn(
@@ -217,6 +243,7 @@ class RaisePpo(BatchAgent):
         for _ in range(episodes):
             number = len(self.episode_returns)
             rollout = self._run(world, np.random.default_rng([seed, number]))
+            self._rewards.append(rollout.rewards)
             self._fit(rollout, world)
             self.episode_returns.append(float(rollout.rewards.sum(dtype=np.float64)))
             if progress is not None:
@@ -291,11 +318,12 @@ class RaisePpo(BatchAgent):
         return agent
 
     def save_progress(self, folder: str | Path) -> None:
-        """Write the selector with critic and optimisers, so that learning can go on from `load_progress`."""
+        """Write the selector with all that learning needs to go on from `load_progress`."""
         with replaced_folder(Path(folder)) as beside:
             self.save(beside / "selector")
             parts = {name: learner.tensors() for name, learner in self._learners.items()}
             tensors = {f"{name}.{entry}": value for name, part in parts.items() for entry, value in part.items()}
+            tensors |= {f"rewards.{number}": torch.from_numpy(rewards) for number, rewards in enumerate(self._rewards)}
             save_file(tensors, beside / "learners.safetensors")
 
     def load_progress(self, folder: str | Path) -> None:
@@ -311,6 +339,8 @@ class RaisePpo(BatchAgent):
             for name, learner in self._learners.items():
                 prefix = f"{name}."
                 learner.take({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+            num_episodes = sum(name.startswith("rewards.") for name in tensors)
+            self._rewards = [tensors[f"rewards.{number}"].numpy() for number in range(num_episodes)]
 
     def _make_learners(self, seed: int) -> None:
         """Make the networks that are not there yet, and their optimisers."""
@@ -359,6 +389,8 @@ class RaisePpo(BatchAgent):
         rewards = torch.from_numpy(rollout.rewards)
         advantages = advantages_of(rewards, values, self.settings.gamma, self.settings.gae_lambda)
         returns = advantages + values
+        if self.settings.baseline == "stage":
+            advantages = stage_advantages([_discounted(past, self.settings.gamma) for past in self._rewards])
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
         for _ in range(self.settings.num_epochs):
             for part in rollout.parts():
@@ -443,10 +475,29 @@ def advantages_of(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: flo
     return advantages
 
 
+def stage_advantages(returns: Sequence[Tensor]) -> Tensor:
+    """Return how the last episode's returns lie among those of all at the same step, shape (steps,).
+
+    Args:
+        returns: Discounted return from each step on, of each episode, shape (steps,); episodes may differ in length.
+            An episode stands for itself where no other got as far: its advantage is 0 there.
+    """
+    last = returns[-1]
+    advantages = torch.zeros_like(last)
+    for step in range(len(last)):
+        others = torch.stack([own[step] for own in returns if len(own) > step])
+        advantages[step] = (last[step] - others.mean()) / (others.std(correction=0) + _SMALL_RETURN)
+    return advantages
+
+
 def clipped_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """Return minus PPO's clipped objective for each step, shape (steps,)."""
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
+def _discounted(rewards: np.ndarray, gamma: float) -> Tensor:
+    return advantages_of(torch.from_numpy(rewards), torch.zeros(len(rewards)), gamma, 1.0)
 
 
 def _own_world(world: RaiseSelectEnv) -> RaiseSelectEnv:

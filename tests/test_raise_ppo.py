@@ -15,7 +15,15 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from raise_env import RaiseSelectEnv, TopKScores
 from raise_env.agents import RaisePpo, RandomAgent, load_selector, make_agent, raise_ppo, run_episode
 from raise_env.agents.networks import AcquisitionFunction, Critic
-from raise_env.agents.raise_ppo import NUM_ROUNDS, PRESETS, PpoSettings, Rollout, advantages_of, clipped_loss
+from raise_env.agents.raise_ppo import (
+    NUM_ROUNDS,
+    PRESETS,
+    PpoSettings,
+    Rollout,
+    advantages_of,
+    clipped_loss,
+    stage_advantages,
+)
 from raise_env.errors import RaiseEnvError, RecordError, SettingError
 from raise_env.testing import toy_env
 
@@ -109,6 +117,15 @@ def test_advantages_of__an_episode__are_those_of_stable_baselines3():
     np.testing.assert_allclose(found.numpy(), buffer.advantages[:, 0], rtol=1e-5)
 
 
+def test_stage_advantages__episodes_of_unequal_length__compare_those_that_got_as_far():
+    returns = [torch.tensor([1.0, 5.0]), torch.tensor([2.0, 1.0, 9.0]), torch.tensor([6.0, 3.0, 7.0, 4.0])]
+    expected = []
+    for step, among in enumerate(([1, 2, 6], [5, 1, 3], [9, 7], [4])):
+        expected.append((returns[2][step].item() - np.mean(among)) / (np.std(among) + 1e-3))
+    np.testing.assert_allclose(stage_advantages(returns).numpy(), expected, rtol=1e-5)
+    assert expected[3] == 0.0
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "slope"),
     [
@@ -181,6 +198,28 @@ def test_learn__first_pass_over_a_round__the_ratio_is_one_exactly(log_ratios, ra
     for first in (0, 3):
         assert not log_ratios[first].any()
         assert log_ratios[first + 1].all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_learn__stage_baseline__rows_are_judged_by_the_same_step_of_all_episodes(steps, monkeypatch, gamma):
+    judged = []
+
+    def noted(log_ratio, advantages, clip_range):
+        judged.append(advantages)
+        return clipped_loss(log_ratio, advantages, clip_range)
+
+    monkeypatch.setattr(raise_ppo, "clipped_loss", noted)
+    learned(3, num_epochs=1, baseline="stage", gamma=gamma)
+    rewards = np.array([reward for _, _, reward in steps]).reshape(3, 10)
+    returns = rewards.copy()
+    for step in reversed(range(9)):
+        returns[:, step] += gamma * returns[:, step + 1]
+    assert not judged[0].any()
+    for number in (1, 2):
+        seen = returns[: number + 1]
+        expected = (seen[-1] - seen.mean(0)) / (seen.std(0) + 1e-3)
+        expected = (expected - expected.mean()) / expected.std()
+        np.testing.assert_allclose(judged[number].numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"preset": "tuned"}, {"ratio": "softmax_product"}])
@@ -439,6 +478,7 @@ def test_preset__by_name__is_changed_by_settings():
         ({"max_grad_norm": float("inf")}, "max_grad_norm is inf"),
         ({"ratio": "softmax"}, "ratio is 'softmax'; expected one of exact, softmax_product"),
         ({"ratio": ["exact"]}, "ratio is"),
+        ({"baseline": "mean"}, "baseline is 'mean'; expected one of critic, stage"),
         ({"optimiser": "adam"}, "optimiser is 'adam'; expected one of sgd, adamw"),
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"num_epochs": 1.5}, "num_epochs is 1.5"),
@@ -487,7 +527,7 @@ def test_save__files__two_and_no_pickle(tmp_path):
     assert len(config["features"]["names"]) == 39
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimiser": "adamw"}])
+@pytest.mark.parametrize("settings", [{}, {"preset": "tuned"}])
 def test_load_progress__then_learning__equals_an_undisturbed_run(tmp_path, settings):
     learned(2, **settings).save_progress(tmp_path / "learning")
     resumed = RaisePpo(**SMALL, **settings)
@@ -501,6 +541,15 @@ def test_load_progress__then_learning__equals_an_undisturbed_run(tmp_path, setti
     undisturbed.save_progress(tmp_path / "b")
     both = [(tmp_path / name / "learners.safetensors").read_bytes() for name in "ab"]
     assert both[0] == both[1]
+
+
+def test_save_progress__of_a_selector_that_was_loaded__can_be_taken_up(tmp_path):
+    learned(2).save(tmp_path / "s")
+    agent = RaisePpo.load(tmp_path / "s").learn(toy_env(), 1)
+    agent.save_progress(tmp_path / "p")
+    resumed = RaisePpo(**SMALL)
+    resumed.load_progress(tmp_path / "p")
+    assert resumed.episode_returns == agent.episode_returns
 
 
 def spoil(path, change):

@@ -23,7 +23,7 @@ from .statistics import (
     probability_of_improvement,
 )
 
-__all__ = ["LEGEND", "PARTS", "RANDOM", "SUMMARY_VERSION", "markdown_tables", "summarise", "text_tables"]
+__all__ = ["PARTS", "RANDOM", "SUMMARY_VERSION", "markdown_tables", "summarise", "text_tables"]
 
 SUMMARY_VERSION = 1
 
@@ -33,12 +33,6 @@ ORACLE = "oracle"
 
 #: What a run's cost is made of; features have no seconds, for they may come from the cache.
 PARTS = ("features", "preparation", "learning", "final")
-
-#: What the tables' signs mean.
-LEGEND = (
-    "\N{PLUS-MINUS SIGN} is half of Student's 95% interval over the runs, [] a 95% interval.\n"
-    "Normalised: 0 is random, 1 the oracle. One Phi is three epochs over the pool; seconds are those of one run."
-)
 
 _NOTHING = "\N{EN DASH}"
 
@@ -205,7 +199,7 @@ def text_tables(summary: Mapping[str, Any]) -> str:
         (f"{title}\n\n" if title else "") + format_table(rows, header)
         for title, (header, rows) in _tables(summary).items()
     ]
-    return "\n\n".join([*parts, LEGEND])
+    return "\n\n".join([*parts, _legend(summary)])
 
 
 def markdown_tables(summary: Mapping[str, Any]) -> str:
@@ -215,7 +209,14 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
         lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
         table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
         parts.append(f"### {title}\n\n{table}" if title else table)
-    return "\n\n".join([*parts, LEGEND])
+    return "\n\n".join([*parts, _legend(summary)])
+
+
+def _legend(summary: Mapping[str, Any]) -> str:
+    """Return what the tables' signs mean."""
+    intervals = "\N{PLUS-MINUS SIGN} is half of Student's 95% interval over the runs, [] a 95% interval."
+    scale = "Normalised: 0 is random, 1 the oracle. " if summary["normalised"] else ""
+    return f"{intervals}\n{scale}One Phi is three epochs over the pool; seconds are those of one run."
 
 
 def _tables(summary: Mapping[str, Any]) -> dict[str, _Table]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from raise_env.agents.summary import LEGEND, markdown_tables, summarise, text_tables
+from raise_env.agents.summary import markdown_tables, summarise, text_tables
 
 T3 = 4.302653  # Student's t for three runs
 
@@ -174,4 +174,6 @@ def test_markdown_tables__a_bar_in_a_name__stays_in_its_cell():
 def test_text_tables__terminal__says_what_its_signs_mean():
     text = text_tables(summary_of())
     assert text.splitlines()[0].split()[:4] == ["agent", "runs", "test", "loss"]
-    assert text.endswith(LEGEND)
+    assert "±" in text.splitlines()[-2]
+    assert "Normalised: 0 is random, 1 the oracle." in text.splitlines()[-1]
+    assert "Normalised" not in text_tables(summary_of(agents=("mine",)))

@@ -16,7 +16,7 @@ from raise_env.errors import SettingError, suggestion
 from .base import Agent
 from .rollout import agents_code
 
-__all__ = ["AGENTS", "FunctionAgent", "agent_name", "load_selector", "make_agent"]
+__all__ = ["AGENTS", "FunctionAgent", "agent_name", "learning_episodes", "load_selector", "make_agent"]
 
 #: The agents that have a name of their own, and where they live.
 AGENTS = {
@@ -36,6 +36,9 @@ AGENTS = {
     "raise_ppo": "raise_ppo:RaisePpo",
     "raise_fork": "raise_fork:RaiseFork",
 }
+
+#: Episodes that an agent learns for which has no number of its own.
+DEFAULT_EPISODES = 8
 
 _FORMS = ("selector:DIR", "my_module:name")
 
@@ -105,6 +108,22 @@ def make_agent(name: str, arguments: Mapping[str, Any] | None = None) -> Agent:
     if kind and rest:
         return _own_agent(name, arguments)
     raise SettingError(f"unknown agent {name!r}: {suggestion(name, _known_names())}")
+
+
+def learning_episodes(name: str, arguments: Mapping[str, Any] | None = None) -> int:
+    """Return for how many episodes an agent learns where nobody says: 0 for a selector that has learned, or none does.
+
+    Args:
+        name: As for `make_agent`.
+        arguments: As for `make_agent`.
+
+    Raises:
+        RaiseEnvError: As `make_agent`.
+    """
+    if name.startswith("selector:"):
+        return 0
+    agent = make_agent(name, arguments)
+    return int(getattr(agent, "default_episodes", DEFAULT_EPISODES)) if hasattr(agent, "learn") else 0
 
 
 def load_selector(folder: str | Path) -> Agent:

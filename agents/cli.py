@@ -31,9 +31,7 @@ __all__ = ["app", "main"]
 EXIT_NO, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 #: The demo's own choices: enough to show the point, in two or three minutes on two cores.
-DEMO_EPISODES = 6
 DEMO_COMPARE = ("random", "ifd", "oracle")
-TRAIN_EPISODES = 6
 BENCH_AGENTS = "random,ifd,raise_fork,oracle"
 BENCH_SEEDS = 10
 ABLATION_SEEDS = 5
@@ -233,6 +231,8 @@ Seed = Annotated[int, typer.Option("--seed", help="What everything is drawn from
 Seeds = Annotated[int, typer.Option("--seeds", help="Runs of each agent, seeds 0, 1, 2, ...", min=1)]
 Workers = Annotated[int, typer.Option("--workers", help="Processes side by side, of one thread each.", min=1)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
+EPISODES_HELP = "Episodes to learn for, instead of the agent's own number."
+Episodes = Annotated[int | None, typer.Option(help=EPISODES_HELP, show_default=False, min=0)]
 AgentArguments = Annotated[
     str, typer.Option("--agent-args", help="The agent's own settings.", metavar="NAME=VALUE,...")
 ]
@@ -242,7 +242,7 @@ AgentArguments = Annotated[
 def demo(
     out: Out = Path("raise-env-demo"),
     seed: Seed = 0,
-    episodes: Annotated[int, typer.Option(help="Episodes to learn for.", min=1)] = DEMO_EPISODES,
+    episodes: Annotated[int | None, typer.Option(help=EPISODES_HELP, show_default=False, min=1)] = None,
 ) -> None:
     """Embedded task, end to end: learn a selector, compare it on the test set, draw the report."""
     from .runs import Plan, train
@@ -260,7 +260,7 @@ def train(
     out: Out,
     agent: Annotated[str, typer.Option(help="Who learns to select; see `raise-env info`.")] = "raise_fork",
     agent_args: AgentArguments = "",
-    episodes: Annotated[int, typer.Option(help="Episodes to learn for.", min=0)] = TRAIN_EPISODES,
+    episodes: Episodes = None,
     compare: Annotated[str, typer.Option(help="Agents to compare with, with commas between.")] = "random",
     runs: Annotated[int, typer.Option(help="Final runs of each agent.", min=1)] = 3,
     seed: Seed = 0,
@@ -303,13 +303,15 @@ def finetune(
 def bench(
     settings: dict[str, Any],
     out: Out,
-    agents: Annotated[str, typer.Option(help="Agents, with commas between; see `raise-env info`.")] = BENCH_AGENTS,
+    agents: Annotated[
+        str, typer.Option(help="Agents, with commas between; see `raise-env info`. NAME=AGENT gives one another name.")
+    ] = BENCH_AGENTS,
     tasks: Annotated[str, typer.Option(help="Embedded tasks, with commas between.", show_default=False)] = "",
     seeds: Seeds = BENCH_SEEDS,
     episodes: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Episodes to learn for, {TRAIN_EPISODES} if not given: N for all, AGENT=N for one. Repeatable.",
+            help="Episodes to learn for, instead of each agent's own number: N for all, AGENT=N for one. Repeatable.",
             metavar="N or AGENT=N",
         ),
     ] = None,
@@ -331,9 +333,12 @@ def bench(
     if table:
         typer.echo(markdown_tables(read_json(out / "summary.json")))
         return
-    names = _names(agents)
-    arguments, numbers = _agent_arguments(agent_args or [], names), _episodes(episodes or [], names)
-    entries = {name: Entry(name, arguments.get(name, {}), numbers[name]) for name in names}
+    named = dict(_named(name) for name in _names(agents))
+    arguments, numbers = _agent_arguments(agent_args or [], list(named)), _episodes(episodes or [], list(named))
+    entries = {}
+    for name, agent in named.items():
+        own = arguments.get(name, {})
+        entries[name] = Entry(agent, own, numbers[name] if name in numbers else _own_episodes(agent, own))
     if tasks and "task" in settings:
         raise SettingError("--task and --tasks both name tasks: give one of them.")
     default = OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task)
@@ -347,17 +352,19 @@ def ablate(
     out: Out,
     agent: Annotated[str, typer.Option(help="Who learns to select; see `raise-env info`.")] = "raise_fork",
     agent_args: AgentArguments = "",
-    episodes: Annotated[int, typer.Option(help="Episodes to learn for.", min=0)] = TRAIN_EPISODES,
+    episodes: Episodes = None,
     seeds: Seeds = ABLATION_SEEDS,
     workers: Workers = 1,
     resume: Resume = False,
 ) -> None:
     """Let an agent learn and act with all features, then without each block of them: what each is worth."""
     from .benchmark import ablation
+    from .catalogue import learning_episodes
 
     task = settings.pop("task", EnvConfig().task)
     arguments = _pairs(agent_args, "--agent-args")
-    plan = ablation(settings, agent, arguments, episodes=episodes, num_seeds=seeds, task=task)
+    number = learning_episodes(agent, arguments) if episodes is None else episodes
+    plan = ablation(settings, agent, arguments, episodes=number, num_seeds=seeds, task=task)
     _bench(out, plan, "ablate", resume, workers)
 
 
@@ -396,9 +403,16 @@ def _agent_arguments(texts: Sequence[str], names: Sequence[str]) -> dict[str, di
     return arguments
 
 
+def _named(text: str) -> tuple[str, str]:
+    """Return the name in the results and the agent: NAME=AGENT, or AGENT for both."""
+    name, equals, agent = text.partition("=")
+    return (name, agent) if equals else (text, text)
+
+
 def _episodes(texts: Sequence[str], names: Sequence[str]) -> dict[str, int]:
-    """Return for how many episodes each agent learns; a selector that was learned before only if it is named."""
-    for_all, own = TRAIN_EPISODES, {name: 0 for name in names if name.startswith("selector:")}
+    """Return for how many episodes agents learn, for those that it is said of; a learned selector only if named."""
+    for_all: int | None = None
+    own: dict[str, int] = {}
     for text in texts:
         name, equals, number = text.rpartition("=")
         if equals and name not in names:
@@ -410,7 +424,17 @@ def _episodes(texts: Sequence[str], names: Sequence[str]) -> dict[str, int]:
             own[name] = count
         else:
             for_all = count
-    return {name: own.get(name, for_all) for name in names}
+    learners = [name for name in names if not name.startswith("selector:")]
+    return {**({} if for_all is None else dict.fromkeys(learners, for_all)), **own}
+
+
+def _own_episodes(agent: str, arguments: dict[str, Any]) -> int:
+    from .catalogue import learning_episodes
+
+    try:
+        return learning_episodes(agent, arguments)
+    except RaiseEnvError:
+        return 0  # the plan's check names this agent together with all others that are at fault
 
 
 @app.command()

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -116,6 +116,8 @@ class RaiseFork(BatchAgent):
     Raises:
         SettingError: A setting is unknown or cannot be used.
     """
+
+    default_episodes: ClassVar[int] = 3
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -210,6 +210,8 @@ class RaisePpo(BatchAgent):
     Raises:
         SettingError: A setting is unknown or cannot be used.
     """
+
+    default_episodes: ClassVar[int] = NUM_ROUNDS
 
     def __init__(self, preset: str = "published", **settings: Any) -> None:
         super().__init__()

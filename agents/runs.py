@@ -21,7 +21,7 @@ from raise_env.files import append_line, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord
 
 from .base import Agent
-from .catalogue import agent_name, make_agent
+from .catalogue import agent_name, learning_episodes, make_agent
 from .report import Selection, write_report
 from .rollout import run_episode
 from .run_folder import RunFolder, whole_records
@@ -80,7 +80,7 @@ class Plan:
         settings: The environment's keywords.
         agent: The selector's name.
         agent_settings: Its own settings.
-        episodes: Episodes to learn for; 0 for an agent that does not learn.
+        episodes: Episodes to learn for; None: the agent's own number, 0 where it does not learn.
         seed: What everything is drawn from.
         compare: Agents that make the same final runs.
         num_runs: Final runs of each agent, over the same seeds; the first makes the adapter that is kept.
@@ -89,10 +89,14 @@ class Plan:
     settings: dict[str, Any]
     agent: str = "raise_fork"
     agent_settings: dict[str, Any] = field(default_factory=dict)
-    episodes: int = 6
+    episodes: int | None = None
     seed: int = 0
     compare: tuple[str, ...] = ("random",)
     num_runs: int = 3
+
+    def __post_init__(self) -> None:
+        if self.episodes is None:
+            object.__setattr__(self, "episodes", learning_episodes(self.agent, self.agent_settings))
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as run.json keeps it."""
@@ -265,15 +269,15 @@ def _names(plan: Plan) -> list[str]:
 
 def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:
     """Return the agent once it has learned; the selector is in the folder afterwards."""
-    learn = getattr(agent, "learn", None)
-    if learn is None or plan.episodes == 0:
+    learn, episodes = getattr(agent, "learn", None), plan.episodes or 0
+    if learn is None or episodes == 0:
         return agent
     done = 0
     resumable: Any = agent if hasattr(agent, "load_progress") else None
     if resumable and (run.folder / "learning").is_dir():
         resumable.load_progress(run.folder / "learning")
         done = len(resumable.episode_returns)
-    with reporter.task(f"learning to select ({plan.agent})", plan.episodes) as show:
+    with reporter.task(f"learning to select ({plan.agent})", episodes) as show:
         show(done)
         clock = Clock(env)
 
@@ -282,10 +286,10 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, report
             if resumable:
                 resumable.save_progress(run.folder / "learning")
             run.add("learning", *clock.lap())
-            show(min(number, plan.episodes))  # an algorithm that counts steps may see more, shorter episodes
+            show(min(number, episodes))  # an algorithm that counts steps may see more, shorter episodes
 
-        if plan.episodes > done:
-            learn(env, plan.episodes - done, seed=plan.seed, progress=episode_done)
+        if episodes > done:
+            learn(env, episodes - done, seed=plan.seed, progress=episode_done)
     if hasattr(agent, "save"):
         agent.save(run.folder / "selector")
     return agent

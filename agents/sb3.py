@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, ClassVar, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -321,6 +321,8 @@ class Sb3Agent:
         SettingError: The class, the action form, the policy or a hyperparameter is unknown, or they do not go together.
         RecordError: The file cannot be read, or its weights do not fit the model that these settings make.
     """
+
+    default_episodes: ClassVar[int] = 16
 
     def __init__(
         self,

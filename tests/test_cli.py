@@ -295,6 +295,20 @@ def test_bench__options__are_shared_out_among_the_agents(asked_for):
     assert (options["workers"], options["resume"], options["command"]) == (3, False, "bench")
 
 
+def test_bench__nothing_said_of_episodes__is_each_agents_own_number(asked_for):
+    names = "random,raise_fork,raise_ppo,sb3:PPO,selector:run/selector"
+    plan, *_ = asked_for("bench", "--out", "x", "--agents", names)
+    assert [entry.episodes for entry in plan.entries.values()] == [0, 3, 20, 16, 0]
+
+
+def test_bench__an_agent_under_two_names__has_settings_for_each(asked_for):
+    names = "raise_ppo,fast=raise_ppo"
+    plan, *_ = asked_for(
+        "bench", "--out", "x", "--agents", names, "--agent-args", "fast:preset=tuned", "--episodes", "fast=2"
+    )
+    assert plan.entries == {"raise_ppo": Entry("raise_ppo", {}, 20), "fast": Entry("raise_ppo", {"preset": "tuned"}, 2)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "tasks"),
     [
@@ -364,7 +378,7 @@ def test_ablate__options__are_the_plans(asked_for):
         "ablate", "--out", "x", "--agent", "sb3:PPO", "--seeds", "3", "--task", "default", "--resume"
     )
     assert (plan.num_seeds, plan.tasks, plan.settings) == (3, ("default",), {})
-    assert plan.entries["all features"] == Entry("sb3:PPO", {}, cli.TRAIN_EPISODES)
+    assert plan.entries["all features"] == Entry("sb3:PPO", {}, 16)
     assert (options["command"], options["resume"]) == ("ablate", True)
 
 

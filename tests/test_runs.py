@@ -412,9 +412,8 @@ def test_train__resume_of_a_broken_run_json__names_it(tmp_path, plan, content):
     ids=lambda changes: next(iter(changes.get("settings", changes))),
 )
 def test_train__bad_input__an_error_before_anything_is_written(tmp_path, changes):
-    plan = Plan(**{"settings": {}, **changes})
     with pytest.raises(RaiseEnvError):
-        train(tmp_path / "run", plan)
+        train(tmp_path / "run", Plan(**{"settings": {}, **changes}))
     assert not (tmp_path / "run").exists()
 
 

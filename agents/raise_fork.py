@@ -76,9 +76,9 @@ class ForkSettings:
     num_dev: int | None = 32
     temperature: float = 1.0
     num_networks: int = 5
-    hidden_dims: tuple[int, ...] = (64, 64)
+    hidden_dims: tuple[int, ...] = (256, 256)
     learning_rate: float = 3e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 1.0
     num_passes: int = 60
     max_repeats: int = 1
 

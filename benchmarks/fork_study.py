@@ -28,7 +28,8 @@ from raise_env.agents.raise_fork import RaiseFork, ensemble_scores
 from raise_env.agents.subset import SubsetLaw
 from raise_env.features import CLIP, NUM_FEATURES
 
-BATCHES = {"credit": "batches", "num_states": 16}
+#: Forks of batches, with the fit that was best for them; so many values of a group want smaller networks.
+BATCHES = {"credit": "batches", "num_states": 16, "hidden_dims": [64, 64], "weight_decay": 0.1}
 
 
 class PolicyGradient(BatchAgent):
@@ -171,6 +172,7 @@ def entries() -> dict[str, Entry]:
         "batches, policy gradient, Plackett-Luce": fork(6, f"{here}PolicyGradient", law="plackett_luce"),
         "batches, policy gradient, entropy 0.01": fork(6, f"{here}PolicyGradient", entropy=0.01),
         "batches": fork(6, **BATCHES),
+        "batches, large networks": fork(6, credit="batches", num_states=16),
         "batches, the best goes on": fork(6, f"{here}BestFork", **BATCHES),
         "batches, 4 forks": fork(12, **BATCHES, num_forks=4),
         "batches, 16 forks": fork(3, **BATCHES, num_forks=16),
@@ -192,6 +194,7 @@ def entries() -> dict[str, Entry]:
         "live loss column": fork(agent=f"{here}LiveLoss"),
         "states of random runs": fork(agent=f"{here}RandomStates"),
         "one network": fork(num_networks=1),
+        "small networks": fork(hidden_dims=[64, 64], weight_decay=0.1),
         # The scale.
         "random": Entry("random"),
         "oracle": Entry("oracle"),

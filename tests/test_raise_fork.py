@@ -13,8 +13,9 @@ from raise_env.agents.raise_fork import ForkSettings, fit_ensemble
 from raise_env.errors import RaiseEnvError, RecordError, SettingError
 from raise_env.testing import toy_env
 
-SMALL = {"num_forks": 4, "num_networks": 2, "num_passes": 5, "num_states": 3, "num_rows": 16}
-BATCHES = {"credit": "batches", "num_forks": 8, "num_networks": 3, "num_passes": 40, "num_states": 10}
+FIT = {"num_networks": 3, "num_passes": 40, "hidden_dims": (64, 64), "weight_decay": 0.1}
+SMALL = {"hidden_dims": (32, 32), "num_forks": 4, "num_networks": 2, "num_passes": 5, "num_states": 3, "num_rows": 16}
+BATCHES = {**FIT, "credit": "batches", "num_forks": 8, "num_states": 10}
 TRUE_SCORES = np.array([2.0, -1.0])
 
 
@@ -45,7 +46,7 @@ def selector():
 # Learning
 
 
-@pytest.mark.parametrize("settings", [BATCHES, {"num_networks": 3, "num_passes": 40}], ids=["batches", "rows"])
+@pytest.mark.parametrize("settings", [BATCHES, {**FIT, "num_rows": 64}], ids=["batches", "rows"])
 def test_learn__toy_world__beats_random_on_every_seed(settings):
     agent = RaiseFork(**settings).learn(toy_env(), episodes=4)
     for seed in range(5):
@@ -184,7 +185,7 @@ def test_raise_fork__unknown_setting__lists_the_known():
 
 def test_fit_ensemble__sums_of_a_known_score__it_is_found():
     rng = np.random.default_rng(0)
-    settings = ForkSettings(num_networks=2, num_passes=40)
+    settings = ForkSettings(**{**FIT, "num_networks": 2})
     networks = fit_ensemble(made_up_groups(60, rng), settings, seed=0)
     rows = rng.normal(size=(200, 39)).astype(np.float32)
     with torch.no_grad():

@@ -135,6 +135,18 @@ def test_less__projected__scores_nearly_as_without(env):
     np.testing.assert_array_equal(whole, exact)
 
 
+def test_projection__vectors_of_any_sign__keep_lengths_and_angles():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(loc=[[0.0], [1.0], [-2.0]], size=(3, 20_000)).astype(np.float32)
+    projected = influence._projection(20_000, 2_000, rng)(vectors)
+    assert projected.shape == (3, 2_000)
+    assert projected.dtype == np.float32
+    lengths = np.linalg.norm(vectors, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(projected, axis=1), lengths, rtol=0.1)
+    scale = np.outer(lengths, lengths)
+    np.testing.assert_allclose(projected @ projected.T / scale, vectors @ vectors.T / scale, atol=0.1)
+
+
 def test_less__toy__takes_the_rows_that_help():
     env = toy_env(batch_size=4)
     record = run_episode(env, LessAgent(), seed=3, name="less")
@@ -158,7 +170,10 @@ def test_less__scoring__leaves_the_world_and_global_generators_alone(env, privat
     env.step(action)
     moment, observation = env.snapshot(), env.observation()
     generators = torch.get_rng_state(), np.random.get_state()[1].tobytes()  # noqa: NPY002 - that it is not used
+    tokens = env.ledger.forward_tokens
     LessAgent(0.2, epochs=1).prepare(env, 0)
+    dev_tokens = int(env.assets.learner.splits["dev"].rows.lengths.sum())
+    assert env.ledger.forward_tokens == tokens + dev_tokens, "the dev set is scored at the end of the warm-up alone"
     assert env.snapshot().learner_state is moment.learner_state
     assert env.snapshot().counts.tobytes() == moment.counts.tobytes()
     np.testing.assert_array_equal(env.observation(), observation)
@@ -393,6 +408,13 @@ def test_greats__more_on_offer_than_it_looks_at__takes_the_best_of_a_random_part
     assert costs == [3 * 3 * (50 + 16 + 4), 3 * 3 * (4 + 16 + 4)]
     parts = [set(step.selected) for step in env.history]
     assert parts[0] != parts[1]
+
+
+def test_greats__whole_pool_on_offer__takes_its_best_at_once():
+    env = toy_env(num_candidates="all", batch_size=4, horizon=3)
+    run_episode(env, GreatsAgent(), seed=0, name="greats")
+    best = set(np.argsort(-env.assets.learner.values)[:4])
+    assert [set(step.selected) for step in env.history] == [best] * 3
 
 
 def test_greats__padding__is_never_looked_at():

@@ -220,7 +220,7 @@ class RaisePpo(BatchAgent):
         known = [field.name for field in fields(PpoSettings)]
         for name in settings:
             if name not in known:
-                raise SettingError(f"raise_ppo has no setting {name!r}: {suggestion(name, known)}")
+                raise SettingError(f"raise_ppo has no setting {name!r}: {suggestion(name, ['preset', *known])}")
         self.settings = PpoSettings(**{**PRESETS[preset], **settings})
         self.acquisition: AcquisitionFunction | None = None
         self.episode_returns: list[float] = []
@@ -335,7 +335,7 @@ class RaisePpo(BatchAgent):
             RecordError: A file is missing or torn.
         """
         loaded = RaisePpo.load(Path(folder) / "selector")
-        self.acquisition, self.episode_returns, self.training = None, loaded.episode_returns, loaded.training
+        self.episode_returns, self.training = loaded.episode_returns, loaded.training
         self._make_learners(seed=0)
         with stored_tensors(Path(folder) / "learners.safetensors") as tensors:
             for name, learner in self._learners.items():

@@ -468,6 +468,7 @@ def test_preset__by_name__is_changed_by_settings():
     [
         ({"preset": "tunned"}, "did you mean 'tuned'"),
         ({"gama": 1.0}, "did you mean 'gamma'"),
+        ({"presett": "tuned"}, "did you mean 'preset'"),
         ({"gamma": 1.5}, r"gamma is 1.5; expected a number from 0 to 1"),
         ({"gae_lambda": -0.1}, "gae_lambda"),
         ({"gamma": True}, "gamma is True"),

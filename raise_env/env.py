@@ -541,6 +541,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         seed = int(self.np_random.integers(2**63))
         members = self.assets.members
         if self.config.num_candidates == "all":
+            if self._round is not None:  # always the same: the history of a long episode must not hold it many times
+                return Round(seed, self._round.candidates, self._round.classes)
             offered = np.concatenate(members)
             classes = np.repeat(np.arange(len(members)), [len(ids) for ids in members])
             missing = self._num_candidates - len(offered)

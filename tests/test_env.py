@@ -863,3 +863,13 @@ def test_save_adapter__embedded_model__writes_pefts_files(embedded_env, tmp_path
     env.step(first_rows(env, 4))
     env.save_adapter(tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_step__the_whole_pool_on_offer__is_kept_once_for_all_steps():
+    env = toy_env(num_candidates="all")
+    env.reset(seed=0)
+    for _ in range(3):
+        env.step(np.eye(1, 200, dtype=np.int8)[0])
+    first, *others = [record.candidates for record in env.history]
+    assert all(record is first for record in others)
+    assert sorted(first) == list(range(200))

@@ -91,6 +91,13 @@ class BenchPlan:
         plain = {**asdict(self), "entries": entries, "tasks": list(self.tasks)}
         return dict(json.loads(json.dumps(plain)))  # tuples become lists, as they will be when it is read again
 
+    def with_additions(self, before: dict[str, Any]) -> dict[str, Any]:
+        """Return an earlier plan, as `to_json` gave it, with the seeds and entries that this one has beyond it."""
+        now = self.to_json()
+        entries = {**now["entries"], **before.get("entries", {})}
+        num_seeds = max(self.num_seeds, before.get("num_seeds", 0))
+        return {**before, "entries": entries, "num_seeds": num_seeds}
+
     def jobs(self, folder: Path) -> list[Job]:
         """Return all runs, those of one task and seed after each other: they share what is loaded."""
         return [
@@ -208,7 +215,8 @@ def bench(
         out: The folder; docs/files.md says what is in it.
         plan: What to do.
         command: The name of what is done, for run.json.
-        resume: Go on with a folder that was begun with the same plan; what failed is tried again.
+        resume: Go on with a folder that was begun with the same plan, or with fewer seeds or agents; what failed is
+            tried again.
         workers: Processes that work side by side; their number changes no result.
         reporter: Where progress is shown.
 
@@ -221,7 +229,7 @@ def bench(
     folder = Path(out)
     reporter = reporter or Silent()
     plan.check()
-    run = RunFolder.open(folder, command, plan.to_json(), resume)
+    run = RunFolder.open(folder, command, plan.to_json(), resume, grown=plan.with_additions)
     done = _finished(folder) if resume else []
     jobs = [job for job in plan.jobs(folder) if job.key not in {_key(line) for line in done}]
     with run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,14 @@ class RunFolder:
         self.state = state
 
     @classmethod
-    def open(cls, folder: Path, command: str, plan: Mapping[str, Any], resume: bool) -> RunFolder:
+    def open(
+        cls,
+        folder: Path,
+        command: str,
+        plan: Mapping[str, Any],
+        resume: bool,
+        grown: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before,
+    ) -> RunFolder:
         """Begin a run in a folder, or go on with the one that is there.
 
         Args:
@@ -38,6 +45,7 @@ class RunFolder:
             command: The name of what is done.
             plan: What was asked for, as JSON.
             resume: Go on with a run of the same plan.
+            grown: Returns what the earlier plan would be with what may have been added to it since.
 
         Raises:
             OutputError: The folder cannot be written, or holds a run and `resume` is False.
@@ -52,9 +60,9 @@ class RunFolder:
             )
         if path.exists():
             state = read_json(path)
-            before = {"command": state.get("command"), **_mapping(state.get("plan"))}
+            before = {"command": state.get("command"), **grown(_mapping(state.get("plan")))}
             _check_same(before, {"command": command, **plan}, path)
-            state["status"] = "running"
+            state |= {"status": "running", "plan": dict(plan)}
         else:
             begun = {"command": command, "plan": dict(plan), "versions": versions()}
             state = {"schema_version": RUN_VERSION, "status": "running", "start": _now(), **begun}

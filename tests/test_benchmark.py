@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -356,12 +357,21 @@ def test_bench__folder_with_a_run__refuses_and_says_how_to_go_on(finished, plan)
         bench(finished, plan)
 
 
+def test_bench__resume_with_more_seeds_and_agents__equals_one_that_had_them_at_once(tmp_path, plan, finished):
+    first = next(iter(plan.entries))
+    fewer = dataclasses.replace(plan, entries={first: plan.entries[first]}, num_seeds=1)
+    bench(tmp_path / "bench", fewer)
+    bench(tmp_path / "bench", plan, resume=True)
+    assert numbers(tmp_path / "bench") == numbers(finished)
+    assert read_json(tmp_path / "bench" / "run.json")["plan"] == plan.to_json()
+
+
 def test_bench__resume_with_other_settings__all_are_named(finished, plan):
     entries = {**plan.entries, "sb3:PPO": Entry("sb3:PPO", PPO_SETTINGS, episodes=3)}
-    other = BenchPlan({**plan.settings, "horizon": 4}, entries, num_seeds=3)
+    other = BenchPlan({**plan.settings, "horizon": 4}, entries, num_seeds=1)
     with pytest.raises(SettingError) as caught:
         bench(finished, other, resume=True)
-    for words in ("settings.horizon: then 3, now 4", "num_seeds: then 2, now 3", "entries.sb3:PPO.episodes: then 2"):
+    for words in ("settings.horizon: then 3, now 4", "num_seeds: then 2, now 1", "entries.sb3:PPO.episodes: then 2"):
         assert words in str(caught.value)
 
 

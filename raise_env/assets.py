@@ -267,7 +267,8 @@ def _warmed_up(config: EnvConfig, auxiliary: BaseModel, pool: EncodedRows, ledge
 
     The paper's auxiliary model is instruction-tuned; a bare base model tells right from wrong answers less well.
     """
-    learner = _learner(config, auxiliary, pool, {})
+    # Not from seed_model: the features are kept for all runs, and must not depend on which of them came first.
+    learner = _learner(dataclasses.replace(config, seed_model=FEATURE_SEED), auxiliary, pool, {})
     learner.ledger = ledger
     rng = np.random.default_rng(FEATURE_SEED)
     rows = np.flatnonzero(pool.has_labels)

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from raise_env.assets import load_data
+from raise_env.assets import load_assets, load_data
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
 from raise_env.errors import DataError, SettingError
@@ -152,3 +152,12 @@ def test_accuracy__dev_rows_with_choices__is_a_reward(files):
     other.reset(seed=0)
     assert 0 <= other.dev_scores[0] <= 1
     assert env.evaluate("dev").accuracy == other.dev_scores[0]
+
+
+def test_load_assets__another_first_adapter__same_features(small_settings, tmp_path):
+    # Each with a cache of its own: what was kept by one run must be what the other would have computed.
+    raw = [
+        load_assets(EnvConfig(**small_settings, seed_model=seed, cache_dir=str(tmp_path / str(seed)))).features.raw
+        for seed in (0, 1)
+    ]
+    np.testing.assert_array_equal(*raw)

@@ -489,7 +489,7 @@ def info() -> None:
         "devices": ", ".join(devices),
         "environments": ENV_ID,
         "tasks": ", ".join(TASKS),
-        "agents": ", ".join([*AGENTS, "sb3:CLASS", "selector:DIR", "package.module:Class"]),
+        "agents": ", ".join([*AGENTS, "sb3:CLASS", "selector:DIR", "my_module:name"]),
         "cache": f"{folder} ({size / 1e6:.1f} MB)",
     }
     for name, value in lines.items():

@@ -23,7 +23,7 @@ from raise_env.record import EpisodeRecord
 from .base import Agent
 from .catalogue import agent_name, learning_episodes, make_agent
 from .report import Selection, write_report
-from .rollout import run_episode
+from .rollout import agents_code, run_episode
 from .run_folder import RunFolder, whole_records
 
 __all__ = [
@@ -289,7 +289,8 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, report
             show(min(number, episodes))  # an algorithm that counts steps may see more, shorter episodes
 
         if episodes > done:
-            learn(env, episodes - done, seed=plan.seed, progress=episode_done)
+            with agents_code(f"agent {plan.agent!r}, learning"):
+                learn(env, episodes - done, seed=plan.seed, progress=episode_done)
     if hasattr(agent, "save"):
         agent.save(run.folder / "selector")
     return agent
@@ -322,7 +323,8 @@ def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, n
         if prepare is not None and (lacks_adapter or not have.issuperset(plan.final_seeds)):
             env.reset(seed=plan.seed)
             clock = Clock(env)
-            prepare(env, plan.seed)
+            with agents_code(f"agent {short!r}, preparing"):
+                prepare(env, plan.seed)
             run.book(f"preparation/{short}", *clock.lap())
         for index, seed in enumerate(plan.final_seeds):
             keeps_adapter = is_selector and index == 0

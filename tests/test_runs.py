@@ -20,7 +20,7 @@ from raise_env.assets import load_data
 from raise_env.base_model import load_tokenizer, model_folder
 from raise_env.config import EnvConfig
 from raise_env.encoding import Encoder, collate
-from raise_env.errors import DataError, OutputError, RaiseEnvError, RecordError, SettingError
+from raise_env.errors import AgentError, DataError, OutputError, RaiseEnvError, RecordError, SettingError
 from raise_env.record import read_records, replay
 
 FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
@@ -522,3 +522,17 @@ def test_files_md__fields__are_those_that_are_written(finished, plan):
     assert set(read_lines(finished / "episodes.jsonl")[0]) == documented("episodes.jsonl")
     own = set(load_data(EnvConfig.from_kwargs(plan.settings)).pool[0].fields)
     assert set(read_lines(finished / "selected.jsonl")[0]) - own == documented("selected.jsonl")
+
+
+@pytest.mark.parametrize("hook", ["learn", "prepare"])
+def test_train__own_agent_fails_while_it_learns_or_prepares__its_lines_are_shown(
+    tmp_path, small_settings, monkeypatch, hook
+):
+    (tmp_path / "agents_that_fail.py").write_text(
+        f"class Fails:\n    def {hook}(self, *args, **kwargs):\n        raise KeyError('lost')\n"
+        "    def predict(self, observation, **kwargs):\n        raise AssertionError('never asked')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plan = Plan(small_settings, agent="agents_that_fail:Fails", compare=(), num_runs=1)
+    with pytest.raises(AgentError, match=r"(?s)agents_that_fail:Fails.*raise KeyError\('lost'\)"):
+        train(tmp_path / "run", plan)

@@ -214,10 +214,7 @@ def _warmed_up(
     """Train a model of its own on the rows; yield it after each epoch, with the epoch's mean learning rate."""
     num_batches = math.ceil(len(rows) / world.config.batch_size)
     horizon = epochs * num_batches
-    settings = world.config.to_kwargs()
-    settings.pop("render_mode", None)
-    settings |= {"num_candidates": "all", "horizon": horizon, "budget": None, "score_every": horizon}
-    model = RaiseSelectEnv(assets=world.assets, **settings)
+    model = world.variant(num_candidates="all", horizon=horizon, budget=None, score_every=horizon)
     model.reset(seed=int(rng.integers(2**31)))
     for epoch in range(1, epochs + 1):
         rates = []

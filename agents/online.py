@@ -15,47 +15,42 @@ from .baselines import times_taken
 __all__ = ["GreedyAgent", "HighLossAgent", "LowLossAgent", "SelfPacedAgent"]
 
 
-class HighLossAgent(BatchAgent):
+class LossRankAgent(BatchAgent):
+    """Takes the candidates at one end of the scale of live losses; abstract.
+
+    Rows that were trained on in this episode come after all others, as within an epoch: with the whole pool on offer,
+    the same rows would otherwise be taken time and again, being wrong beyond learning, or known by heart.
+    """
+
+    is_live: ClassVar[bool] = True
+    sign: ClassVar[int]
+
+    def scores(self, observation: np.ndarray) -> np.ndarray:
+        """Return the ranks of the losses; rows trained on already lie below all others.
+
+        Raises:
+            RuntimeError: `begin` was not called.
+        """
+        del observation
+        world = self._require_begun()
+        return _fresh_first(world, self.sign * live_losses(world))
+
+
+class HighLossAgent(LossRankAgent):
     """Takes the candidates on which the model now has the highest loss.
 
     Online batch selection (Loshchilov and Hutter 2016) and Selective-Backprop (Jiang et al. 2019) draw rows with a
     probability that rises with the rank of their loss; this is the end of that scale, where only the top is drawn.
     There the ranks rest in part on losses of earlier steps; here each step computes every candidate's loss anew.
-
-    Rows that were trained on in this episode come after all others, as within an epoch: with the whole pool on offer,
-    the same rows, wrong beyond learning, would otherwise be taken time and again.
     """
 
-    is_live: ClassVar[bool] = True
-
-    def scores(self, observation: np.ndarray) -> np.ndarray:
-        """Return the losses in nats per token; rows trained on already lie below all others.
-
-        Raises:
-            RuntimeError: `begin` was not called.
-        """
-        del observation
-        world = self._require_begun()
-        return _fresh_first(world, live_losses(world))
+    sign = 1
 
 
-class LowLossAgent(BatchAgent):
-    """Takes the candidates on which the model now has the lowest loss: the opposite of `HighLossAgent`.
+class LowLossAgent(LossRankAgent):
+    """Takes the candidates on which the model now has the lowest loss: the opposite of `HighLossAgent`."""
 
-    Rows that were trained on in this episode come after all others: theirs would soon be the lowest losses of all.
-    """
-
-    is_live: ClassVar[bool] = True
-
-    def scores(self, observation: np.ndarray) -> np.ndarray:
-        """Return minus the losses in nats per token; rows trained on already lie below all others.
-
-        Raises:
-            RuntimeError: `begin` was not called.
-        """
-        del observation
-        world = self._require_begun()
-        return _fresh_first(world, -live_losses(world))
+    sign = -1
 
 
 class SelfPacedAgent(BatchAgent):
@@ -98,9 +93,7 @@ class SelfPacedAgent(BatchAgent):
 
     def share(self, world: RaiseSelectEnv) -> float:
         """Return the share of the candidates that is admitted now."""
-        spent = 1.0 - world.budget_left / world.config.total_budget
-        progress = max(world.num_steps / world.config.horizon, spent)  # whichever ends the episode first
-        return self.start + (1.0 - self.start) * progress
+        return self.start + (1.0 - self.start) * world.progress
 
 
 class GreedyAgent(BatchAgent):

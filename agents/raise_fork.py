@@ -18,12 +18,11 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from raise_env import EnvConfig, RaiseSelectEnv
-from raise_env.errors import RecordError, SettingError, suggestion
+from raise_env.errors import SettingError, suggestion
 from raise_env.features import NUM_FEATURES
 from raise_env.files import replaced_folder
 
@@ -236,24 +235,20 @@ class RaiseFork(BatchAgent):
             RecordError: A file is missing or torn.
         """
         loaded = RaiseFork.load(Path(folder) / "selector")
-        try:
-            groups = load_file(Path(folder) / "groups.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise RecordError(f"{folder}: the groups cannot be read ({error}).") from error
         self.networks, self.episode_returns = loaded.networks, loaded.episode_returns
         self.training = loaded.training
-        pairs = zip(groups["rows"].numpy(), groups["gains"].numpy(), strict=True)
-        self.groups = [Group(rows, gains) for rows, gains in pairs]
+        with stored_tensors(Path(folder) / "groups.safetensors") as groups:
+            pairs = zip(groups["rows"].numpy(), groups["gains"].numpy(), strict=True)
+            self.groups = [Group(rows, gains) for rows, gains in pairs]
 
     def _learning_world(self, world: RaiseSelectEnv) -> RaiseSelectEnv:
         """Return an environment over the same assets that offers as many rows as are valued, and scores no step."""
-        kwargs = {**world.config.to_kwargs(), "score_every": world.config.horizon}
-        kwargs.pop("render_mode", None)
+        own: dict[str, Any] = {"score_every": world.config.horizon}
         if self.settings.credit_for(world.config.reward) == "rows":
             num_classes = world.config.num_classes
             wanted = max(world.config.batch_size, min(self.settings.num_rows, len(world.assets.pool)))
-            kwargs["num_candidates"] = math.ceil(wanted / num_classes) * num_classes
-        return RaiseSelectEnv(assets=world.assets, **kwargs)
+            own["num_candidates"] = math.ceil(wanted / num_classes) * num_classes
+        return world.variant(**own)
 
     def _episode(self, world: RaiseSelectEnv, rng: np.random.Generator) -> float:
         """Run an episode up to the last state that is looked at, keep what forks showed, and return its return."""

@@ -239,7 +239,7 @@ class RaisePpo(BatchAgent):
             seed: What candidates, draws and first weights are drawn from.
             progress: Called after each episode with its number and return.
         """
-        world = _own_world(world_of(env))
+        world = world_of(env).variant()  # the given one is left as it is
         self.training = {"env": world.config.to_kwargs(), "content": world.assets.content, "seed": seed}
         self._make_learners(seed)
         for _ in range(episodes):
@@ -500,12 +500,6 @@ def clipped_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Te
 
 def _discounted(rewards: np.ndarray, gamma: float) -> Tensor:
     return advantages_of(torch.from_numpy(rewards), torch.zeros(len(rewards)), gamma, 1.0)
-
-
-def _own_world(world: RaiseSelectEnv) -> RaiseSelectEnv:
-    """Return another environment like it, so that the given one is left as it is."""
-    kwargs = {name: value for name, value in world.config.to_kwargs().items() if name != "render_mode"}
-    return RaiseSelectEnv(assets=world.assets, **kwargs)
 
 
 def _shown_columns(world: RaiseSelectEnv) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,10 @@ from raise_env.render import class_colour
 
 from .plots import COLOURS, Plot, agent_colours, dev_curves_plot, learning_plot, selection_plot
 
-__all__ = ["Interval", "Selection", "format_table", "results_table", "t_interval", "write_report"]
+if TYPE_CHECKING:
+    from .statistics import Interval
+
+__all__ = ["Selection", "format_table", "results_table", "write_report"]
 
 #: Rows shown on the page; selected.jsonl has them all.
 MAX_ROWS = 200
@@ -33,30 +36,6 @@ _TEMPLATES = Path(__file__).with_name("templates")
 _NOTHING = "\N{EN DASH}"
 _SHORT_CHARS = 240
 _LONG_CHARS = 4000
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean over seeds with its 95% interval.
-
-    Args:
-        mean: Mean of the finite values; NaN without any.
-        low: Lower end; NaN with fewer than two values.
-        high: Upper end.
-        count: How many values are finite.
-        missing: How many are not: runs that diverged.
-    """
-
-    mean: float
-    low: float
-    high: float
-    count: int
-    missing: int = 0
-
-    @property
-    def half_width(self) -> float:
-        """Distance from the mean to either end."""
-        return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,26 +70,6 @@ class Selection:
         return counts
 
 
-def t_interval(values: Sequence[float | None]) -> Interval:
-    """Return the mean of a few runs and Student's 95% interval for it.
-
-    The interval takes the runs for independent draws from a normal law. Values that are None or not finite
-    are left out and counted: a mean over what is left flatters the agent, so whoever shows it says so.
-
-    Args:
-        values: One number for each seed.
-    """
-    from scipy.special import stdtrit
-
-    finite = np.array([value for value in values if value is not None and math.isfinite(value)], dtype=np.float64)
-    count = len(finite)
-    mean = float(finite.mean()) if count else math.nan
-    half = math.nan
-    if count > 1:
-        half = float(stdtrit(count - 1, 0.975)) * float(finite.std(ddof=1)) / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half, count, len(values) - count)
-
-
 # --- Text -----------------------------------------------------------------------------------------------------
 
 
@@ -141,10 +100,17 @@ def results_table(report: Mapping[str, Any]) -> tuple[list[list[str]], list[str]
     rows = [["base model", "", *(_value(metric, report["base"].get(metric)) for metric in metrics)]]
     for name in _order(report):
         agent = report["agents"][name]
-        intervals = [t_interval(agent.get(metric, ())) for metric in metrics]
-        seeds = max((interval.count + interval.missing for interval in intervals), default=0)
+        intervals = [_interval(agent.get(metric, ())) for metric in metrics]
+        seeds = max((len(agent.get(metric, ())) for metric in metrics), default=0)
         rows.append([name, str(seeds), *map(_interval_text, metrics, intervals)])
     return rows, ["agent", "seeds", *(_metric_name(metric).lower() for metric in metrics)]
+
+
+def _interval(values: Sequence[float | None]) -> Interval:
+    """Return the mean of a few runs with its interval; None stands for a run that diverged."""
+    from .statistics import mean_interval  # half a second, for scipy's sake
+
+    return mean_interval(np.array(values, dtype=np.float64))
 
 
 def _is_numeric(text: str) -> bool:
@@ -153,14 +119,14 @@ def _is_numeric(text: str) -> bool:
 
 
 def _interval_text(metric: str, interval: Interval) -> str:
-    mean = _value(metric, interval.mean)
+    mean = _value(metric, interval.value)
     text = f"{mean} {_half(metric, interval)}".rstrip()
-    return f"{text} ({interval.missing} diverged)" if interval.missing else text
+    return f"{text} ({interval.num_missing} diverged)" if interval.num_missing else text
 
 
 def _half(metric: str, interval: Interval) -> str:
     """Return the interval's half width as text; nothing for a single seed. A share's is in percentage points."""
-    return f"± {_value(metric, interval.half_width).rstrip('%')}" if interval.count > 1 else ""
+    return f"± {_value(metric, interval.half_width).rstrip('%')}" if interval.has_ends else ""
 
 
 def _value(metric: str, value: float | None) -> str:
@@ -267,7 +233,7 @@ def _curves(
 def _mean_return(seeds: Sequence[Sequence[float]], num_steps: int | None = None) -> float | None:
     """Return the mean gain over so many first steps, or over all: what learning episodes are compared with."""
     gains = [seed[min(num_steps or len(seed), len(seed) - 1)] - seed[0] for seed in seeds if len(seed) > 1]
-    return t_interval(gains).mean if gains else None
+    return _interval(gains).value if gains else None
 
 
 # --- Page -----------------------------------------------------------------------------------------------------
@@ -322,7 +288,7 @@ def _results(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the result table: its columns, and a row for the base model and each agent."""
     metrics, names, learned = _metrics(report), _order(report), _learned(report)
     colours = agent_colours(names, learned)
-    table = {name: [t_interval(report["agents"][name].get(metric, ())) for metric in metrics] for name in names}
+    table = {name: [_interval(report["agents"][name].get(metric, ())) for metric in metrics] for name in names}
     strip_metric = "test_loss" if "test_loss" in metrics else metrics[0] if metrics else ""
     strips = _strips({name: table[name][metrics.index(strip_metric)] for name in names} if metrics else {})
     rows = [
@@ -330,7 +296,7 @@ def _results(report: Mapping[str, Any]) -> dict[str, Any]:
             "name": name,
             "learned": name == learned,
             "colour": _css(colours[name]),
-            "seeds": max((interval.count + interval.missing for interval in table[name]), default=0),
+            "seeds": max((len(report["agents"][name].get(metric, ())) for metric in metrics), default=0),
             "cells": [_cell(metric, interval) for metric, interval in zip(metrics, table[name], strict=True)],
             "strip": strips.get(name),
         }
@@ -342,9 +308,9 @@ def _results(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell(metric: str, interval: Interval) -> dict[str, str]:
-    note = f"{interval.missing} diverged, left out" if interval.missing else ""
-    ends = f"{_value(metric, interval.low)} to {_value(metric, interval.high)}" if interval.count > 1 else ""
-    return {"mean": _value(metric, interval.mean), "half": _half(metric, interval), "ends": ends, "note": note}
+    note = f"{interval.num_missing} diverged, left out" if interval.num_missing else ""
+    ends = f"{_value(metric, interval.low)} to {_value(metric, interval.high)}" if interval.has_ends else ""
+    return {"mean": _value(metric, interval.value), "half": _half(metric, interval), "ends": ends, "note": note}
 
 
 def _unit(metric: str) -> str:
@@ -361,10 +327,10 @@ def _strips(intervals: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
     ends = [
         value
         for interval in intervals.values()
-        for value in (interval.mean, interval.low, interval.high)
+        for value in (interval.value, interval.low, interval.high)
         if math.isfinite(value)
     ]
-    if len(intervals) < 2 or all(interval.count < 2 for interval in intervals.values()) or max(ends) <= min(ends):
+    if len(intervals) < 2 or not any(interval.has_ends for interval in intervals.values()) or max(ends) <= min(ends):
         return {}
     low, span = min(ends), max(ends) - min(ends)
 
@@ -373,12 +339,12 @@ def _strips(intervals: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
 
     return {
         name: {
-            "mean": place(interval.mean, low),
-            "low": place(interval.low, interval.mean),
-            "high": place(interval.high, interval.mean),
+            "mean": place(interval.value, low),
+            "low": place(interval.low, interval.value),
+            "high": place(interval.high, interval.value),
         }
         for name, interval in intervals.items()
-        if interval.count
+        if math.isfinite(interval.value)
     }
 
 
@@ -388,10 +354,10 @@ def _tiles(report: Mapping[str, Any], selection: Selection | None) -> list[dict[
     tiles = []
     for metric in ("test_loss", "test_accuracy") if learned else ():
         if metric in agents[learned]:
-            others = [(name, t_interval(agents[name].get(metric, ())).mean) for name in ("random",) if name in agents]
+            others = [(name, _interval(agents[name].get(metric, ())).value) for name in ("random",) if name in agents]
             others += [("base model", base[metric])] if metric in base else []
             note = ", ".join(f"{name} {_value(metric, value)}" for name, value in others)
-            value = _value(metric, t_interval(agents[learned][metric]).mean)
+            value = _value(metric, _interval(agents[learned][metric]).value)
             tiles.append({"label": _metric_name(metric), "value": value, "note": note})
     if selection is not None and len(selection.steps):
         distinct, pool = len(np.unique(selection.pool_ids)), int(selection.pool_class_counts.sum())

@@ -52,9 +52,6 @@ PHI_EPOCHS = 3
 #: What sets the final runs' seeds apart from those of learning.
 FINAL_SEED = 1000
 
-#: Settings in which two environments may differ and yet share their assets.
-_OWN_SETTINGS = frozenset({"num_candidates", "batch_size", "horizon", "budget", "reward", "score_every", "hide"})
-
 
 class Reporter(Protocol):
     """Where progress is shown; the command line has one with bars, the library's default is silent."""
@@ -223,9 +220,7 @@ def final_environment(env: RaiseSelectEnv, agent: Agent) -> RaiseSelectEnv:
     if run_settings is None:
         return env
     own = run_settings(env.config, sum(len(ids) for ids in env.assets.members))
-    settings = {**env.config.to_kwargs(), **own}
-    settings.pop("render_mode", None)
-    return RaiseSelectEnv(assets=env.assets if set(own) <= _OWN_SETTINGS else None, **settings)
+    return env.variant(**own)
 
 
 def _learning_steps(agent: Agent, env: RaiseSelectEnv) -> int:

@@ -35,11 +35,21 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A number estimated from runs, with the ends of its interval; NaN where there are too few runs."""
+    """A number estimated from runs, with the ends of its interval; NaN where there are too few runs.
+
+    `num_missing` runs have no finite value and were left out: what is left flatters whoever they belong to, so whoever
+    shows the number says so.
+    """
 
     value: float
     low: float
     high: float
+    num_missing: int = 0
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether there were runs enough for an interval."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
 
     @property
     def half_width(self) -> float:
@@ -51,14 +61,15 @@ def mean_interval(values: np.ndarray) -> Interval:
     """Return the mean with Student's 95% interval, as if the values were drawn from a normal distribution.
 
     Args:
-        values: One for each run, shape (num_runs,); NaN, a run that is missing, is left out.
+        values: One for each run, shape (num_runs,); one that is not finite, or missing, is left out and counted.
     """
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return Interval(float(values[0]) if len(values) else np.nan, np.nan, np.nan)
-    mean = float(values.mean())
-    half = float(stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-    return Interval(mean, mean - half, mean + half)
+    finite = values[np.isfinite(values)]
+    num_missing = len(values) - len(finite)
+    if len(finite) < 2:
+        return Interval(float(finite[0]) if len(finite) else np.nan, np.nan, np.nan, num_missing)
+    mean = float(finite.mean())
+    half = float(stats.sem(finite) * stats.t.ppf((1 + CONFIDENCE) / 2, len(finite) - 1))
+    return Interval(mean, mean - half, mean + half, num_missing)
 
 
 def paired_difference(values: np.ndarray, reference: np.ndarray) -> Interval:

@@ -131,10 +131,6 @@ class LiveLoss(RaiseFork):
     The network takes it in place of the second column of the stage, so that it keeps its width; the first one stays.
     """
 
-    def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Keep the world, whose model is asked for losses at every step."""
-        super().begin(env, seed)
-
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return F of the rows with their live loss."""
         world = self._require_begun()

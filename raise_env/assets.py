@@ -38,6 +38,9 @@ FEATURE_BATCH_TOKENS = 4096
 AUXILIARY_BATCH_SIZE = 8
 FEATURE_SEED = 0
 
+#: When each file of a configuration was written, and its size.
+Stamps = tuple[tuple[int, int] | None, ...]
+
 #: The base models in use. Weak: one that no assets hold is let go, and two assets never hold two of a kind.
 _BASES: weakref.WeakValueDictionary[tuple[str, LoraSettings, str, str], BaseModel] = weakref.WeakValueDictionary()
 
@@ -93,13 +96,13 @@ class Assets:
 
 
 def load_data(config: EnvConfig) -> Data:
-    """Read or generate pool, dev and test, checked against each other.
+    """Read or generate pool, dev and test, checked against each other; the last are kept.
 
     Raises:
         DataError: A file cannot be read, a row is at fault, or a dev or test row is also in the pool.
         SettingError: The pool has fewer rows than are to be offered.
     """
-    data = _embedded_data(config) if config.pool is None else _read_data(config)
+    data = _cached_data(config.shared_part(), _stamps(config))
     if config.num_candidates != "all":
         check_enough(len(data.pool), config.num_candidates)
     return data
@@ -113,22 +116,12 @@ def load_assets(config: EnvConfig) -> Assets:
         ModelError: A model cannot be loaded.
         SettingError: As `load_data`.
     """
-    stamps = tuple(_stamp(path) for path in (config.pool, config.dev, config.test))
-    return _cached_assets(_shared_part(config), stamps)
+    load_data(config)  # bad rows, or too few, are told before anything is computed
+    return _cached_assets(config.shared_part(), _stamps(config))
 
 
-def _shared_part(config: EnvConfig) -> EnvConfig:
-    # What an environment keeps to itself must not keep it from sharing the rest.
-    neutral = {
-        "horizon": 1,
-        "budget": None,
-        "batch_size": 1,
-        "reward": "loss",
-        "score_every": 1,
-        "hide": (),
-        "render_mode": None,
-    }
-    return dataclasses.replace(config, **neutral)  # type: ignore[arg-type]
+def _stamps(config: EnvConfig) -> Stamps:
+    return tuple(_stamp(path) for path in (config.pool, config.dev, config.test))
 
 
 def _stamp(path: str | None) -> tuple[int, int] | None:
@@ -139,9 +132,14 @@ def _stamp(path: str | None) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_size
 
 
+@functools.lru_cache(maxsize=1)
+def _cached_data(config: EnvConfig, _stamps: Stamps) -> Data:
+    return _embedded_data(config) if config.pool is None else _read_data(config)
+
+
 @functools.lru_cache(maxsize=4)
-def _cached_assets(config: EnvConfig, _stamps: tuple[tuple[int, int] | None, ...]) -> Assets:
-    data = load_data(config)
+def _cached_assets(config: EnvConfig, _stamps: Stamps) -> Assets:
+    data = _cached_data(config, _stamps)
     base = _shared_base(config.model, config.lora, config.dtype, config.device)
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
     pool = encoder.encode(data.pool, what="pool")

@@ -18,6 +18,7 @@ __all__ = [
     "AUXILIARY_UPDATES",
     "DTYPES",
     "OBSERVATION_BLOCKS",
+    "OWN_SETTINGS",
     "RENDER_MODES",
     "REWARDS",
     "TINY",
@@ -37,6 +38,11 @@ RENDER_MODES = ("ansi", "rgb_array")
 
 #: The parts of the observation that can be hidden (Lv et al. 2025, eq. 2-6), in the order of their columns.
 OBSERVATION_BLOCKS = ("stage", "difficulty", "semantic", "availability")
+
+#: What an environment has to itself: two that differ in nothing else share model, data and features.
+OWN_SETTINGS = frozenset(
+    {"num_candidates", "batch_size", "horizon", "budget", "reward", "score_every", "hide", "render_mode"}
+)
 
 #: Updates on random rows that make the base model an auxiliary one, where no other model was named.
 AUXILIARY_UPDATES = 60
@@ -153,6 +159,11 @@ class EnvConfig:
             if value != getattr(default, entry.name):
                 kwargs[entry.name] = _plain(value)
         return kwargs
+
+    def shared_part(self) -> EnvConfig:
+        """Return the settings that decide on model, data and features: all others are as if never set."""
+        default = EnvConfig(num_candidates="all")  # which no number of classes can contradict
+        return dataclasses.replace(self, **{name: getattr(default, name) for name in OWN_SETTINGS})
 
     @property
     def total_budget(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
-from .config import EnvConfig
+from .config import OWN_SETTINGS, EnvConfig
 from .errors import ActionError
 from .features import FEATURE_NAMES, StaticFeatures, observation_bounds, observe
 from .learner_protocol import scheduled_rate
@@ -329,9 +329,14 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         return self.config.total_budget - self._num_spent
 
     @property
+    def progress(self) -> float:
+        """Share of the episode that is used up, 0 to 1: of its steps or of its budget, whichever ends it first."""
+        return max(self._num_steps / self.config.horizon, self._num_spent / self.config.total_budget)
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
-        return scheduled_rate(self.config.learning_rate, self._progress)
+        return scheduled_rate(self.config.learning_rate, self.progress)
 
     @property
     def dev_scores(self) -> list[float]:
@@ -400,11 +405,23 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         snapshot = self.snapshot()
         forks = []
         for _ in range(n):
-            fork = RaiseSelectEnv(self.render_mode, self.assets, **_without_render(self.config.to_kwargs()))
+            fork = self.variant()
             fork._learner = self._running_learner.copy()
             fork.restore(snapshot)
             forks.append(fork)
         return forks
+
+    def variant(self, **settings: Any) -> RaiseSelectEnv:
+        """Return a new environment like this one but for some settings; what those settings let it share is shared.
+
+        Args:
+            settings: The keywords of the class that differ.
+
+        Raises:
+            SettingError: As for the class.
+        """
+        kwargs = {"render_mode": self.render_mode, **self.config.to_kwargs(), **settings}
+        return RaiseSelectEnv(assets=self.assets if OWN_SETTINGS.issuperset(settings) else None, **kwargs)
 
     def probe(self, actions: np.ndarray, num_dev: int | None = None) -> np.ndarray:
         """Return the dev score that each of several actions would lead to, from this very state.
@@ -432,7 +449,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         if num_dev is not None and num_dev < total:
             subset = np.sort(self._stream(_DEV_SAMPLE).choice(total, num_dev, replace=False))
         seed = int(self._stream(_DROPOUT).integers(2**31))
-        evaluations = self._running_learner.probe(batches, self._progress, seed, subset)
+        evaluations = self._running_learner.probe(batches, self.progress, seed, subset)
         return np.array([self._reward(e) if e.is_finite else -np.inf for e in evaluations])
 
     def observation(self) -> Observation:
@@ -506,11 +523,6 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._require_reset()
         assert self._learner is not None
         return self._learner
-
-    @property
-    def _progress(self) -> float:
-        # Whichever runs out first ends the episode, so it is that which the schedule has to follow.
-        return max(self._num_steps / self.config.horizon, self._num_spent / self.config.total_budget)
 
     def _count_candidates(self) -> int:
         if self.config.num_candidates != "all":
@@ -592,7 +604,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             return None
         self._is_scored = False
         seed = int(self._stream(_DROPOUT).integers(2**31))
-        return self._running_learner.update(selected, self._progress, seed)
+        return self._running_learner.update(selected, self.progress, seed)
 
     def _is_score_due(self, selected: np.ndarray) -> bool:
         step = self._num_steps + 1
@@ -652,7 +664,3 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             taken_history=np.array(rows).reshape(-1, self.config.num_classes),
             last_reward=last.reward if last else None,
         )
-
-
-def _without_render(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name != "render_mode"}

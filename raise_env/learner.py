@@ -216,9 +216,8 @@ class LoraLearner:
 
     def _adam_directions(self, gradients: Tensor) -> Tensor:
         count = self.state.num_updates + 1
-        first = self.state.first_moment.lerp(gradients, 1 - BETA_1) / (1 - BETA_1**count)
-        second = (self.state.second_moment * BETA_2).addcmul(gradients, gradients, value=1 - BETA_2)
-        return first / ((second / (1 - BETA_2**count)).sqrt() + EPSILON)
+        first, second = _moments(self.state, gradients)
+        return (first / (1 - BETA_1**count)) / ((second / (1 - BETA_2**count)).sqrt() + EPSILON)
 
     def _evaluate(self, state: TrainingState, data: EvaluationSet, subset: np.ndarray | None) -> Evaluation:
         with self._adapted(state) as adapters:
@@ -315,10 +314,15 @@ def _adamw(
     after = []
     for state, gradient in zip(states, gradients, strict=True):
         count = state.num_updates + 1
-        first = state.first_moment.lerp(gradient, 1 - BETA_1)
-        second = (state.second_moment * BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
+        first, second = _moments(state, gradient)
         scale = (second.sqrt() / math.sqrt(1 - BETA_2**count)).add_(EPSILON)
         decayed = state.adapter * (1 - rate * settings.weight_decay)
         adapter = decayed.addcdiv_(first, scale, value=-rate / (1 - BETA_1**count))
         after.append(TrainingState(adapter, first, second, count))
     return after
+
+
+def _moments(state: TrainingState, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Return AdamW's running means after a gradient, or after each of several, before their bias is corrected."""
+    first = state.first_moment.lerp(gradients, 1 - BETA_1)
+    return first, (state.second_moment * BETA_2).addcmul(gradients, gradients, value=1 - BETA_2)

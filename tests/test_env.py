@@ -767,11 +767,11 @@ def test_assets__environments_that_ask_for_the_same__are_shared(embedded_env):
 def test_schedule__share_of_the_episode__is_that_of_what_runs_out_first():
     env = toy_env(horizon=10, budget=20)
     env.reset(seed=0)
-    assert env._progress == 0
+    assert env.progress == 0
     env.step(np.zeros(32))
-    assert env._progress == pytest.approx(0.1)
+    assert env.progress == pytest.approx(0.1)
     env.step(first_rows(env, 10))
-    assert env._progress == pytest.approx(0.5)
+    assert env.progress == pytest.approx(0.5)
 
 
 def test_learning_rate__each_step__is_what_the_next_update_is_told(monkeypatch):
@@ -873,3 +873,20 @@ def test_step__the_whole_pool_on_offer__is_kept_once_for_all_steps():
     first, *others = [record.candidates for record in env.history]
     assert all(record is first for record in others)
     assert sorted(first) == list(range(200))
+
+
+def test_variant__settings_of_its_own__share_the_assets_and_start_anew():
+    env = toy_env(batch_size=2)
+    env.reset(seed=0)
+    other = env.variant(num_candidates=8, horizon=3)
+    assert other.assets is env.assets
+    assert (other.config.num_candidates, other.config.horizon, other.config.batch_size) == (8, 3, 2)
+    other.reset(seed=0)
+    other.step(np.ones(8, dtype=np.int8))
+    assert (env.num_steps, other.num_steps) == (0, 1)
+
+
+def test_variant__settings_that_decide_on_the_model__share_nothing(embedded_env):
+    env = embedded_env(pool_size=32)
+    assert env.variant(budget=5).assets is env.assets
+    assert env.variant(learning_rate=0.5).assets is not env.assets

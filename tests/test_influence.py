@@ -93,11 +93,13 @@ def private_worlds(monkeypatch):
     """The environments that the warm-ups make, in order."""
     made = []
 
-    def make(*arguments, **settings):
-        made.append(RaiseSelectEnv(*arguments, **settings))
+    variant = RaiseSelectEnv.variant
+
+    def make(world, **settings):
+        made.append(variant(world, **settings))
         return made[-1]
 
-    monkeypatch.setattr(influence, "RaiseSelectEnv", make)
+    monkeypatch.setattr(RaiseSelectEnv, "variant", make)
     return made
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raise_env.agents.report import Selection, format_table, results_table, t_interval, write_report
+from raise_env.agents.report import Selection, format_table, results_table, write_report
 from raise_env.errors import OutputError
 
 # Mean 2, standard deviation 1, Student's t with two degrees of freedom 4.3027: half width 4.3027 / sqrt(3).
@@ -93,33 +92,6 @@ def row_of(page, name):
         if texts and texts[0] == name:
             return texts
     raise AssertionError(f"no row {name}")
-
-
-# --- Numbers --------------------------------------------------------------------------------------------------
-
-
-def test_t_interval__three_values__equals_hand_worked():
-    interval = t_interval(ONE_TWO_THREE)
-    assert interval.mean == 2.0
-    assert interval.half_width == pytest.approx(HALF_WIDTH, abs=1e-5)
-    assert interval.low == pytest.approx(2 - HALF_WIDTH, abs=1e-5)
-    assert interval.count == 3
-
-
-def test_t_interval__one_value__has_no_width():
-    interval = t_interval([0.5])
-    assert interval.mean == 0.5
-    assert math.isnan(interval.low)
-    assert math.isnan(interval.half_width)
-
-
-def test_t_interval__runs_that_diverged__are_counted():
-    interval = t_interval([*ONE_TWO_THREE, math.nan, math.inf, None])
-    assert (interval.mean, interval.count, interval.missing) == (2.0, 3, 3)
-
-
-def test_t_interval__no_value__is_not_a_number():
-    assert math.isnan(t_interval([]).mean)
 
 
 # --- Text -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -31,8 +32,9 @@ def test_mean_interval__numbers_by_hand__are_students():
     assert (interval.low + interval.high) / 2 == pytest.approx(2.0)
 
 
-def test_mean_interval__missing_runs__are_left_out():
-    assert mean_interval(np.array([1.0, np.nan, 2.0, 3.0])) == mean_interval(np.array([1.0, 2.0, 3.0]))
+def test_mean_interval__runs_that_diverged__are_left_out_and_counted():
+    interval = mean_interval(np.array([1.0, np.nan, 2.0, 3.0, -np.inf]))
+    assert interval == dataclasses.replace(mean_interval(np.array([1.0, 2.0, 3.0])), num_missing=2)
 
 
 @pytest.mark.parametrize(("values", "mean"), [([], np.nan), ([np.nan], np.nan), ([4.0], 4.0)])

@@ -16,6 +16,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from .config import TINY, LoraSettings
 from .encoding import Batch
 from .errors import ModelError, SettingError
+from .label_positions import LabelPositions
 
 __all__ = ["BaseModel", "load_tokenizer", "model_folder", "resolve_device"]
 
@@ -74,6 +76,7 @@ class BaseModel:
         self.peft_model.eval()
         if self.stackable:
             self._install()
+        self._label_positions = LabelPositions(causal)
 
     @property
     def num_parameters(self) -> int:
@@ -175,7 +178,7 @@ class BaseModel:
             "use_cache": False,
             **kwargs,
         }
-        with self.lock:
+        with self.lock, self._only_labels(inputs, adapters):
             if not self.stackable:
                 return self._plain_forward(adapters, dropout_seed, inputs)
             self._pairs = [] if adapters is None else self._split(adapters)
@@ -183,6 +186,11 @@ class BaseModel:
                 return self._causal(**inputs)
             finally:
                 self._pairs = []
+
+    def _only_labels(self, inputs: dict[str, Any], adapters: Tensor | None) -> AbstractContextManager[None]:
+        if "output_hidden_states" in inputs:  # which are asked for at every position
+            return contextlib.nullcontext()
+        return self._label_positions.only(inputs["logits_to_keep"], 1 if adapters is None else len(adapters))
 
     def _plain_forward(self, adapters: Tensor | None, dropout_seed: int | None, inputs: dict[str, Any]) -> Any:
         if adapters is None:

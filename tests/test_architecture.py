@@ -13,7 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Modules that load torch, or what loads it, when they are imported.
 WITH_TORCH = {
     *("raise_env.encoding", "raise_env.base_model", "raise_env.evaluation", "raise_env.learner", "raise_env.assets"),
-    *("raise_env.tiny.pretrain", "agents.subset", "agents.networks", "agents.raise_fork", "agents.sb3"),
+    *(
+        "raise_env.label_positions",
+        "raise_env.tiny.pretrain",
+        "agents.subset",
+        "agents.networks",
+        "agents.raise_fork",
+        "agents.sb3",
+    ),
     *("agents.class_law", "agents.raise_ppo", "agents.selector_files"),
     "agents.sb3_files",
 }

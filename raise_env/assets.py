@@ -42,7 +42,7 @@ FEATURE_SEED = 0
 Stamps = tuple[tuple[int, int] | None, ...]
 
 #: The base models in use. Weak: one that no assets hold is let go, and two assets never hold two of a kind.
-_BASES: weakref.WeakValueDictionary[tuple[str, LoraSettings, str, str], BaseModel] = weakref.WeakValueDictionary()
+_BASES: weakref.WeakValueDictionary[tuple[str, LoraSettings, str, str, bool], BaseModel] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +140,7 @@ def _cached_data(config: EnvConfig, _stamps: Stamps) -> Data:
 @functools.lru_cache(maxsize=4)
 def _cached_assets(config: EnvConfig, _stamps: Stamps) -> Assets:
     data = _cached_data(config, _stamps)
-    base = _shared_base(config.model, config.lora, config.dtype, config.device)
+    base = _shared_base(config, config.model)
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
     pool = encoder.encode(data.pool, what="pool")
     splits: dict[Split, EvaluationSet] = {"dev": EvaluationSet.build(data.dev, encoder, "dev")}
@@ -163,12 +163,18 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps) -> Assets:
     )
 
 
-def _shared_base(source: str, lora: LoraSettings, dtype: str, device: str) -> BaseModel:
+def _shared_base(config: EnvConfig, source: str) -> BaseModel:
     """Return the base model; as long as anything uses it, all get the same."""
-    key = (source, lora, dtype, device)
+    key = (source, config.lora, config.dtype, config.device, config.activation_checkpointing)
     base = _BASES.get(key)
     if base is None:
-        base = _BASES[key] = BaseModel(source, lora, dtype=dtype, device=device)
+        base = _BASES[key] = BaseModel(
+            source,
+            config.lora,
+            dtype=config.dtype,
+            device=config.device,
+            activation_checkpointing=config.activation_checkpointing,
+        )
     return base
 
 
@@ -222,7 +228,7 @@ def _classes(features: StaticFeatures, offered: np.ndarray, num_classes: int) ->
 def _features(config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, base: BaseModel) -> StaticFeatures:
     auxiliary, auxiliary_encoder = base, encoder
     if config.auxiliary_model is not None and config.auxiliary_model != config.model:
-        auxiliary = _shared_base(config.auxiliary_model, config.lora, config.dtype, config.device)
+        auxiliary = _shared_base(config, config.auxiliary_model)
         auxiliary_encoder = Encoder(auxiliary.tokenizer, _max_length(config, auxiliary), config.template)
         pool = auxiliary_encoder.encode(rows, what="pool (for the auxiliary model)")
     key: dict[str, str | int | float] = {

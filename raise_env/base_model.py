@@ -12,7 +12,9 @@ layers is done here, `x W + s (x A) B` for several A and B at once; where PEFT w
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -27,17 +29,23 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from .config import TINY, LoraSettings
 from .encoding import Batch
 from .errors import ModelError, SettingError
-from .label_positions import LabelPositions
+from .label_positions import Choice, LabelPositions
 
 __all__ = ["BaseModel", "load_tokenizer", "model_folder", "resolve_device"]
 
 _ADAPTER = "default"
+
+#: What torch calls a processor's own instructions for bfloat16: Intel's and AMD's, Intel's for matrices, Arm's.
+_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+
+logger = logging.getLogger(__name__)
 
 
 class BaseModel:
@@ -48,18 +56,29 @@ class BaseModel:
         lora: The adapter's form.
         dtype: Of the frozen weights: "float32" or "bfloat16". Adapters are always float32.
         device: "auto", "cpu", "cuda" or "cuda:1".
+        activation_checkpointing: Keep no layer's inner values for the backward pass, and compute them again there.
 
     Raises:
         ModelError: The model or its tokenizer cannot be loaded, or has no place for such an adapter.
-        SettingError: There is no such device.
+        SettingError: There is no such device, or the adapter does not go with activation checkpointing.
     """
 
-    def __init__(self, source: str, lora: LoraSettings, *, dtype: str = "float32", device: str = "auto") -> None:
+    def __init__(
+        self,
+        source: str,
+        lora: LoraSettings,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
         self.source = source
         self.device = resolve_device(device)
         self.tokenizer = load_tokenizer(source)
         self.lora = lora
         self.lock = threading.RLock()
+        if dtype == "bfloat16":
+            _warn_of_slow_bfloat16(self.device)
         causal = _load_causal(source, getattr(torch, dtype)).to(self.device)
         self.content_hash = _content_hash(causal, self.tokenizer)
         self.peft_model = _with_lora(causal, lora, source)
@@ -77,6 +96,8 @@ class BaseModel:
         if self.stackable:
             self._install()
         self._label_positions = LabelPositions(causal)
+        if activation_checkpointing:
+            self._enable_checkpointing()
 
     @property
     def num_parameters(self) -> int:
@@ -216,6 +237,33 @@ class BaseModel:
         for index, layer in enumerate(self._layers):
             layer.forward = self._layer_forward(layer, index)
 
+    def _enable_checkpointing(self) -> None:
+        if not self.stackable:
+            raise SettingError(
+                "activation_checkpointing goes with plain LoRA layers alone: leave out lora_dropout, use_dora and what "
+                "else makes them different, or activation_checkpointing."
+            )
+        # transformers 5 is giving up the second name for the first.
+        causal = self._causal
+        enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": self._recompute_contexts})
+        for module in self._causal.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # which is what it asks for; its parts, dropout among them, stay as they are
+
+    def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        # By the time a layer is computed again, the forward pass is over: it has to find what it was given then.
+        return contextlib.nullcontext(), self._as_it_was(self._pairs, self._label_positions.choice)
+
+    @contextlib.contextmanager
+    def _as_it_was(self, pairs: list[tuple[Tensor, Tensor]], choice: Choice | None) -> Iterator[None]:
+        before = self._pairs, self._label_positions.choice
+        self._pairs, self._label_positions.choice = pairs, choice
+        try:
+            yield
+        finally:
+            self._pairs, self._label_positions.choice = before
+
     def _layer_forward(self, layer: Any, index: int) -> Any:
         base_layer, scaling = layer.base_layer, layer.scaling[_ADAPTER]
 
@@ -287,6 +335,18 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+@functools.cache  # one warning a process
+def _warn_of_slow_bfloat16(device: torch.device) -> None:
+    capabilities = torch.cpu.get_capabilities()
+    is_fast = any(capabilities.get(name, False) for name in _BFLOAT16_INSTRUCTIONS)
+    if device.type == "cpu" and not is_fast:
+        logger.warning(
+            "dtype bfloat16: this processor (%s) has no instructions for it, and a step may take twenty times as long "
+            "as in float32, which is the default.",
+            capabilities.get("cpu_name", "unknown"),
+        )
+
+
 def _load_causal(source: str, dtype: torch.dtype) -> Any:
     # use_safetensors: a checkpoint in pickle would be code to run.
     kwargs = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -323,7 +383,7 @@ def _with_lora(causal: Any, lora: LoraSettings, source: str) -> PeftModel:
     try:
         with _seeded(0, torch.device("cpu")), warnings.catch_warnings():
             # PEFT 0.21 still asks by the old name; transformers 5.23 says so to the user, who can do nothing.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "`is_activation_checkpointing` is deprecated", FutureWarning)
             return get_peft_model(causal, config)
     except ValueError as error:
         raise ModelError(f"LoRA cannot be put on {source!r}: {error}") from error

@@ -116,6 +116,7 @@ class EnvConfig:
     template: str | None = None
     micro_batch_tokens: int = 16_384
     seed_model: int = 0
+    activation_checkpointing: bool = False
     dtype: str = "float32"
     device: str = "auto"
 

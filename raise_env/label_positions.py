@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LabelPositions"]
+__all__ = ["LAST_LAYERS", "Choice", "LabelPositions"]
 
 _LLAMA = ("model.layers", ("self_attn.q_proj", "self_attn.o_proj", "mlp"))
 
@@ -34,6 +34,13 @@ LAST_LAYERS: dict[str, tuple[str, tuple[str, ...]]] = {
 MOST_KEPT = 0.6
 
 
+class Choice(NamedTuple):
+    """Positions that are computed: their numbers among all of a batch, shape (groups * kept,), group by group."""
+
+    places: Tensor
+    num_groups: int
+
+
 class LabelPositions:
     """Makes the parts of a model's last layer that mix no positions work on chosen ones alone.
 
@@ -41,11 +48,13 @@ class LabelPositions:
 
     Args:
         causal: The model; its modules' `forward` is wrapped. One of an unknown form is left as it is.
+
+    Attributes:
+        choice: What is computed now; None: every position.
     """
 
     def __init__(self, causal: nn.Module) -> None:
-        self._places: Tensor | None = None  # (k * kept,), numbers among all positions
-        self._num_groups = 1
+        self.choice: Choice | None = None
         model_type = str(getattr(causal.config, "model_type", ""))
         if model_type in LAST_LAYERS:
             path, names = LAST_LAYERS[model_type]
@@ -68,19 +77,20 @@ class LabelPositions:
             # Kept positions first, then others to make the groups equal: none twice, or its gradient would count twice.
             order = flat.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
             starts = torch.arange(num_groups, device=keep.device)[:, None] * flat.shape[1]
-            self._places, self._num_groups = (order + starts).reshape(-1), num_groups
+            self.choice = Choice((order + starts).reshape(-1), num_groups)
         try:
             yield
         finally:
-            self._places = None
+            self.choice = None
 
     def _on_places(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def on_places(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            places = self._places
-            if places is None:
+            if self.choice is None:
                 return forward(x, *args, **kwargs)
+            places = self.choice.places
             rows = x.reshape(-1, x.shape[-1])
-            kept = forward(rows.index_select(0, places).view(self._num_groups, -1, x.shape[-1]), *args, **kwargs)
+            chosen = rows.index_select(0, places).view(self.choice.num_groups, -1, x.shape[-1])
+            kept = forward(chosen, *args, **kwargs)
             # Zeros where nobody looks, so that nothing that follows there can stop being finite.
             result = kept.new_zeros(len(rows), kept.shape[-1]).index_copy(0, places, kept.reshape(-1, kept.shape[-1]))
             return result.view(*x.shape[:-1], kept.shape[-1])

@@ -161,3 +161,14 @@ def test_load_assets__another_first_adapter__same_features(small_settings, tmp_p
         for seed in (0, 1)
     ]
     np.testing.assert_array_equal(*raw)
+
+
+def test_env__activation_checkpointing__same_episode(embedded_env):
+    plain, lean = (embedded_env(pool_size=32, activation_checkpointing=value) for value in (False, True))
+    action = np.ones(plain.config.num_candidates, dtype=np.int8)
+    results = []
+    for env in (plain, lean):
+        env.reset(seed=0)
+        results.append([env.step(action)[1] for _ in range(2)])
+    np.testing.assert_allclose(results[1], results[0], atol=1e-6)
+    assert lean.assets.learner.base is not plain.assets.learner.base

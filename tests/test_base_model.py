@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from raise_env import base_model
 from raise_env.base_model import BaseModel, load_tokenizer, model_folder, resolve_device
 from raise_env.config import LoraSettings
+from raise_env.encoding import Batch
 from raise_env.errors import ModelError, SettingError
 
 BROKEN = {
@@ -105,3 +108,52 @@ def test_resolve_device__not_here__is_said(device):
 def test_resolve_device__auto__is_one_that_works():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_device("cpu") == torch.device("cpu")
+
+
+def saved_bytes(model, batch, adapters):
+    """Bytes that are kept for the backward pass, with the losses and the gradient that they lead to."""
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    adapters = adapters.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses, _ = model.token_losses(batch, adapters)
+    (gradient,) = torch.autograd.grad(losses.sum(), adapters)
+    return sum(kept.values()), losses.detach(), gradient
+
+
+def test_base_model__activation_checkpointing__same_numbers_for_less_memory():
+    lora = LoraSettings(r=4)
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(3, 259, size=(4, 40)))
+    is_label = torch.zeros(4, 40, dtype=torch.bool)
+    is_label[:, -5:] = True
+    is_label[2:, -9:] = True
+    batch = Batch(ids, is_label)
+    plain, lean = BaseModel("tiny", lora), BaseModel("tiny", lora, activation_checkpointing=True)
+    adapters = torch.randn(2, plain.num_parameters, generator=torch.Generator().manual_seed(0)) * 0.1
+    before = torch.get_rng_state()
+    expected, found = saved_bytes(plain, batch, adapters), saved_bytes(lean, batch, adapters)
+    assert found[0] < 0.5 * expected[0]
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-6, atol=1e-6)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(use_dora=True), LoraSettings(lora_dropout=0.1)])
+def test_base_model__activation_checkpointing_of_other_layers__is_refused(lora):
+    with pytest.raises(SettingError, match="plain LoRA layers"):
+        BaseModel("tiny", lora, activation_checkpointing=True)
+
+
+@pytest.mark.parametrize(("capabilities", "num_warnings"), [({"avx2": True}, 1), ({"avx512_bf16": True}, 0), ({}, 1)])
+def test_base_model__bfloat16__warns_once_where_it_is_slow(monkeypatch, caplog, capabilities, num_warnings):
+    base_model._warn_of_slow_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    for _ in range(2):
+        BaseModel("tiny", LoraSettings(), dtype="bfloat16", device="cpu")
+    assert sum("bfloat16" in record.message for record in caplog.records) == num_warnings
+    BaseModel("tiny", LoraSettings(), device="cpu")
+    assert len(caplog.records) == num_warnings

@@ -165,7 +165,7 @@ def test_label_positions__forms_that_are_known__are_all_tested():
 def test_label_positions__most_positions_are_read__computes_them_all():
     positions = LabelPositions(AutoModelForCausalLM.from_config(FORMS["llama"]))
     with positions.only(torch.ones(2, 5, dtype=torch.bool), 1):
-        assert positions._places is None
+        assert positions.choice is None
     with pytest.raises(KeyError), positions.only(torch.eye(5, dtype=torch.bool), 1):
         raise KeyError
-    assert positions._places is None, "an error within leaves nothing behind"
+    assert positions.choice is None, "an error within leaves nothing behind"

@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 COMMANDS := test_cli test_runs test_examples test_sb3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check lint ruff ruff-format mypy
+.PHONY: help demo test test-all check bench-speed lint ruff ruff-format mypy
 
 help:  ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ test-all: $(VENV)/.dev  ## Run the slow tests too
 
 check: lint  ## Lint, check types and run the fast tests (about a minute)
 	$(PYTEST) -m "not slow and not real and not gpu and not network" $(COMMANDS:%=--ignore=tests/%.py)
+
+bench-speed: $(VENV)/.package  ## Measure speed and memory, and write docs/results/speed.md (ten minutes)
+	$(BIN)/python benchmarks/speed.py
 
 lint: ruff ruff-format mypy  ## Check style, form and types
 

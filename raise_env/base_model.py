@@ -33,10 +33,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from .causal_attention import use_block_attention
 from .config import TINY, LoraSettings
 from .encoding import Batch
 from .errors import ModelError, SettingError
-from .label_positions import Choice, LabelPositions
+from .label_positions import LAST_LAYERS, Choice, LabelPositions
+from .lora_layers import lora_linear
 
 __all__ = ["BaseModel", "load_tokenizer", "model_folder", "resolve_device"]
 
@@ -96,6 +98,8 @@ class BaseModel:
         if self.stackable:
             self._install()
         self._label_positions = LabelPositions(causal)
+        if self.device.type == "cpu" and self.is_float32 and causal.config.model_type in LAST_LAYERS:
+            use_block_attention(causal)
         if activation_checkpointing:
             self._enable_checkpointing()
 
@@ -268,15 +272,9 @@ class BaseModel:
         base_layer, scaling = layer.base_layer, layer.scaling[_ADAPTER]
 
         def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-            result: Tensor = base_layer(x)
             if not self._pairs:
-                return result
-            a, b = self._pairs[index]
-            shape = result.shape
-            rows = x.reshape(len(a), -1, x.shape[-1]).to(a.dtype)
-            low = torch.bmm(rows, a.mT)
-            start = result.reshape(len(a), -1, shape[-1]).to(a.dtype)
-            return torch.baddbmm(start, low, b.mT, alpha=scaling).view(shape).to(result.dtype)
+                return base_layer(x)  # type: ignore[no-any-return]
+            return lora_linear(base_layer, x, *self._pairs[index], scaling)
 
         return forward
 

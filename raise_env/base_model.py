@@ -381,7 +381,7 @@ def _with_lora(causal: Any, lora: LoraSettings, source: str) -> PeftModel:
     try:
         with _seeded(0, torch.device("cpu")), warnings.catch_warnings():
             # PEFT 0.21 still asks by the old name; transformers 5.23 says so to the user, who can do nothing.
-            warnings.filterwarnings("ignore", "`is_activation_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return get_peft_model(causal, config)
     except ValueError as error:
         raise ModelError(f"LoRA cannot be put on {source!r}: {error}") from error

@@ -15,7 +15,7 @@ WITH_TORCH = {
     *("raise_env.encoding", "raise_env.base_model", "raise_env.evaluation", "raise_env.learner", "raise_env.assets"),
     *("raise_env.tiny.pretrain", "agents.subset", "agents.networks", "agents.raise_fork", "agents.sb3"),
     *("agents.class_law", "agents.raise_ppo", "agents.selector_files"),
-    "agents.sb3_files",
+    *("agents.sb3_buffer", "agents.sb3_files", "agents.sb3_vector"),
 }
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "stable_baselines3", "sb3_contrib", "sklearn", "matplotlib")

@@ -184,7 +184,9 @@ class Rollout:
         candidates = np.stack(self.candidates[steps])
         observations = np.empty((*candidates.shape, NUM_FEATURES), dtype=np.float32)
         observations[:, :, :2] = self.stage[steps, None]
-        observations[:, :, 2:-1] = columns[candidates]
+        for start in range(0, len(self.classes), ROWS_AT_ONCE):  # as a whole they would be there twice
+            part = slice(start, start + ROWS_AT_ONCE)
+            observations[:, part, 2:-1] = columns[candidates[:, part]]
         observations[:, :, -1] = self.times_selected[steps].toarray()
         observations[candidates < 0] = 0.0
         return observations

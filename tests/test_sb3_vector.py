@@ -49,7 +49,7 @@ def assert_same_steps(found: list[Any], expected: list[Any]) -> int:
     static = slice(BLOCKS["difficulty"].start, None)
     num_ends = 0
     for (actions, observations, rewards, dones, infos), others in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(actions, others[0])
+        np.testing.assert_allclose(actions, others[0], atol=TOLERANCE)  # scores follow the observation
         np.testing.assert_array_equal(observations[..., static], others[1][..., static])
         np.testing.assert_allclose(observations, others[1], atol=TOLERANCE)
         assert rewards.dtype == others[2].dtype == np.float32
@@ -71,9 +71,9 @@ def assert_same_steps(found: list[Any], expected: list[Any]) -> int:
 def test_stacked_vec_env__ppo_learns__from_the_rollout_that_dummy_vec_env_gives(embedded_env: Any, form: str) -> None:
     wrap = {"subset": lambda env: env, "scores": TopKScores, "pick": PickOne}[form]
     policy = SubsetPolicy if form == "subset" else RowPolicy
-    settings = {"n_steps": 8 if form != "pick" else 30, "batch_size": 8, "n_epochs": 1, "learning_rate": 1e-3}
+    settings = {"n_steps": 8 if form != "pick" else 32, "batch_size": 8, "n_epochs": 1, "learning_rate": 1e-3}
     settings |= {"policy_kwargs": {"subset_size": 4}} if form == "subset" else {}
-    num_steps = 32 if form != "pick" else 60
+    num_steps = 32 if form != "pick" else 64
     stacked = StackedVecEnv(RaiseSelectVectorEnv.over([wrap(embedded_env()) for _ in range(2)]))
     dummy = DummyVecEnv([lambda: wrap(embedded_env())] * 2)
     model, steps = learned(stacked, policy, num_steps=num_steps, **settings)

@@ -30,6 +30,11 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 #: Tokens, padding included, whose rows get their gradients in one pass: each row needs memory for an adapter.
 GRADIENT_BATCH_TOKENS = 2048
 
+#: Tokens, padding included, that updates go through a processor with together, each with its adapter. Small updates
+#: gain by it; of large ones every pass that no longer fits into the caches loses more, up to a third. On a GPU only
+#: memory sets a limit.
+STACKED_TOKENS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
@@ -292,7 +297,10 @@ class LoraLearner:
         """Return the gradient of each state's loss on its batch, shape (states, P), and the losses."""
         gradients: list[Tensor] = [torch.empty(0)] * len(states)
         losses = [0.0] * len(states)
-        for group in _groups(batches, self.pool.lengths, self.settings.micro_batch_tokens, self.base.stackable):
+        limit = self.settings.micro_batch_tokens
+        if self.base.device.type == "cpu":
+            limit = min(limit, STACKED_TOKENS)
+        for group in _groups(batches, self.pool.lengths, limit, self.base.stackable):
             adapters = torch.stack([states[place].adapter for place in group]).requires_grad_()
             # With dropout, which the seed is for, no two are ever in one group.
             found = self._backward(adapters, [batches[place] for place in group], seeds[group[0]])
@@ -317,13 +325,14 @@ class LoraLearner:
 
 def _groups(batches: Sequence[np.ndarray], lengths: np.ndarray, max_tokens: int, stackable: bool) -> list[list[int]]:
     """Share updates out into groups that go through the model together: alike in rows, small enough in tokens."""
+    longest = [int(lengths[rows].max()) for rows in batches]
     groups: list[list[int]] = []
-    for place in sorted(range(len(batches)), key=lambda place: len(batches[place])):
-        rows = batches[place]
+    # By length too, so that little is padded; the last one in a group is then its longest.
+    for place in sorted(range(len(batches)), key=lambda place: (len(batches[place]), longest[place])):
+        size = len(batches[place])
         last = groups[-1] if groups else []
-        longest = max(int(lengths[batches[p]].max()) for p in [*last, place])
-        alike = bool(last) and len(batches[last[0]]) == len(rows)
-        if stackable and alike and (len(last) + 1) * len(rows) * longest <= max_tokens:
+        alike = bool(last) and len(batches[last[0]]) == size
+        if stackable and alike and (len(last) + 1) * size * longest[place] <= max_tokens:
             last.append(place)
         else:
             groups.append([place])

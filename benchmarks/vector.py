@@ -1,11 +1,11 @@
 """Many environments over one base model against the ways to step as many separate ones.
 
-    python benchmarks/vector.py --repeats 3
+    python benchmarks/vector.py --repeats 5
 
 All sides take the same random batches in eight environments from the same seeds; where the rewards of two sides differ
-by more than 1e-5, nothing is reported and the status is 1. Sides take turns in this process; those with processes of
-their own give each one thread, and this process has one as well. Memory is PSS over this process' children alone for
-those sides, and over this process for the others, which share what they load.
+by more than 1e-5, nothing is reported and the status is 1. Sides take turns; every process has one thread. Processes
+are forked when model, pool and features are loaded, which is the best case for them: their start costs nothing, and
+they share what they only read. Memory is what a side adds with its first step, as PSS over this process and all below it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,9 +26,8 @@ from measure import alternate, machine, memory_bytes, require_equal, speedups, t
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from raise_env import RaiseSelectEnv
-from raise_env.vector import RaiseSelectVectorEnv
 
-NUM_ENVS, NUM_STEPS = 8, 2
+NUM_ENVS = 8
 
 #: The default environment with half of its dev rows, so that all sides together take about a minute.
 SETTINGS: dict[str, Any] = {"num_dev": 32, "device": "cpu"}
@@ -64,7 +62,7 @@ class Shared(gym.Env[Any, Any]):
         return np.stack([result[0] for result in results]), float(rewards.sum()), False, False, {"rewards": rewards}
 
 
-def make_side(kind: str, num_processes: int = 1) -> tuple[Step, Callable[[], None]]:
+def make_side(kind: str, num_processes: int) -> tuple[Step, Callable[[], None]]:
     """Return a function that takes actions, shape (8, N), and gives rewards, and one that closes; both reset to 0."""
     makers = [functools.partial(RaiseSelectEnv, **SETTINGS)] * NUM_ENVS
     if kind in ("make_vec", "SyncVectorEnv"):
@@ -80,10 +78,10 @@ def make_side(kind: str, num_processes: int = 1) -> tuple[Step, Callable[[], Non
     parts = [functools.partial(Shared, count)] * num_processes
     shape = (num_processes, count, -1)
     if kind == "AsyncVectorEnv":
-        others = AsyncVectorEnv(parts, context="spawn")
+        others = AsyncVectorEnv(parts, context="fork")
         others.reset(seed=0)
         return lambda actions: others.step(actions.reshape(shape))[-1]["rewards"].ravel(), others.close
-    processes = SubprocVecEnv(parts, start_method="spawn")
+    processes = SubprocVecEnv(parts, start_method="fork")
     processes.seed(0)
     processes.reset()
 
@@ -96,36 +94,42 @@ def make_side(kind: str, num_processes: int = 1) -> tuple[Step, Callable[[], Non
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each side, of two steps of all environments")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side, a step of all environments each")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of processes to try")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="rows of an update: small ones gain by going together"
+    )
     arguments = parser.parse_args()
+    SETTINGS["batch_size"] = arguments.batch_size
     torch.set_num_threads(1)
     counts: Sequence[int] = [count for count in arguments.processes if NUM_ENVS % count == 0]
-    kinds = [("make_vec", 1), ("SyncVectorEnv", 1), ("DummyVecEnv", 1)]
+    kinds = [("make_vec", 0), ("SyncVectorEnv", 0), ("DummyVecEnv", 0)]
     kinds += [(kind, count) for count in counts for kind in ("AsyncVectorEnv", "SubprocVecEnv")]
 
     warm = RaiseSelectEnv(**SETTINGS)
-    warm.reset(seed=0)  # features are in the cache before any process wants them
-    without = memory_bytes()
-    sides, closes, memory = {}, [], {}
-    rng = np.random.default_rng(0)
+    warm.reset(seed=0)
     size, batch = warm.config.num_candidates, warm.config.batch_size
-    for kind, count in kinds:
-        name = kind if count == 1 and kind in ("make_vec", "SyncVectorEnv", "DummyVecEnv") else f"{kind}, {count} proc."
-        before = memory_bytes()
-        step, close = make_side(kind, count)
-        memory[name] = memory_bytes() - before
-        sides[name] = step
-        closes.append(close)
-    total = (arguments.repeats + 1) * NUM_STEPS
-    choices = rng.permuted(np.tile(np.arange(size) < batch, (total, NUM_ENVS, 1)), axis=-1).astype(np.int8)
-    rewards: dict[str, list[np.ndarray]] = {name: [] for name in sides}
+    choices = np.tile(np.arange(size) < batch, (arguments.repeats + 1, NUM_ENVS, 1))
+    choices = np.random.default_rng(0).permuted(choices, axis=-1).astype(np.int8)
+    warm.step(choices[0, 0])
+    loaded = memory_bytes()
+
+    steps: dict[str, Step] = {}
+    closes, memory = [], {}
+    rewards: dict[str, list[np.ndarray]] = {}
 
     def turn(name: str) -> None:
-        for _ in range(NUM_STEPS):
-            rewards[name].append(np.asarray(sides[name](choices[len(rewards[name])]), dtype=np.float64))
+        rewards[name].append(np.asarray(steps[name](choices[len(rewards[name])]), dtype=np.float64))
 
-    seconds = alternate({name: functools.partial(turn, name) for name in sides}, arguments.repeats)
+    for kind, count in kinds:
+        name = kind if count == 0 else f"{kind}, {count} process{'es' if count > 1 else ''}"
+        before = memory_bytes()
+        steps[name], close = make_side(kind, count)
+        closes.append(close)
+        rewards[name] = []
+        turn(name)
+        memory[name] = memory_bytes() - before
+    seconds = alternate({name: functools.partial(turn, name) for name in steps}, arguments.repeats, warmups=0)
     for close in closes:
         close()
     for name, found in rewards.items():
@@ -135,17 +139,16 @@ def main() -> None:
         {
             "side": name,
             "steps/s, of SyncVectorEnv's (IQR)": with_spread(ratios[name]),
-            "steps/s": f"{NUM_ENVS * NUM_STEPS / np.median(seconds[name]):.1f}",
+            "steps/s": f"{NUM_ENVS / np.median(seconds[name]):.1f}",
             "memory it adds, MB": f"{memory[name] / 2**20:,.0f}",
         }
-        for name in sides
+        for name in steps
     ]
-    print(f"{NUM_ENVS} environments, {arguments.repeats} turns of {NUM_STEPS} steps; ")
-    print(f"this process holds {without / 2**20:,.0f} MB once model, pool and features are loaded.\n")
+    print(f"{NUM_ENVS} environments, {arguments.repeats} turns of a step of each. Before, this process holds")
+    print(f"{loaded / 2**20:,.0f} MB: libraries, model, pool and features.\n")
     print(table(rows))
     print(f"\n{machine()}")
 
 
 if __name__ == "__main__":
-    assert RaiseSelectVectorEnv  # what make_vec returns
-    sys.exit(main())
+    main()

@@ -5,7 +5,7 @@
 All sides take the same random batches in eight environments from the same seeds; where the rewards of two sides differ
 by more than 1e-5, nothing is reported and the status is 1. Sides take turns; every process has one thread. Processes
 are forked when model, pool and features are loaded, which is the best case for them: their start costs nothing, and
-they share what they only read. Memory is what a side adds with its first step, as PSS over this process and all below it.
+they share what they only read. Memory is what a side adds with its first step: PSS of this process and all below it.
 """
 
 from __future__ import annotations

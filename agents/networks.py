@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["AcquisitionFunction", "Critic", "mlp"]
+__all__ = ["ROWS_AT_ONCE", "AcquisitionFunction", "Critic", "mlp"]
+
+#: Rows that go through hidden layers at once: bounds the memory where a whole large pool is on offer.
+ROWS_AT_ONCE = 2**16
 
 #: Keeps the variance of activations through a tanh layer about even (as in OpenAI Baselines and its descendants).
 _HIDDEN_GAIN = math.sqrt(2)
@@ -68,7 +72,8 @@ class AcquisitionFunction(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return the scores, shape (..., N), of rows, shape (..., N, num_features)."""
-        scores: Tensor = self.layers(rows)
+        parts = _in_parts(self.layers, rows)
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
         return scores.squeeze(-1)
 
 
@@ -103,11 +108,27 @@ class Critic(nn.Module):
             rows: Shape (..., N, num_features).
             row_mask: True where a row counts, shape (..., N), the rest being padding; None counts all.
         """
-        embedded: Tensor = self.embed(rows)
-        if row_mask is None:
-            mean = embedded.mean(-2)
+        if row_mask is None and rows.shape[-2] <= ROWS_AT_ONCE:
+            mean = self.embed(rows).mean(-2)
         else:
-            weight = row_mask.unsqueeze(-1).to(embedded.dtype)
-            mean = (embedded * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+            counted = rows.new_ones(rows.shape[-2]) if row_mask is None else row_mask
+            weight = counted.unsqueeze(-1).to(rows.dtype)
+            first, *others = _in_parts(self._weighted_sum, rows, weight)
+            mean = sum(others, start=first) / weight.sum(-2).clamp(min=1)
         value: Tensor = self.head(mean)
         return value.squeeze(-1)
+
+    def _weighted_sum(self, rows: Tensor, weight: Tensor) -> Tensor:
+        embedded: Tensor = self.embed(rows)
+        return (embedded * weight).sum(-2)
+
+
+def _in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    """Return what a function gives for rows, in parts of `ROWS_AT_ONCE` where there are more, of shape (..., N, any).
+
+    What such a part computes on the way is not kept for its gradient, but computed again.
+    """
+    if tensors[0].dim() < 2 or tensors[0].shape[-2] <= ROWS_AT_ONCE:
+        return [function(*tensors)]
+    parts = zip(*(tensor.split(ROWS_AT_ONCE, dim=-2) for tensor in tensors), strict=True)
+    return [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]

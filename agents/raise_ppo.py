@@ -39,6 +39,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from scipy import sparse
 from torch import Tensor, nn
 
 from raise_env import RaiseSelectEnv
@@ -49,7 +50,7 @@ from raise_env.wrappers import top_of_each_class
 
 from .base import BatchAgent, Progress, world_of
 from .class_law import BatchLaw
-from .networks import AcquisitionFunction, Critic
+from .networks import ROWS_AT_ONCE, AcquisitionFunction, Critic
 from .selector_files import read_config, stored_tensors, write_selector
 
 __all__ = [
@@ -87,9 +88,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 #: Returns that differ by no more than this, in units of the reward, count as alike: at the end of a run the learning
 #: rate is about 0, and differences are rounding.
 _SMALL_RETURN = 1e-3
-
-#: Rows that go through the networks at once: bounds the memory where the whole pool is on offer.
-_ROWS_AT_ONCE = 2**16
 
 logger = logging.getLogger(__name__)
 
@@ -151,24 +149,24 @@ class PpoSettings:
 class Rollout:
     """What learning needs to know of an episode, without the 36 columns that never change.
 
-    The paper names the memory of its buffer as a limit. Where the whole pool is on offer, a step is kept in N counts,
-    N marks of what was drawn, and two numbers.
+    The paper names the memory of its buffer as a limit, at 200,000 rows. Where the whole pool is on offer, a step is
+    kept in what was drawn, the counts of what was taken before, and two numbers: however large the pool.
 
     Attributes:
         candidates: Pool ids of each step, -1 for padding, each of shape (N,), int64; steps that are offered the same
             share one array.
         classes: Class of each candidate's place, the same at every step, shape (N,), int64.
         stage: The first two columns, shape (steps, 2), float32.
-        times_selected: The last column, shape (steps, N), float32.
-        kinds: What was drawn, as `BatchLaw.sample` gives it, shape (steps, N), int8.
+        times_selected: The last column, shape (steps, N), float32, its zeros left out.
+        kinds: What was drawn, as `BatchLaw.sample` gives it, shape (steps, N), int8, its zeros left out.
         rewards: Shape (steps,), float32.
     """
 
     candidates: Sequence[np.ndarray]
     classes: np.ndarray
     stage: np.ndarray
-    times_selected: np.ndarray
-    kinds: np.ndarray
+    times_selected: sparse.csr_array
+    kinds: sparse.csr_array
     rewards: np.ndarray
 
     @property
@@ -186,14 +184,16 @@ class Rollout:
         candidates = np.stack(self.candidates[steps])
         observations = np.empty((*candidates.shape, NUM_FEATURES), dtype=np.float32)
         observations[:, :, :2] = self.stage[steps, None]
-        observations[:, :, 2:-1] = columns[candidates]
-        observations[:, :, -1] = self.times_selected[steps]
+        for start in range(0, len(self.classes), ROWS_AT_ONCE):  # as a whole they would be there twice
+            part = slice(start, start + ROWS_AT_ONCE)
+            observations[:, part, 2:-1] = columns[candidates[:, part]]
+        observations[:, :, -1] = self.times_selected[steps].toarray()
         observations[candidates < 0] = 0.0
         return observations
 
     def parts(self) -> list[slice]:
         """Return the steps in parts that the networks can take at once."""
-        size = max(1, _ROWS_AT_ONCE // len(self.classes))
+        size = max(1, ROWS_AT_ONCE // len(self.classes))  # the networks share out the rows of a larger step
         return [slice(start, min(start + size, len(self.rewards))) for start in range(0, len(self.rewards), size)]
 
 
@@ -376,11 +376,12 @@ class RaisePpo(BatchAgent):
             offered = world.candidates
             candidates.append(candidates[-1] if candidates and np.array_equal(candidates[-1], offered) else offered)
             seen["stage"].append(observation[mask.argmax(), :2].copy())  # a view would keep the whole observation
-            seen["times_selected"].append(observation[:, -1].copy())
-            seen["kinds"].append(kinds)
+            seen["times_selected"].append(sparse.csr_array(observation[None, :, -1]))
+            seen["kinds"].append(sparse.csr_array(kinds[None]))
             observation, reward, over, _, _ = world.step((kinds > 0).astype(np.int8))
             seen["rewards"].append(np.float32(reward))
-        return Rollout(candidates, classes, **{name: np.stack(values) for name, values in seen.items()})
+        shown = {name: sparse.vstack(seen.pop(name), format="csr") for name in ("times_selected", "kinds")}
+        return Rollout(candidates, classes, **shown, **{name: np.stack(values) for name, values in seen.items()})
 
     def _fit(self, rollout: Rollout, world: RaiseSelectEnv) -> None:
         """Move F and V by what a round has shown."""
@@ -410,7 +411,7 @@ class RaisePpo(BatchAgent):
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of what was drawn, and values, each of shape (steps,), with gradients."""
         rows = torch.from_numpy(rollout.observations(columns, part))
-        kinds = torch.from_numpy(rollout.kinds[part])
+        kinds = torch.from_numpy(rollout.kinds[part].toarray())
         mask = rollout.mask
         law = _law(self._learners["actor"].network(rows), rollout.classes, mask, world)
         log_probs = law.log_prob(kinds) if self.settings.ratio == "exact" else law.log_softmax_product(kinds)
@@ -507,6 +508,8 @@ def _shown_columns(world: RaiseSelectEnv) -> np.ndarray:
     is_hidden = np.zeros(NUM_FEATURES, dtype=bool)
     for name in world.config.hide:
         is_hidden[BLOCKS[name]] = True
+    if not is_hidden.any():
+        return world.assets.features.columns
     return np.where(is_hidden[2:-1], np.float32(0.0), world.assets.features.columns)
 
 

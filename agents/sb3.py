@@ -37,16 +37,20 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from raise_env import PickOne, TopKScores
 from raise_env.errors import OutputError, RecordError, SettingError, suggestion
 from raise_env.features import SCHEMA_VERSION as FEATURES_VERSION
 from raise_env.files import replaced_folder, write_json
+from raise_env.vector import RaiseSelectVectorEnv
 
-from .base import DEFAULT_BATCH_SIZE, Progress
+from .base import DEFAULT_BATCH_SIZE, Progress, world_of
 from .networks import AcquisitionFunction, Critic
+from .sb3_buffer import LeanRolloutBuffer
 from .sb3_files import SavedModel
+from .sb3_vector import ReportingVecEnv, StackedVecEnv
 from .subset import SubsetLaw
 
 __all__ = [
@@ -97,6 +101,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "QRDQN": {**_OFF_POLICY, "exploration_fraction": 0.5, "target_update_interval": 100},
     "ARS": {"n_delta": 4, "device": "cpu"},
 }
+
+
+#: Algorithms that take any rollout buffer; the others come with their own.
+_LEAN = ("PPO", "A2C")
+
+#: Who sets one of these decides how many updates there are.
+_UPDATE_SETTINGS = {"train_freq", "gradient_steps"}
 
 
 class SubsetDistribution(BernoulliDistribution):
@@ -310,6 +321,8 @@ class Sb3Agent:
         policy: Name of one of SB3's own policies, such as "MlpPolicy", in place of one over rows; None: what the loaded
             model was made with, or the best.
         load: A file that SB3's `model.save` wrote, to act and to go on learning with its weights.
+        num_envs: Environments to learn from at once, over one base model. Between two updates there are as many steps
+            as with one, unless `n_steps` or `train_freq` is given, which are SB3's, steps of each environment.
         hyperparameters: The class's own arguments, as plain data, over those in `PRESETS`; `action_noise` is the
             deviation of Gaussian noise.
 
@@ -331,10 +344,14 @@ class Sb3Agent:
         action_form: str | None = None,
         policy: str | None = None,
         load: str | Path | None = None,
+        num_envs: int = 1,
         **hyperparameters: Any,
     ) -> None:
         self._class = _find_class(algorithm.removeprefix("sb3:"))
         self.name = f"sb3:{self._class.__name__}"
+        if not isinstance(num_envs, int) or isinstance(num_envs, bool) or num_envs < 1:
+            raise SettingError(f"{self.name}: num_envs is {num_envs!r}; expected a whole number of at least 1.")
+        self.num_envs = num_envs
         _check_hyperparameters(self._class, hyperparameters)
         self.hyperparameters = hyperparameters
         self.model: BaseAlgorithm | None = None
@@ -366,7 +383,8 @@ class Sb3Agent:
         optimiser remembers, a replay buffer, and the schedule of exploration are new each time.
 
         Args:
-            env: The environment as `gym.make` returns it; its `config` tells horizon and batch size.
+            env: The environment as `gym.make` returns it; its `config` tells horizon and batch size. With `num_envs`
+                above 1 it is left as it is, and others like it are made.
             episodes: How many episodes of `config.horizon` steps. Algorithms that learn from whole rollouts may take
                 a few steps more.
             seed: Seed of the environment, of the first weights and of exploration.
@@ -385,7 +403,8 @@ class Sb3Agent:
         num_steps = episodes * config.horizon * (config.batch_size if self.action_form == "pick" else 1)
         self._subset_size = config.batch_size
         with _global_generators_kept():
-            model = self._build(_Learning(self.wrap(env), progress), num_steps, seed)
+            offers_all = getattr(config, "num_candidates", None) == "all"
+            model = self._build(self._to_learn_in(env, progress), num_steps, seed, offers_all)
             if before is not None:
                 _set_weights(model, before.policy.state_dict())
             model.set_logger(Logger(None, []))  # SB3's default one makes a folder
@@ -393,6 +412,13 @@ class Sb3Agent:
         model.env = None  # so that the agent can be copied and stored without the language model
         self.model = model
         return self
+
+    def _to_learn_in(self, env: gym.Env[Any, Any], progress: Progress | None) -> gym.Env[Any, Any] | VecEnv:
+        if self.num_envs == 1:
+            return _Learning(self.wrap(env), progress)
+        envs = [self.wrap(world_of(env).variant()) for _ in range(self.num_envs)]
+        stacked = StackedVecEnv(RaiseSelectVectorEnv.over(envs))
+        return stacked if progress is None else ReportingVecEnv(stacked, progress)
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Check that the model can act in the environment.
@@ -453,6 +479,7 @@ class Sb3Agent:
             "agent": self.name,
             "action_form": self.action_form,
             "policy": self.policy,
+            "num_envs": self.num_envs,
             "hyperparameters": self.hyperparameters,
             "features_version": FEATURES_VERSION,
             "num_candidates": num_candidates,
@@ -480,7 +507,10 @@ class Sb3Agent:
             if made_for != (_FORMAT, FEATURES_VERSION):
                 raise ValueError("it is of another format or for other features; learn it again with this version")
             form, policy = config["action_form"], config.get("policy")
-            agent = cls(config["agent"], action_form=form, policy=policy, **config["hyperparameters"])
+            num_envs = config.get("num_envs", 1)
+            agent = cls(
+                config["agent"], action_form=form, policy=policy, num_envs=num_envs, **config["hyperparameters"]
+            )
             agent._subset_size = config["subset_size"]
             model = agent._build_untrained(config["num_candidates"], config["num_features"])
             _set_weights(model, load_file(Path(folder, "model.safetensors")))
@@ -543,8 +573,12 @@ class Sb3Agent:
         with _global_generators_kept():
             return self._build(_SpacesOnly(self.action_form, num_candidates, num_features), num_steps=1, seed=None)
 
-    def _build(self, env: gym.Env[Any, Any], num_steps: int, seed: int | None) -> BaseAlgorithm:
-        settings = self._settings(num_steps)
+    def _build(
+        self, env: gym.Env[Any, Any] | VecEnv, num_steps: int, seed: int | None, offers_all: bool = False
+    ) -> BaseAlgorithm:
+        settings = self._settings(num_steps, env.num_envs if isinstance(env, VecEnv) else 1)
+        if offers_all and self._class.__name__ in _LEAN:
+            settings["rollout_buffer_class"] = LeanRolloutBuffer
         if isinstance(settings.get("action_noise"), int | float):
             shape = env.action_space.shape or ()
             settings["action_noise"] = NormalActionNoise(np.zeros(shape), np.full(shape, settings["action_noise"]))
@@ -553,7 +587,7 @@ class Sb3Agent:
             settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "subset_size": self._subset_size}
         return self._class(policy, env, seed=seed, **settings)
 
-    def _settings(self, num_steps: int) -> dict[str, Any]:
+    def _settings(self, num_steps: int, num_envs: int) -> dict[str, Any]:
         """Return preset and own hyperparameters, those that nobody has set fitted to a run of so many steps."""
         settings = dict(PRESETS.get(self._class.__name__, {"device": "cpu"}))
         if self.action_form == "pick" and "gamma" in _parameters(self._class):
@@ -563,11 +597,16 @@ class Sb3Agent:
         if issubclass(self._class, OnPolicyAlgorithm):
             if "n_steps" in settings and "n_steps" not in own:
                 num_rollouts = max(1, num_steps // settings["n_steps"])
-                settings["n_steps"] = max(2, math.ceil(num_steps / num_rollouts))  # the last one ends with the run
-            if "batch_size" in settings and "batch_size" not in own and settings["n_steps"] % settings["batch_size"]:
-                settings["batch_size"] = settings["n_steps"]  # SB3 warns of minibatches of unequal size
+                # The last one ends with the run.
+                settings["n_steps"] = max(2, math.ceil(num_steps / num_rollouts / num_envs))
+            if "batch_size" in settings and "batch_size" not in own:
+                size = settings["n_steps"] * num_envs
+                if size % settings["batch_size"]:
+                    settings["batch_size"] = size  # SB3 warns of minibatches of unequal size
         elif issubclass(self._class, OffPolicyAlgorithm) and "buffer_size" in settings and "buffer_size" not in own:
             settings["buffer_size"] = min(settings["buffer_size"], num_steps)
+        if num_envs > 1 and "gradient_steps" in _parameters(self._class) and not own.keys() & _UPDATE_SETTINGS:
+            settings["gradient_steps"] = -1  # as many as there were steps in all environments
         return settings
 
 

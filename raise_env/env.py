@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,10 +22,13 @@ from .rewards import DIVERGENCE_PENALTY, Evaluation, RewardFunction, load_reward
 if TYPE_CHECKING:
     from .learner_protocol import Learner, Ledger
 
-__all__ = ["EnvAssets", "RaiseSelectEnv", "Round", "Snapshot", "StepRecord"]
+__all__ = ["EnvAssets", "RaiseSelectEnv", "Round", "Snapshot", "StepRecord", "StepResult", "step_together"]
 
 Observation = np.ndarray
 Action = np.ndarray
+
+#: What `step` returns: observation, reward, terminated, truncated, info.
+StepResult = tuple[Observation, float, bool, bool, dict[str, Any]]
 
 # What a round's seed is used for: each purpose draws from a stream of its own, so that the candidates of the
 # next round are the same whatever is done in this one, and two policies can be compared on equal offers.
@@ -45,6 +48,14 @@ class Round:
     seed: int
     candidates: np.ndarray
     classes: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choice:
+    """What an action comes to: the pool ids to train on, shape (selected,), and how many the budget had no room for."""
+
+    selected: np.ndarray
+    num_dropped: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,7 +264,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._round = self._next_round()
         return self._observation(), self._info(np.zeros(0, dtype=np.int64))
 
-    def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Action) -> StepResult:
         """Train on the chosen candidates, and return what it gained on the dev set.
 
         Args:
@@ -264,20 +275,10 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             ResetNeeded: There was no reset since the start or since the last episode's end.
             RewardError: The reward function returned something other than a finite number.
         """
-        self._require_running()
-        selected, num_dropped = self._affordable(self._chosen(action))
-        train_loss, diverged = self._update(selected)
-        reward = DIVERGENCE_PENALTY if diverged else step_reward(self._dev_scores[-2], self._dev_scores[-1])
-        offered = self._current_round
-        record = StepRecord(offered.candidates, offered.classes, selected, reward, self._dev_scores[-1], train_loss)
-        self._history.append(record)
-        self._num_steps += 1
-        self._num_spent += len(selected)
-        np.add.at(self._counts, selected, 1)
-        self._round = self._next_round()
-        self._is_over = diverged or self._num_steps >= self.config.horizon or self.budget_left <= 0
-        info = self._info(selected, num_dropped=num_dropped, train_loss=train_loss, diverged=diverged)
-        return self._observation(), reward, self._is_over, False, info
+        choice = self._choose(action)
+        (train_loss,) = _update([self], [choice])
+        diverged = self._score(choice, train_loss)
+        return self._answer(choice, train_loss, diverged)
 
     def render(self) -> Any:
         """Return the episode so far, as text or as a picture of shape (height, width, 3), uint8."""
@@ -585,27 +586,39 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         kept = self._stream(_DROPPED).permutation(len(chosen))[excess:]
         return chosen[np.sort(kept)], excess
 
-    def _update(self, selected: np.ndarray) -> tuple[float | None, bool]:
-        """Train on pool rows and note the dev score; return the training loss and whether it diverged."""
-        train_loss = self._train(selected)
+    def _choose(self, action: Action) -> _Choice:
+        self._require_running()
+        return _Choice(*self._affordable(self._chosen(action)))
+
+    def _score(self, choice: _Choice, train_loss: float | None) -> bool:
+        """Note the dev score after the update, where it is due; return whether the model diverged."""
         is_finite = train_loss is None or bool(np.isfinite(train_loss))
-        if is_finite and self._is_score_due(selected):
+        if is_finite and self._is_score_due(choice.selected):
             evaluation = self._running_learner.evaluate("dev")
             is_finite = evaluation.is_finite
             if is_finite:
                 self._dev_scores.append(self._reward(evaluation))
                 self._is_scored = True
-                return train_loss, False
+                return False
         # The last score that was one: neither observation nor info ever holds NaN.
         self._dev_scores.append(self._dev_scores[-1])
-        return (train_loss, False) if is_finite else (None, True)
+        return not is_finite
 
-    def _train(self, selected: np.ndarray) -> float | None:
-        if len(selected) == 0:
-            return None
-        self._is_scored = False
-        seed = int(self._stream(_DROPOUT).integers(2**31))
-        return self._running_learner.update(selected, self.progress, seed)
+    def _answer(self, choice: _Choice, train_loss: float | None, diverged: bool) -> StepResult:
+        """Write the step down, go on to the next round, and return what `step` does."""
+        selected = choice.selected
+        train_loss = None if diverged else train_loss
+        reward = DIVERGENCE_PENALTY if diverged else step_reward(self._dev_scores[-2], self._dev_scores[-1])
+        offered = self._current_round
+        record = StepRecord(offered.candidates, offered.classes, selected, reward, self._dev_scores[-1], train_loss)
+        self._history.append(record)
+        self._num_steps += 1
+        self._num_spent += len(selected)
+        np.add.at(self._counts, selected, 1)
+        self._round = self._next_round()
+        self._is_over = diverged or self._num_steps >= self.config.horizon or self.budget_left <= 0
+        info = self._info(selected, num_dropped=choice.num_dropped, train_loss=train_loss, diverged=diverged)
+        return self._observation(), reward, self._is_over, False, info
 
     def _is_score_due(self, selected: np.ndarray) -> bool:
         step = self._num_steps + 1
@@ -665,3 +678,49 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             taken_history=np.array(rows).reshape(-1, self.config.num_classes),
             last_reward=last.reward if last else None,
         )
+
+
+def step_together(envs: Sequence[RaiseSelectEnv], actions: Sequence[Action]) -> list[StepResult]:
+    """Step several environments, each once, with their updates in one pass where they share a base model.
+
+    What comes of it is what `step` of each would give, but for the last bits of what the model computes: sums are
+    made in another order. Where an action is refused, no environment has moved.
+
+    Args:
+        envs: Environments in the middle of an episode.
+        actions: The action of each.
+
+    Raises:
+        ActionError: As for `step`.
+        ResetNeeded: As for `step`.
+        RewardError: As for `step`.
+    """
+    choices = [env._choose(action) for env, action in zip(envs, actions, strict=True)]
+    losses = _update(envs, choices)
+    results = []
+    for env, choice, train_loss in zip(envs, choices, losses, strict=True):
+        diverged = env._score(choice, train_loss)
+        results.append(env._answer(choice, train_loss, diverged))
+    return results
+
+
+def _update(envs: Sequence[RaiseSelectEnv], choices: Sequence[_Choice]) -> list[float | None]:
+    """Train each environment's model on what was chosen there; return the training losses, None without an update."""
+    losses: list[float | None] = [None] * len(envs)
+    groups: dict[int, list[int]] = {}  # what shares a base model, pool and settings
+    for place, (env, choice) in enumerate(zip(envs, choices, strict=True)):
+        if len(choice.selected):
+            groups.setdefault(id(env.assets), []).append(place)
+    for group in groups.values():
+        members = [envs[place] for place in group]
+        for env in members:
+            env._is_scored = False
+        found = members[0]._running_learner.update_together(
+            [env._running_learner for env in members],
+            [choices[place].selected for place in group],
+            [env.progress for env in members],
+            [int(env._stream(_DROPOUT).integers(2**31)) for env in members],
+        )
+        for place, loss in zip(group, found, strict=True):
+            losses[place] = loss
+    return losses

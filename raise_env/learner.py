@@ -30,6 +30,11 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 #: Tokens, padding included, whose rows get their gradients in one pass: each row needs memory for an adapter.
 GRADIENT_BATCH_TOKENS = 2048
 
+#: Tokens, padding included, that updates go through a processor with together, each with its adapter. Small updates
+#: gain by it; of large ones every pass that no longer fits into the caches loses more, up to a third. On a GPU only
+#: memory sets a limit.
+STACKED_TOKENS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
@@ -107,9 +112,35 @@ class LoraLearner:
         Returns:
             The mean loss in nats per response token before the update.
         """
-        (state,), (loss,) = self._train([self.state], [rows], progress, seed)
+        (state,), (loss,) = self._train([self.state], [rows], [progress], [seed])
         self.state = state
         return loss
+
+    def update_together(
+        self,
+        learners: Sequence[LoraLearner],
+        batches: Sequence[np.ndarray],
+        progress: Sequence[float],
+        seeds: Sequence[int],
+    ) -> list[float]:
+        """Make one update of each of several copies of this learner, where possible several in one pass.
+
+        Sums are made in another order than by `update`, so that results differ from its in the last bits; where the
+        base holds one adapter at a time, not even there.
+
+        Args:
+            learners: Copies of this learner, or it itself, each once: they share base, pool and settings.
+            batches: Pool rows of each, at least one.
+            progress: Of each, as for `update`: their episodes may be at different steps.
+            seeds: Of each, as for `update`.
+
+        Returns:
+            The mean loss of each before its update, as `update` returns it.
+        """
+        states, losses = self._train([learner.state for learner in learners], batches, progress, seeds)
+        for learner, state in zip(learners, states, strict=True):
+            learner.state = state
+        return losses
 
     def evaluate(self, split: Split, subset: np.ndarray | None = None) -> Evaluation:
         """Score the model on dev or test rows, all of them or a subset of row numbers.
@@ -139,7 +170,9 @@ class LoraLearner:
         """
         states: list[TrainingState] = [self.state] * len(batches)
         trained = [place for place, rows in enumerate(batches) if len(rows)]
-        after, _ = self._train([self.state] * len(trained), [batches[place] for place in trained], progress, seed)
+        count = len(trained)
+        chosen = [batches[place] for place in trained]
+        after, _ = self._train([self.state] * count, chosen, [progress] * count, [seed] * count)
         for place, state in zip(trained, after, strict=True):
             states[place] = state
         self.ledger.forward_tokens += len(states) * self._tokens(self.splits["dev"], subset)
@@ -198,7 +231,7 @@ class LoraLearner:
         fork = LoraLearner(self.base, dev, {}, self.settings, TrainingState.start(self.state.adapter), self.ledger)
         if num_updates == 0:
             self.ledger.train_tokens += int(dev.lengths[batches[0]].sum())
-            gradients, _ = fork._gradients([fork.state], batches, seed)
+            gradients, _ = fork._gradients([fork.state], batches, [seed])
             return np.asarray(-gradients[0].cpu().numpy())
         for rows in batches:
             fork.update(rows, progress, seed)
@@ -241,29 +274,40 @@ class LoraLearner:
             yield state.adapter[None]
 
     def _train(
-        self, states: list[TrainingState], batches: list[np.ndarray], progress: float, seed: int
+        self,
+        states: Sequence[TrainingState],
+        batches: Sequence[np.ndarray],
+        progress: Sequence[float],
+        seeds: Sequence[int],
     ) -> tuple[list[TrainingState], list[float]]:
+        """Return each state after an update on its batch, at its own place in its episode, and the losses before."""
         if not states:
             return [], []
         for rows in batches:
             self.ledger.train_tokens += int(self.pool.lengths[rows].sum())
         self.ledger.updates += len(batches)
-        gradients, losses = self._gradients(states, batches, seed)
-        rate = scheduled_rate(self.settings.learning_rate, progress)
-        return _adamw(states, gradients, rate, self.settings), losses
+        gradients, losses = self._gradients(states, batches, seeds)
+        rates = [scheduled_rate(self.settings.learning_rate, share) for share in progress]
+        return _adamw(states, gradients, rates, self.settings), losses
 
     @torch.enable_grad()  # as above
     def _gradients(
-        self, states: list[TrainingState], batches: list[np.ndarray], seed: int
+        self, states: Sequence[TrainingState], batches: Sequence[np.ndarray], seeds: Sequence[int]
     ) -> tuple[Tensor, list[float]]:
         """Return the gradient of each state's loss on its batch, shape (states, P), and the losses."""
-        gradients, losses = [], []
-        for group in _groups(batches, self.pool.lengths, self.settings.micro_batch_tokens, self.base.stackable):
+        gradients: list[Tensor] = [torch.empty(0)] * len(states)
+        losses = [0.0] * len(states)
+        limit = self.settings.micro_batch_tokens
+        if self.base.device.type == "cpu":
+            limit = min(limit, STACKED_TOKENS)
+        for group in _groups(batches, self.pool.lengths, limit, self.base.stackable):
             adapters = torch.stack([states[place].adapter for place in group]).requires_grad_()
-            losses += self._backward(adapters, [batches[place] for place in group], seed)
+            # With dropout, which the seed is for, no two are ever in one group.
+            found = self._backward(adapters, [batches[place] for place in group], seeds[group[0]])
             assert adapters.grad is not None
-            gradients.append(adapters.grad)
-        return torch.cat(gradients), losses
+            for place, gradient, loss in zip(group, adapters.grad, found, strict=True):
+                gradients[place], losses[place] = gradient, loss
+        return torch.stack(gradients), losses
 
     def _backward(self, adapters: Tensor, batches: list[np.ndarray], seed: int) -> list[float]:
         counts = np.array([self.pool.label_counts[rows].sum() for rows in batches])
@@ -279,14 +323,16 @@ class LoraLearner:
         return [float(total) for total in totals]
 
 
-def _groups(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int, stackable: bool) -> list[list[int]]:
+def _groups(batches: Sequence[np.ndarray], lengths: np.ndarray, max_tokens: int, stackable: bool) -> list[list[int]]:
     """Share updates out into groups that go through the model together: alike in rows, small enough in tokens."""
+    longest = [int(lengths[rows].max()) for rows in batches]
     groups: list[list[int]] = []
-    for place, rows in enumerate(batches):
+    # By length too, so that little is padded; the last one in a group is then its longest.
+    for place in sorted(range(len(batches)), key=lambda place: (len(batches[place]), longest[place])):
+        size = len(batches[place])
         last = groups[-1] if groups else []
-        longest = max(int(lengths[batches[p]].max()) for p in [*last, place])
-        alike = bool(last) and len(batches[last[0]]) == len(rows)
-        if stackable and alike and (len(last) + 1) * len(rows) * longest <= max_tokens:
+        alike = bool(last) and len(batches[last[0]]) == size
+        if stackable and alike and (len(last) + 1) * size * longest[place] <= max_tokens:
             last.append(place)
         else:
             groups.append([place])
@@ -302,7 +348,7 @@ def _micro_batches(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: i
 
 
 def _adamw(
-    states: list[TrainingState], gradients: Tensor, rate: float, settings: UpdateSettings
+    states: Sequence[TrainingState], gradients: Tensor, rates: Sequence[float], settings: UpdateSettings
 ) -> list[TrainingState]:
     """Return each state after one AdamW step (Loshchilov and Hutter 2019, algorithm 2) on a clipped gradient.
 
@@ -312,7 +358,7 @@ def _adamw(
         norms = gradients.norm(dim=1, keepdim=True)
         gradients = gradients * (settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
     after = []
-    for state, gradient in zip(states, gradients, strict=True):
+    for state, gradient, rate in zip(states, gradients, rates, strict=True):
         count = state.num_updates + 1
         first, second = _moments(state, gradient)
         scale = (second.sqrt() / math.sqrt(1 - BETA_2**count)).add_(EPSILON)

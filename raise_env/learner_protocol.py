@@ -64,6 +64,11 @@ class Learner(Protocol):
     def update(self, rows: np.ndarray, progress: float, seed: int) -> float:
         """Make one update on pool rows and return the mean loss per response token before it, in nats."""
 
+    def update_together(
+        self, learners: Sequence[Any], batches: Sequence[np.ndarray], progress: Sequence[float], seeds: Sequence[int]
+    ) -> list[float]:
+        """Make one update of each of several copies of this learner, and return the losses as `update` does."""
+
     def evaluate(self, split: Split, subset: np.ndarray | None = None) -> Evaluation:
         """Score the model as it is on dev or test rows."""
 

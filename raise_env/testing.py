@@ -66,6 +66,17 @@ class FakeLearner:
         self.ledger.updates += 1
         return before
 
+    def update_together(
+        self,
+        learners: Sequence[FakeLearner],
+        batches: Sequence[np.ndarray],
+        progress: Sequence[float],
+        seeds: Sequence[int],
+    ) -> list[float]:
+        """Update one after the other."""
+        parts = zip(learners, batches, progress, seeds, strict=True)
+        return [learner.update(rows, share, seed) for learner, rows, share, seed in parts]
+
     def evaluate(self, split: Split, subset: np.ndarray | None = None) -> Evaluation:
         """Score the skill."""
         del split

@@ -1,22 +1,58 @@
-"""Other forms of the action, for algorithms that cannot choose a subset."""
+"""Other forms of the action, for algorithms that cannot choose a subset.
+
+A wrapper's step falls in two, the choice that an action stands for and the answer to it, so that a vector environment
+can make the updates of several environments together in between.
+"""
 
 from __future__ import annotations
 
-from typing import Any, SupportsFloat
+from abc import abstractmethod
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
-from .env import RaiseSelectEnv
+from .env import RaiseSelectEnv, StepResult
 from .errors import ActionError
 from .features import CLIP
 
-__all__ = ["PickOne", "TopKScores"]
+__all__ = ["ActionForm", "PickOne", "TopKScores"]
 
 
-class TopKScores(gym.ActionWrapper[np.ndarray, np.ndarray, np.ndarray], RecordConstructorArgs):
+# Any for the two kinds of action: Gymnasium 1.4 takes them for one and the same in Wrapper.__init__.
+class ActionForm(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructorArgs):
+    """Base of the wrappers that give the action another form.
+
+    Args:
+        env: A `RaiseSelectEnv`, wrapped or not.
+    """
+
+    def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:
+        RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
+        self._size = _offered(env)
+
+    def step(self, action: Any) -> StepResult:
+        """Do what the action stands for; see `choice` and `answer`."""
+        choice = self.choice(action)
+        return self.answer(None if choice is None else self.env.step(choice))  # type: ignore[arg-type]
+
+    @abstractmethod
+    def choice(self, action: Any) -> np.ndarray | None:
+        """Return the 0/1 choice that the environment shall take, shape (num_candidates,), int8; None for none yet."""
+
+    @abstractmethod
+    def answer(self, result: StepResult | None) -> StepResult:
+        """Return what `step` does, given what the environment's step returned, None where there was none."""
+
+    @abstractmethod
+    def action_masks(self) -> np.ndarray:
+        """Return which candidates can be taken, shape (num_candidates,), bool."""
+
+
+class TopKScores(ActionForm):
     """Takes a score for each candidate, and the best B/C of each class are trained on.
 
     This is the paper's rule (Lv et al. 2025, algorithm 1): top b of each of C classes, B = C b. What does not
@@ -27,9 +63,7 @@ class TopKScores(gym.ActionWrapper[np.ndarray, np.ndarray, np.ndarray], RecordCo
     """
 
     def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:
-        RecordConstructorArgs.__init__(self)
-        gym.ActionWrapper.__init__(self, env)
-        self._size = _offered(env)
+        super().__init__(env)
         self.action_space = spaces.Box(-1.0, 1.0, (self._size,), dtype=np.float32)
 
     def action(self, action: np.ndarray) -> np.ndarray:
@@ -50,13 +84,21 @@ class TopKScores(gym.ActionWrapper[np.ndarray, np.ndarray, np.ndarray], RecordCo
             scores, world.candidate_classes, world.action_masks(), world.config.batch_size, world.config.num_classes
         )
 
+    def choice(self, action: np.ndarray) -> np.ndarray:
+        """Return `action(scores)`."""
+        return self.action(action)
+
+    def answer(self, result: StepResult | None) -> StepResult:
+        """Return the environment's answer as it is."""
+        assert result is not None, "scores always make a choice"
+        return result
+
     def action_masks(self) -> np.ndarray:
         """Return which candidates can be taken, shape (num_candidates,), bool."""
         return _world(self.env).action_masks()
 
 
-# Any for the two kinds of action: Gymnasium 1.4 takes them for one and the same in Wrapper.__init__.
-class PickOne(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructorArgs):
+class PickOne(ActionForm):
     """Takes one candidate at a time; the update is made when B are picked.
 
     Until then the reward is 0 and the observation stays, but for the count of the picked rows, which shows one
@@ -68,9 +110,7 @@ class PickOne(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructorAr
     """
 
     def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:
-        RecordConstructorArgs.__init__(self)
-        gym.Wrapper.__init__(self, env)
-        self._size = _offered(env)
+        super().__init__(env)
         self.action_space = spaces.Discrete(self._size)
         self._taken = np.zeros(self._size, dtype=np.int8)  # (num_candidates,)
         self._num_picks = 0
@@ -84,30 +124,31 @@ class PickOne(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructorAr
         self._start_round(observation, info)
         return observation, {**info, "action_mask": self.action_masks()}
 
-    def step(self, action: np.int64) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Pick one candidate; with the last of a batch, train on them.
+    def choice(self, action: np.int64) -> np.ndarray | None:
+        """Pick one candidate; return the picks when the batch is full, or nothing is left to pick.
 
         Raises:
             ActionError: There is no such candidate.
-            ResetNeeded: There was no reset since the start or since the last episode's end.
         """
         index = int(action)
         if not 0 <= index < self._size:
             raise ActionError(f"candidate {index} was picked; expected 0 to {self._size - 1}.")
         self._taken[index] = 1
         self._num_picks += 1
-        if self._last is None or self._num_picks >= _world(self.env).config.batch_size or not self.action_masks().any():
-            observation, reward, terminated, truncated, info = self.env.step(self._taken)
-            self._start_round(observation, info)
-            if terminated:
-                # Else the picks after the end would wait for a full batch before anything was said.
-                self._last = None
-            return observation, reward, terminated, truncated, {**info, "action_mask": self.action_masks()}
-        observation, info = self._last
-        shown = observation.copy()
-        picked = (self._taken == 1) & _world(self.env).action_masks()
-        shown[picked, -1] = np.log1p(np.expm1(shown[picked, -1]) + 1).clip(max=CLIP)
-        return shown, 0.0, False, False, self._waiting_info(info)
+        # Without a round, after an episode's end, the environment says at once that it needs a reset.
+        is_full = self._last is None or self._num_picks >= _world(self.env).config.batch_size
+        return self._taken if is_full or not self.action_masks().any() else None
+
+    def answer(self, result: StepResult | None) -> StepResult:
+        """Begin the next batch with the environment's answer; without one, show what is picked so far."""
+        if result is None:
+            return self._waiting()
+        observation, reward, terminated, truncated, info = result
+        self._start_round(observation, info)
+        if terminated:
+            # Else the picks after the end would wait for a full batch before anything was said.
+            self._last = None
+        return observation, reward, terminated, truncated, {**info, "action_mask": self.action_masks()}
 
     def action_masks(self) -> np.ndarray:
         """Return which candidates can still be picked, shape (num_candidates,), bool."""
@@ -118,13 +159,18 @@ class PickOne(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructorAr
         self._num_picks = 0
         self._last = (observation.copy(), info)
 
-    def _waiting_info(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Return the info of a pick that trains on nothing yet."""
+    def _waiting(self) -> StepResult:
+        """Return what a pick shows that trains on nothing yet."""
+        assert self._last is not None
+        observation, info = self._last
+        shown = observation.copy()
+        picked = (self._taken == 1) & _world(self.env).action_masks()
+        shown[picked, -1] = np.log1p(np.expm1(shown[picked, -1]) + 1).clip(max=CLIP)
         fresh = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in info.items()}
         fresh.pop("train_loss", None)
         fresh.update(num_selected=0, num_dropped=0, action_mask=self.action_masks())
         fresh["selected"] = np.full(self._size, -1, dtype=np.int64)
-        return fresh
+        return shown, 0.0, False, False, fresh
 
 
 def top_of_each_class(

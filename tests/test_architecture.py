@@ -24,7 +24,7 @@ WITH_TORCH = {
         "agents.sb3",
     ),
     *("agents.class_law", "agents.raise_ppo", "agents.selector_files"),
-    "agents.sb3_files",
+    *("agents.sb3_buffer", "agents.sb3_files", "agents.sb3_vector"),
 }
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "stable_baselines3", "sb3_contrib", "sklearn", "matplotlib")
@@ -103,7 +103,8 @@ def test_imports__among_all_modules__have_no_cycles():
 
 
 def test_imports__at_the_top__load_torch_where_it_is_said():
-    loading = {name for name in SOURCES if any(is_of(m, "torch") for m in closure(name))}
+    with_torch = ("torch", "stable_baselines3")
+    loading = {name for name in SOURCES if any(is_of(m, package) for m in closure(name) for package in with_torch)}
     direct = {name for name in SOURCES if {m.split(".")[0] for m in imports(name, at_top_only=True)} & set(HEAVY)}
     assert loading == WITH_TORCH
     assert direct <= WITH_TORCH

@@ -180,7 +180,7 @@ def test_adamw__several_states_at_once__steps_as_torch_does():
         optimisers = [torch.optim.AdamW([value], lr=0.1, weight_decay=0.1) for value in plain]
         for _ in range(4):
             gradients = torch.randn(3, 50, generator=generator) * torch.tensor([[0.01], [1.0], [100.0]])
-            states = _adamw(states, gradients, 0.1, settings)
+            states = _adamw(states, gradients, [0.1] * len(states), settings)
             for value, gradient, optimiser in zip(plain, gradients, optimisers, strict=True):
                 value.grad = gradient.clone()
                 if clipped:
@@ -321,9 +321,9 @@ def test_train__several_adapters_in_one_pass__is_each_by_itself(learner):
     for rows in BATCHES[:2]:
         learner.update(rows, 0.1, 0)
         states.append(learner.state)
-    together, losses = learner._train(states, BATCHES, 0.3, 0)
+    together, losses = learner._train(states, BATCHES, [0.3] * len(states), [0] * len(states))
     for state, rows, after, loss in zip(states, BATCHES, together, losses, strict=True):
-        (alone,), (loss_alone,) = learner._train([state], [rows], 0.3, 0)
+        (alone,), (loss_alone,) = learner._train([state], [rows], [0.3], [0])
         assert loss == pytest.approx(loss_alone, abs=1e-6)
         torch.testing.assert_close(after.first_moment, alone.first_moment, atol=1e-7, rtol=1e-4)
         # AdamW divides small gradients by their own size, and with them their rounding: single numbers may differ by

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raise_env.agents import networks
 from raise_env.agents.networks import AcquisitionFunction, Critic, mlp
 
 
@@ -84,3 +85,24 @@ def test_mlp__weights__are_orthogonal_with_zero_bias() -> None:
     torch.testing.assert_close(weight @ weight.T, 0.25 * torch.eye(8), rtol=0, atol=1e-5)
     assert layers[-1].bias.eq(0).all()
     assert [type(layer) for layer in layers] == [nn.Linear, nn.Tanh, nn.Linear]
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("network", [AcquisitionFunction, Critic])
+def test_networks__more_rows_than_go_through_at_once__give_the_same_in_parts(monkeypatch, network, with_mask):
+    made = network(4, (8, 8), generator=generator())
+    arguments = (torch.arange(10) < 7,) if with_mask and network is Critic else ()
+    offered = rows(2, 10, 4)
+    results, most_rows = [], []
+    for layer in made.modules():
+        if isinstance(layer, nn.Linear) and layer.in_features == 4:
+            layer.register_forward_hook(lambda _, inputs, __: most_rows.append(inputs[0].shape[-2]))
+    for limit in (10, 3):
+        monkeypatch.setattr(networks, "ROWS_AT_ONCE", limit)
+        found = made(offered, *arguments)
+        gradients = torch.autograd.grad(found.square().sum(), list(made.parameters()))
+        results.append((found, *gradients))
+        assert max(most_rows) == limit
+        most_rows.clear()
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

@@ -50,6 +50,14 @@ _BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 logger = logging.getLogger(__name__)
 
 
+class _PassState(threading.local):
+    """What the layers are told for a forward pass; each thread has its own, so that several can use one model."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # of each layer: (k, rank, in) and (k, out, rank)
+        self.merged: list[Tensor] = []  # of each layer: (out, in)
+
+
 class BaseModel:
     """A causal language model, frozen, with LoRA layers whose weights are given at each call.
 
@@ -93,7 +101,7 @@ class BaseModel:
             value.requires_grad_(False)
         self._layers = _plain_layers(self.peft_model)
         self.stackable = len(self._layers) * 2 == len(self._names) and lora.lora_dropout == 0
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._pass = _PassState()
         self.peft_model.eval()
         if self.stackable:
             self._install()
@@ -157,31 +165,28 @@ class BaseModel:
 
     def hidden_states(self, batch: Batch, adapters: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the label losses, shape (labels,), and the last hidden layer, shape (rows, length, hidden)."""
-        output = self._forward(batch, adapters, None, output_hidden_states=True)
+        with self.lock:  # transformers puts hooks into the model for as long as it takes
+            output = self._forward(batch, adapters, None, output_hidden_states=True)
         losses = nn.functional.cross_entropy(output.logits.float(), batch.targets.to(self.device), reduction="none")
         return losses, output.hidden_states[-1].float()
 
     @contextlib.contextmanager
     def merged(self, adapter: Tensor) -> Iterator[None]:
-        """Fold one adapter into the base weights for as long as the context lasts, then put them back.
+        """Let this thread's passes use base weights with one adapter folded in, for as long as the context lasts.
 
-        The base weights themselves are set aside, not computed back: afterwards they are the same to the bit.
+        The base weights themselves are not touched, and other threads do not see it.
 
         Args:
             adapter: Shape (P,).
         """
-        pairs = self._split(adapter[None])
-        with self.lock, torch.no_grad():
-            set_aside = [layer.base_layer.weight.data for layer in self._layers]
-            try:
-                for layer, (a, b) in zip(self._layers, pairs, strict=True):
-                    delta = (b[0] @ a[0]) * layer.scaling[_ADAPTER]
-                    weight = layer.base_layer.weight
-                    weight.data = weight.data + (delta.T if layer.fan_in_fan_out else delta).to(weight.dtype)
-                yield
-            finally:
-                for layer, weight in zip(self._layers, set_aside, strict=True):
-                    layer.base_layer.weight.data = weight
+        before = self._pass.merged
+        with torch.no_grad():
+            pairs = zip(self._layers, self._split(adapter[None]), strict=True)
+            self._pass.merged = [_merged_weight(layer, a[0], b[0]) for layer, (a, b) in pairs]
+        try:
+            yield
+        finally:
+            self._pass.merged = before
 
     def save_adapter(self, adapter: Tensor, folder: Path) -> None:
         """Write an adapter, shape (P,), in PEFT's own form: `PeftModel.from_pretrained` loads it."""
@@ -203,14 +208,15 @@ class BaseModel:
             "use_cache": False,
             **kwargs,
         }
-        with self.lock, self._only_labels(inputs, adapters):
+        with self._only_labels(inputs, adapters):
             if not self.stackable:
-                return self._plain_forward(adapters, dropout_seed, inputs)
-            self._pairs = [] if adapters is None else self._split(adapters)
+                with self.lock:
+                    return self._plain_forward(adapters, dropout_seed, inputs)
+            self._pass.pairs = [] if adapters is None else self._split(adapters)
             try:
                 return self._causal(**inputs)
             finally:
-                self._pairs = []
+                self._pass.pairs = []
 
     def _only_labels(self, inputs: dict[str, Any], adapters: Tensor | None) -> AbstractContextManager[None]:
         if "output_hidden_states" in inputs:  # which are asked for at every position
@@ -257,24 +263,26 @@ class BaseModel:
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         # By the time a layer is computed again, the forward pass is over: it has to find what it was given then.
-        return contextlib.nullcontext(), self._as_it_was(self._pairs, self._label_positions.choice)
+        return contextlib.nullcontext(), self._as_it_was(self._pass.pairs, self._label_positions.choice)
 
     @contextlib.contextmanager
     def _as_it_was(self, pairs: list[tuple[Tensor, Tensor]], choice: Choice | None) -> Iterator[None]:
-        before = self._pairs, self._label_positions.choice
-        self._pairs, self._label_positions.choice = pairs, choice
+        before = self._pass.pairs, self._label_positions.choice
+        self._pass.pairs, self._label_positions.choice = pairs, choice
         try:
             yield
         finally:
-            self._pairs, self._label_positions.choice = before
+            self._pass.pairs, self._label_positions.choice = before
 
     def _layer_forward(self, layer: Any, index: int) -> Any:
         base_layer, scaling = layer.base_layer, layer.scaling[_ADAPTER]
 
         def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-            if not self._pairs:
+            if self._pass.merged:
+                return nn.functional.linear(x, self._pass.merged[index], base_layer.bias)
+            if not self._pass.pairs:
                 return base_layer(x)  # type: ignore[no-any-return]
-            return lora_linear(base_layer, x, *self._pairs[index], scaling)
+            return lora_linear(base_layer, x, *self._pass.pairs[index], scaling)
 
         return forward
 
@@ -331,6 +339,13 @@ def resolve_device(device: str) -> torch.device:
             f"device {device!r} cannot be used here: {reason} Expected 'auto', 'cpu' or 'cuda'."
         ) from error
     return resolved
+
+
+def _merged_weight(layer: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Return a layer's weight with an adapter folded in, shape (out, in)."""
+    weight: Tensor = layer.base_layer.weight
+    delta: Tensor = (b @ a) * layer.scaling[_ADAPTER]
+    return (weight.T if layer.fan_in_fan_out else weight) + delta.to(weight.dtype)
 
 
 @functools.cache  # one warning a process

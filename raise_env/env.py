@@ -697,6 +697,7 @@ def step_together(envs: Sequence[RaiseSelectEnv], actions: Sequence[Action]) -> 
     """
     choices = [env._choose(action) for env, action in zip(envs, actions, strict=True)]
     losses = _update(envs, choices)
+    _evaluate(envs, choices, losses)
     results = []
     for env, choice, train_loss in zip(envs, choices, losses, strict=True):
         diverged = env._score(choice, train_loss)
@@ -707,11 +708,7 @@ def step_together(envs: Sequence[RaiseSelectEnv], actions: Sequence[Action]) -> 
 def _update(envs: Sequence[RaiseSelectEnv], choices: Sequence[_Choice]) -> list[float | None]:
     """Train each environment's model on what was chosen there; return the training losses, None without an update."""
     losses: list[float | None] = [None] * len(envs)
-    groups: dict[int, list[int]] = {}  # what shares a base model, pool and settings
-    for place, (env, choice) in enumerate(zip(envs, choices, strict=True)):
-        if len(choice.selected):
-            groups.setdefault(id(env.assets), []).append(place)
-    for group in groups.values():
+    for group in _sharing(envs, [place for place, choice in enumerate(choices) if len(choice.selected)]):
         members = [envs[place] for place in group]
         for env in members:
             env._is_scored = False
@@ -724,3 +721,23 @@ def _update(envs: Sequence[RaiseSelectEnv], choices: Sequence[_Choice]) -> list[
         for place, loss in zip(group, found, strict=True):
             losses[place] = loss
     return losses
+
+
+def _evaluate(envs: Sequence[RaiseSelectEnv], choices: Sequence[_Choice], losses: Sequence[float | None]) -> None:
+    """Score those models of which a dev score is due, together; each environment then asks for its own."""
+    due = [
+        place
+        for place, (env, choice, loss) in enumerate(zip(envs, choices, losses, strict=True))
+        if (loss is None or np.isfinite(loss)) and env._is_score_due(choice.selected)
+    ]
+    for group in _sharing(envs, due):
+        learners = [envs[place]._running_learner for place in group]
+        learners[0].evaluate_together(learners, "dev")
+
+
+def _sharing(envs: Sequence[RaiseSelectEnv], places: Sequence[int]) -> list[list[int]]:
+    """Return the places in groups of environments that share base model, pool and settings."""
+    groups: dict[int, list[int]] = {}
+    for place in places:
+        groups.setdefault(id(envs[place].assets), []).append(place)
+    return list(groups.values())

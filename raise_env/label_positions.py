@@ -9,6 +9,7 @@ every other model computes all of it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,6 +42,10 @@ class Choice(NamedTuple):
     num_groups: int
 
 
+class _Local(threading.local):
+    choice: Choice | None = None
+
+
 class LabelPositions:
     """Makes the parts of a model's last layer that mix no positions work on chosen ones alone.
 
@@ -49,12 +54,10 @@ class LabelPositions:
     Args:
         causal: The model; its modules' `forward` is wrapped. One of an unknown form is left as it is.
 
-    Attributes:
-        choice: What is computed now; None: every position.
     """
 
     def __init__(self, causal: nn.Module) -> None:
-        self.choice: Choice | None = None
+        self._local = _Local()
         model_type = str(getattr(causal.config, "model_type", ""))
         if model_type in LAST_LAYERS:
             path, names = LAST_LAYERS[model_type]
@@ -62,6 +65,15 @@ class LabelPositions:
             for name in names:
                 module = last[-1].get_submodule(name)
                 module.forward = self._on_places(module.forward)
+
+    @property
+    def choice(self) -> Choice | None:
+        """What this thread computes now; None: every position."""
+        return self._local.choice
+
+    @choice.setter
+    def choice(self, choice: Choice | None) -> None:
+        self._local.choice = choice
 
     @contextlib.contextmanager
     def only(self, keep: Tensor, num_groups: int) -> Iterator[None]:
@@ -87,9 +99,9 @@ class LabelPositions:
         def on_places(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.choice is None:
                 return forward(x, *args, **kwargs)
-            places = self.choice.places
+            places, num_groups = self.choice
             rows = x.reshape(-1, x.shape[-1])
-            chosen = rows.index_select(0, places).view(self.choice.num_groups, -1, x.shape[-1])
+            chosen = rows.index_select(0, places).view(num_groups, -1, x.shape[-1])
             kept = forward(chosen, *args, **kwargs)
             # Zeros where nobody looks, so that nothing that follows there can stop being finite.
             result = kept.new_zeros(len(rows), kept.shape[-1]).index_copy(0, places, kept.reshape(-1, kept.shape[-1]))

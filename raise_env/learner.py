@@ -7,6 +7,7 @@ reference, a fork is a second reference, and an undone update was never done.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .encoding import EncodedRows, collate, token_batches
 from .evaluation import EvaluationSet, evaluate, score_rows
 from .learner_protocol import Ledger, Split, scheduled_rate
 from .rewards import Evaluation
+from .side_by_side import side_by_side
 
 __all__ = ["LoraLearner", "TrainingState", "UpdateSettings"]
 
@@ -147,16 +149,11 @@ class LoraLearner:
 
         All rows are scored once for a state, however often they are asked for: states never change.
         """
-        known = self._scored.get(split)
-        if subset is None and known is not None and known[0] is self.state:
-            return known[1]
-        if split == "test":
-            self.ledger.test_tokens += self._tokens(self.splits[split], subset)
-        else:
-            self.ledger.forward_tokens += self._tokens(self.splits[split], subset)
+        known = self._known(split)
+        if subset is None and known is not None:
+            return known
         evaluation = self._evaluate(self.state, self.splits[split], subset)
-        if subset is None:
-            self._scored[split] = self.state, evaluation
+        self._note(split, evaluation, subset)
         return evaluation
 
     def probe(self, batches: Sequence[np.ndarray], progress: float, seed: int, subset: np.ndarray) -> list[Evaluation]:
@@ -176,7 +173,19 @@ class LoraLearner:
         for place, state in zip(trained, after, strict=True):
             states[place] = state
         self.ledger.forward_tokens += len(states) * self._tokens(self.splits["dev"], subset)
-        return [self._evaluate(state, self.splits["dev"], subset) for state in states]
+        return self._evaluate_all(states, self.splits["dev"], subset)
+
+    def evaluate_together(self, learners: Sequence[LoraLearner], split: Split) -> None:
+        """Score several copies of this learner on all rows, side by side; `evaluate` of each then has it at once.
+
+        Args:
+            learners: Copies of this learner, or it itself, each once.
+            split: "dev" or "test".
+        """
+        due = [learner for learner in learners if learner._known(split) is None]
+        found = self._evaluate_all([learner.state for learner in due], self.splits[split], None)
+        for learner, evaluation in zip(due, found, strict=True):
+            learner._note(split, evaluation)
 
     def row_losses(self, rows: np.ndarray) -> np.ndarray:
         """Return the mean loss of each pool row as the model is, nats per response token, shape (rows,), float64.
@@ -252,6 +261,32 @@ class LoraLearner:
         first, second = _moments(self.state, gradients)
         return (first / (1 - BETA_1**count)) / ((second / (1 - BETA_2**count)).sqrt() + EPSILON)
 
+    def _known(self, split: Split) -> Evaluation | None:
+        """Return how the state as it is was scored on all rows, where it was."""
+        known = self._scored.get(split)
+        return known[1] if known is not None and known[0] is self.state else None
+
+    def _note(self, split: Split, evaluation: Evaluation, subset: np.ndarray | None = None) -> None:
+        """Book a score of the state as it is, and keep it if it is one on all rows."""
+        tokens = self._tokens(self.splits[split], subset)
+        if split == "test":
+            self.ledger.test_tokens += tokens
+        else:
+            self.ledger.forward_tokens += tokens
+        if subset is None:
+            self._scored[split] = self.state, evaluation
+
+    def _evaluate_all(
+        self, states: Sequence[TrainingState], data: EvaluationSet, subset: np.ndarray | None
+    ) -> list[Evaluation]:
+        tasks = [functools.partial(self._evaluate, state, data, subset) for state in states]
+        return side_by_side(tasks) if self._in_threads else [task() for task in tasks]
+
+    @property
+    def _in_threads(self) -> bool:
+        """Whether several passes can go through the base at the same time."""
+        return self.base.stackable and self.base.device.type == "cpu"
+
     def _evaluate(self, state: TrainingState, data: EvaluationSet, subset: np.ndarray | None) -> Evaluation:
         with self._adapted(state) as adapters:
             return evaluate(lambda batch: self.base.token_losses(batch, adapters), data, subset)
@@ -290,26 +325,34 @@ class LoraLearner:
         rates = [scheduled_rate(self.settings.learning_rate, share) for share in progress]
         return _adamw(states, gradients, rates, self.settings), losses
 
-    @torch.enable_grad()  # as above
     def _gradients(
         self, states: Sequence[TrainingState], batches: Sequence[np.ndarray], seeds: Sequence[int]
     ) -> tuple[Tensor, list[float]]:
         """Return the gradient of each state's loss on its batch, shape (states, P), and the losses."""
-        gradients: list[Tensor] = [torch.empty(0)] * len(states)
-        losses = [0.0] * len(states)
         limit = self.settings.micro_batch_tokens
         if self.base.device.type == "cpu":
             limit = min(limit, STACKED_TOKENS)
-        for group in _groups(batches, self.pool.lengths, limit, self.base.stackable):
-            adapters = torch.stack([states[place].adapter for place in group]).requires_grad_()
-            # With dropout, which the seed is for, no two are ever in one group.
-            found = self._backward(adapters, [batches[place] for place in group], seeds[group[0]])
-            assert adapters.grad is not None
-            for place, gradient, loss in zip(group, adapters.grad, found, strict=True):
-                gradients[place], losses[place] = gradient, loss
-        return torch.stack(gradients), losses
+        groups = _groups(batches, self.pool.lengths, limit, self.base.stackable)
+        # With dropout, which the seed is for, no two are ever in one group.
+        tasks = [
+            functools.partial(
+                self._backward,
+                torch.stack([states[place].adapter for place in group]),
+                [batches[place] for place in group],
+                seeds[group[0]],
+            )
+            for group in groups
+        ]
+        found = side_by_side(tasks) if self._in_threads else [task() for task in tasks]
+        order = np.argsort(np.concatenate(groups))  # the places of the groups' members, one group after the other
+        gradients = torch.cat([gradient for gradient, _ in found])[torch.from_numpy(order).to(self.base.device)]
+        losses = [loss for _, own in found for loss in own]
+        return gradients, [losses[place] for place in order]
 
-    def _backward(self, adapters: Tensor, batches: list[np.ndarray], seed: int) -> list[float]:
+    @torch.enable_grad()  # which is of the thread
+    def _backward(self, adapters: Tensor, batches: list[np.ndarray], seed: int) -> tuple[Tensor, list[float]]:
+        """Return the gradient of each adapter's loss on its batch, shape (k, P), and the losses."""
+        adapters.requires_grad_()
         counts = np.array([self.pool.label_counts[rows].sum() for rows in batches])
         totals = np.zeros(len(batches))
         dropout_seed = seed if self.base.lora.lora_dropout else None
@@ -320,7 +363,8 @@ class LoraLearner:
             means = torch.stack([s.sum() / int(n) for s, n in zip(losses.split(labels), counts, strict=True)])
             means.sum().backward()
             totals += means.detach().double().cpu().numpy()
-        return [float(total) for total in totals]
+        assert adapters.grad is not None
+        return adapters.grad, [float(total) for total in totals]
 
 
 def _groups(batches: Sequence[np.ndarray], lengths: np.ndarray, max_tokens: int, stackable: bool) -> list[list[int]]:

@@ -69,6 +69,9 @@ class Learner(Protocol):
     ) -> list[float]:
         """Make one update of each of several copies of this learner, and return the losses as `update` does."""
 
+    def evaluate_together(self, learners: Sequence[Any], split: Split) -> None:
+        """Score several copies of this learner on all rows, so that `evaluate` of each has it at once."""
+
     def evaluate(self, split: Split, subset: np.ndarray | None = None) -> Evaluation:
         """Score the model as it is on dev or test rows."""
 

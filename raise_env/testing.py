@@ -77,6 +77,9 @@ class FakeLearner:
         parts = zip(learners, batches, progress, seeds, strict=True)
         return [learner.update(rows, share, seed) for learner, rows, share, seed in parts]
 
+    def evaluate_together(self, learners: Sequence[FakeLearner], split: Split) -> None:
+        """Do nothing: scoring is cheap."""
+
     def evaluate(self, split: Split, subset: np.ndarray | None = None) -> Evaluation:
         """Score the skill."""
         del split

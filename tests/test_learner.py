@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from raise_env.base_model import BaseModel, model_folder
 from raise_env.config import LoraSettings
+from raise_env.encoding import collate
 from raise_env.env import RaiseSelectEnv
 from raise_env.evaluation import evaluate
 from raise_env.learner import LoraLearner, TrainingState, UpdateSettings, _adamw
@@ -373,14 +375,22 @@ def test_evaluate__merged_adapter__is_the_unmerged_one_and_the_base_is_put_back(
     assert (abs(bare.row_losses - merged.row_losses) > 1e-3).all()
 
 
-def test_merged__error_in_between__puts_the_base_back(learner):
-    checksum = learner.base.base_checksum()
-    noise = torch.ones_like(learner.state.adapter)
-    with pytest.raises(KeyboardInterrupt), learner.base.merged(noise):
+def test_merged__for_a_while__changes_this_threads_passes_and_no_weight(learner):
+    base, noise = learner.base, torch.ones_like(learner.state.adapter)
+    checksum, batch = base.base_checksum(), collate(learner.pool, BATCHES[0])
+
+    def losses():
+        with torch.no_grad():
+            return base.token_losses(batch, None)[0]
+
+    before = losses()
+    with pytest.raises(KeyboardInterrupt), base.merged(noise):
+        assert not torch.equal(losses(), before)
+        assert base.base_checksum() == checksum
+        with ThreadPoolExecutor(1) as other:
+            torch.testing.assert_close(other.submit(losses).result(), before, rtol=1e-6, atol=1e-6)
         raise KeyboardInterrupt
-    assert learner.base.base_checksum() == checksum
-    with learner.base.merged(noise):
-        assert learner.base.base_checksum() != checksum
+    torch.testing.assert_close(losses(), before, rtol=0, atol=0)
 
 
 def test_state__whatever_is_done_next__is_never_changed_in_place(learner, tmp_path):

@@ -115,6 +115,7 @@ def test_step__some_choose_nothing_or_have_ended__only_the_others_make_an_update
     ledger, learners = vector.envs[0].ledger, [env._learner for env in vector.envs]
     before, updates = [learner.state for learner in learners], ledger.updates
     action = np.tile([1, 0, 0, 0], 4)
+    passes.clear()  # of what the features took, if nobody had asked for them before
     vector.step(np.stack([action, action * 0, action]))
     assert passes == [2]
     assert ledger.updates == updates + 2
@@ -296,17 +297,17 @@ def test_sync_vector_env__wrapped_environments__step_together():
 
 
 @pytest.mark.parametrize("size", [4, 1])
-def test_step__several_threads_of_torch__equals_one_to_the_bit(embedded_env, size):
+def test_step__several_threads_of_torch__same_bits_each_time_and_nearly_those_of_one(embedded_env, size):
     env = embedded_env()
     env.reset(seed=0)
     actions = np.random.default_rng(0).permuted(np.tile(np.arange(16) < size, (3, 1)), axis=1).astype(np.int8)
     before, results = torch.get_num_threads(), []
     try:
-        for num_threads in (1, 3):
+        for num_threads in (1, 3, 3):
             torch.set_num_threads(num_threads)
             rewards = RaiseSelectVectorEnv.over(env.fork(3)).step(actions)[1]
             results.append([rewards, env.probe(actions) - env.dev_scores[-1]])
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_array_equal(results[1], results[0])
-    np.testing.assert_allclose(*results[0], atol=TOLERANCE)
+    np.testing.assert_array_equal(results[2], results[1])
+    np.testing.assert_allclose(results[1], results[0], atol=TOLERANCE)

@@ -96,8 +96,8 @@ def test_encode_responses__a_row__starts_with_the_start_token_alone(encoder):
 
 ENCODED = EncodedRows(
     tokens=np.array([5, 6, 7, 8, 9, 4, 3], dtype=np.int32),
-    is_label=np.array([False, True, True, False, True, False, False]),
     offsets=np.array([0, 3, 5, 7]),
+    label_counts=np.array([2, 1, 0]),
 )
 
 

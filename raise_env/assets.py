@@ -65,6 +65,12 @@ _GROUPS_AT_ONCE = 16
 AUXILIARY_BATCH_SIZE = 8
 FEATURE_SEED = 0
 
+#: What pool, dev and test depend on, and where a large pool is kept.
+_DATA_SETTINGS = (
+    *("pool", "dev", "test", "task", "task_seed", "pool_size", "num_dev", "num_test", "allow_overlap", "skip_empty"),
+    "cache_dir",
+)
+
 #: When each file of a configuration was written, and its size.
 Stamps = tuple[tuple[int, int] | None, ...]
 
@@ -149,7 +155,7 @@ def load_data(config: EnvConfig) -> Data:
         DataError: A file cannot be read, a row is at fault, or a dev or test row is also in the pool.
         SettingError: The pool has fewer rows than are to be offered.
     """
-    data = _cached_data(config.shared_part(), _stamps(config))
+    data = _cached_data(_data_part(config), _stamps(config))
     if config.num_candidates != "all":
         check_enough(len(data.pool), config.num_candidates)
     return data
@@ -183,6 +189,11 @@ def load_assets(config: EnvConfig, progress: LoadingProgress | None = None) -> A
     return _cached_assets(config.shared_part(), _stamps(config), _Watcher(progress))
 
 
+def _data_part(config: EnvConfig) -> EnvConfig:
+    """Return the settings that decide on the data: a large pool is read once for all models and seeds."""
+    return EnvConfig(**{name: getattr(config, name) for name in _DATA_SETTINGS})
+
+
 def _stamps(config: EnvConfig) -> Stamps:
     return tuple(_stamp(path) for path in (config.pool, config.dev, config.test))
 
@@ -202,7 +213,7 @@ def _cached_data(config: EnvConfig, _stamps: Stamps) -> Data:
 
 @functools.lru_cache(maxsize=4)
 def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Assets:
-    data = _cached_data(config, _stamps)
+    data = _cached_data(_data_part(config), _stamps)
     base = _shared_base(config.model, config.lora, config.dtype, config.device)
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
     pool = _encoded(config, data.pool, encoder, base, watcher)
@@ -346,7 +357,7 @@ class _Auxiliary:
             nonlocal done
             done += count
             if total:
-                self.watcher("features", min(done // 2, total), total)
+                self.watcher("computing features", min(done // 2, total), total)
 
         adapter, _ = self.warmed_up
         pool, has_labels = self.encoded, self.encoded.has_labels[rows]

@@ -140,10 +140,7 @@ class Encoder:
 
     def prompt_text(self, prompt: str) -> str:
         """Return the text that stands before the response."""
-        if self._render is not None:
-            return str(self._render.render(prompt=prompt))
-        messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return self._prompt_texts([prompt])[0]
 
     def encode(self, rows: Iterable[Instruction], *, what: str = "pool") -> EncodedRows:
         """Encode prompt and response of each row; the response and the end token are labels.
@@ -201,14 +198,20 @@ class Encoder:
             stop = min(start + ENCODING_BLOCK_ROWS, len(rows))
             yield self._encoded(rows[start:stop])
             if progress is not None:
-                progress("tokens", stop, len(rows))
+                progress("encoding the pool", stop, len(rows))
 
     def _encoded(self, rows: Sequence[Instruction]) -> Block:
-        prompts = self._tokenize([self.prompt_text(row.prompt) for row in rows])
+        prompts = self._tokenize(self._prompt_texts([row.prompt for row in rows]))
         if not self.uses_chat_template:
             start = self._start()
             prompts = [start + prompt for prompt in prompts]
         return self._block(prompts, self._responses(rows))
+
+    def _prompt_texts(self, prompts: list[str]) -> list[str]:
+        if self._render is not None:
+            return [str(self._render.render(prompt=prompt)) for prompt in prompts]
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return list(self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
 
     def _about_bytes(self, pool: Pool) -> int:
         """Return about what a pool needs on disk, from some of its rows."""
@@ -223,7 +226,9 @@ class Encoder:
         if not texts:
             return []
         # verbose: rows longer than the model takes are cut here, so a warning about them would be wrong.
-        return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        # The mask is never read, and costs more time than the tokens.
+        settings = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return list(self.tokenizer(texts, **settings)["input_ids"])
 
     def _start(self) -> list[int]:
         token = self.tokenizer.bos_token_id

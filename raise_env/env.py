@@ -239,6 +239,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         Raises:
             DataError: The pool, dev or test set cannot be used.
             ModelError: A model cannot be loaded.
+            OutputError: As `load`.
             RewardError: The reward function returned something other than a finite number.
         """
         super().reset(seed=seed, options=options)

@@ -19,6 +19,7 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -315,7 +316,8 @@ def _read(source: str, skip_empty: bool, folder: Path | None) -> Pool:
     unit = _check_file(source)
     numbers = array("q")
     blanks: list[tuple[int, str]] = []
-    pool = Pool(_instructions(source, unit, numbers, blanks), source, numbers=numbers, unit=unit, folder=folder)
+    with contextlib.closing(_instructions(source, unit, numbers, blanks)) as rows:
+        pool = Pool(rows, source, numbers=numbers, unit=unit, folder=folder)
     if blanks and not skip_empty:
         raise _blank_error(source, unit, blanks)
     if not len(pool):
@@ -328,15 +330,16 @@ def _read(source: str, skip_empty: bool, folder: Path | None) -> Pool:
 def _instructions(source: str, unit: str, numbers: array[int], blanks: list[tuple[int, str]]) -> Iterator[Instruction]:
     """Yield a file's instructions, and note the number of each, and number and column of those that are blank."""
     columns: tuple[str, str] | None = None
-    for number, row in _rows(source):
-        where = f"{source}, {unit} {number}"
-        columns = columns or _find_columns(row, where)
-        blank = next((column for column in columns if not _text(row, column, where).strip()), None)
-        if blank is None:
-            numbers.append(number)
-            yield _instruction(row, columns, where)
-        else:
-            blanks.append((number, blank))
+    with contextlib.closing(_rows(source)) as rows:
+        for number, row in rows:
+            where = f"{source}, {unit} {number}"
+            columns = columns or _find_columns(row, where)
+            blank = next((column for column in columns if not _text(row, column, where).strip()), None)
+            if blank is None:
+                numbers.append(number)
+                yield _instruction(row, columns, where)
+            else:
+                blanks.append((number, blank))
 
 
 def _check_file(source: str) -> str:
@@ -455,23 +458,24 @@ def _excerpt(text: str, length: int = NUM_SHOWN_CHARACTERS) -> str:
 # From a file to rows: each reader yields the number of a row, from 1, and its columns
 
 
-def _rows(source: str) -> Iterator[tuple[int, _Row]]:
+def _rows(source: str) -> Generator[tuple[int, _Row]]:
     readers = {".jsonl": _rows_of_jsonl, ".json": _rows_of_json, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}
     return readers[Path(source).suffix.lower()](source)
 
 
-def _rows_of_jsonl(source: str) -> Iterator[tuple[int, _Row]]:
+def _rows_of_jsonl(source: str) -> Generator[tuple[int, _Row]]:
     advice = "Expected one JSON object a line. A file that is one JSON list ends in .json."
-    for number, line in enumerate(_lines(source), start=1):
-        # Without its newline, or a line that breaks off would be reported as the next one.
-        text = line.rstrip("\r\n")
-        if text.strip():
-            row = _check_object(_parse(text, source, number, advice), f"{source}, line {number}", advice)
-            # One copy of each column's name instead of one a row: a quarter of a gigabyte for a million rows.
-            yield number, {sys.intern(name): value for name, value in row.items()}
+    with contextlib.closing(_lines(source)) as lines:
+        for number, line in enumerate(lines, start=1):
+            # Without its newline, or a line that breaks off would be reported as the next one.
+            text = line.rstrip("\r\n")
+            if text.strip():
+                row = _check_object(_parse(text, source, number, advice), f"{source}, line {number}", advice)
+                # One copy of each column's name instead of one a row.
+                yield number, {sys.intern(name): value for name, value in row.items()}
 
 
-def _rows_of_json(source: str) -> Iterator[tuple[int, _Row]]:
+def _rows_of_json(source: str) -> Generator[tuple[int, _Row]]:
     advice = "Expected one JSON list of objects. A file with one JSON object a line ends in .jsonl."
     text = "".join(_lines(source))
     rows = _parse(text, source, 1, advice) if text.strip() else []
@@ -481,19 +485,20 @@ def _rows_of_json(source: str) -> Iterator[tuple[int, _Row]]:
         yield number, _check_object(row, f"{source}, row {number}", advice)
 
 
-def _rows_of_csv(source: str) -> Iterator[tuple[int, _Row]]:
-    # Strict: a quote that is never closed would otherwise swallow the rest of the file as one answer.
-    reader = csv.reader(_lines(source), strict=True)
+def _rows_of_csv(source: str) -> Generator[tuple[int, _Row]]:
     columns: list[str] = []
     number = 1
     try:
-        for cells in reader:
-            if cells and not columns:
-                columns = _check_columns(cells, source)
-            elif cells:
-                yield number, _csv_row(columns, cells, f"{source}, line {number}")
-            # A quoted cell may run over many lines: a row is named by its first.
-            number = reader.line_num + 1
+        with contextlib.closing(_lines(source)) as lines:
+            # Strict: a quote that is never closed would otherwise swallow the rest of the file as one answer.
+            reader = csv.reader(lines, strict=True)
+            for cells in reader:
+                if cells and not columns:
+                    columns = _check_columns(cells, source)
+                elif cells:
+                    yield number, _csv_row(columns, cells, f"{source}, line {number}")
+                # A quoted cell may run over many lines: a row is named by its first.
+                number = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{source}, line {number}: found a broken row ({error}); expected cells between commas, those that hold "
@@ -510,7 +515,7 @@ def _csv_row(columns: list[str], cells: list[str], where: str) -> _Row:
     return dict(zip(columns, cells, strict=True))
 
 
-def _rows_of_parquet(source: str) -> Iterator[tuple[int, _Row]]:
+def _rows_of_parquet(source: str) -> Generator[tuple[int, _Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -567,7 +572,7 @@ def _parse(text: str, source: str, line: int, advice: str) -> Any:
         raise DataError(f"{source}, line {line}: found a number too long to read ({error}). {advice}") from error
 
 
-def _lines(source: str) -> Iterator[str]:
+def _lines(source: str) -> Generator[str]:
     """Yield a text file's lines with their endings, decoded one by one so that an error knows its line."""
     with open(source, "rb") as file:
         for number, line in enumerate(file, start=1):

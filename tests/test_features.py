@@ -39,6 +39,38 @@ def test_standardise__numbers_by_hand__are_centred_scaled_and_clipped():
     np.testing.assert_array_equal(static.log_p_response, raw[:, 3])
 
 
+def test_standardise__several_blocks__are_put_together(monkeypatch):
+    raw = np.random.default_rng(1).normal(3.0, 2.0, (100, 36)).astype(np.float32)
+    raw[[0, 40, 41, 99]] = np.nan
+    raw[40:50] = np.nan  # a block without any row
+    whole = standardise(raw, 0)
+    monkeypatch.setattr("raise_env.features._ROWS_AT_ONCE", 10)
+    parts = standardise(raw, 0)
+    np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(parts.std, whole.std, rtol=1e-6)
+    np.testing.assert_allclose(whole.mean, np.nanmean(raw.astype(np.float64), axis=0), rtol=1e-5)
+
+
+def test_rows__of_any_shape__are_those_of_all_columns():
+    raw = RAW.copy()
+    raw[2] = np.nan
+    static = standardise(raw, 0)
+    ids = np.array([[1, 2], [6, 1]])
+    assert static.rows(ids).shape == (2, 2, 36)
+    np.testing.assert_array_equal(static.rows(ids), static.columns[ids])
+    assert not static.rows(np.array([2])).any()
+    assert static.rows(ids).dtype == np.float32
+
+
+def test_observe__its_frame__stays_as_it_is():
+    ids = np.array([1, -1])
+    still = frame(standardise(RAW, 0), ids)
+    before = still.copy()
+    seen = observe(still, ids, np.ones(7, int), dev_score=-1.0, first_dev_score=-2.0, progress=0.5)
+    assert not np.shares_memory(seen, still)
+    np.testing.assert_array_equal(still, before)
+
+
 def test_observe__numbers_by_hand__fill_the_live_columns():
     static = standardise(RAW, 0)
     counts = np.array([0, 1, 0, 0, 0, 0, 1000])

@@ -29,6 +29,7 @@ import os
 import sys
 import tempfile
 import warnings
+import weakref
 from array import array
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ class SpilledRows(Sequence[Instruction]):
 
     def __init__(self, rows: Iterable[Instruction], folder: Path | None = None) -> None:
         self._file, self._place = _temporary_file(folder)
+        weakref.finalize(self, self._file.close)
         digest = hashlib.sha256()
         offsets = array("q", [0])
         for row in rows:

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from raise_env.assets import load_assets, load_data
+from raise_env.assets import _cached_data, load_assets, load_data
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
 from raise_env.errors import DataError, OutputError, SettingError
@@ -180,13 +180,13 @@ def large(files, monkeypatch, tmp_path):
 
     def make(cache, **settings):
         monkeypatch.setattr("raise_env.pool.MAX_ROWS_IN_MEMORY", 5)
-        load_data.__globals__["_cached_data"].cache_clear()
+        _cached_data.cache_clear()
         env = RaiseSelectEnv(**files(auxiliary_updates=2, cache_dir=str(tmp_path / cache), **settings))
         assert load_data(env.config).pool.is_large
         return env
 
     yield make
-    load_data.__globals__["_cached_data"].cache_clear()
+    _cached_data.cache_clear()
 
 
 def episode(env):
@@ -247,7 +247,7 @@ def test_assets__more_rows_than_are_classed_at_once__are_classed_by_a_sample(emb
     columns = first.features.columns
     means = np.stack([columns[first.classes == label].mean(axis=0) for label in range(2)])
     nearest = ((columns[:, None] - means) ** 2).sum(-1).argmin(1)
-    assert (nearest == first.classes).mean() > 0.9
+    assert (nearest == first.classes).mean() > 0.8
     assert set(first.classes) == {0, 1}
 
 

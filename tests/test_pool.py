@@ -635,6 +635,9 @@ def test_spilled_rows__disk_full__says_what_to_do(
         def write(self, data: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+        def close(self) -> None:
+            self.file.close()
+
     monkeypatch.setattr(tempfile, "TemporaryFile", Full)
     path = write("a.jsonl", jsonl(*MANY[:5]))
     with pytest.raises(

@@ -329,7 +329,7 @@ def _read(source: str, skip_empty: bool, folder: Path | None) -> Pool:
     return pool
 
 
-def _instructions(source: str, unit: str, numbers: array[int], blanks: list[tuple[int, str]]) -> Iterator[Instruction]:
+def _instructions(source: str, unit: str, numbers: array[int], blanks: list[tuple[int, str]]) -> Generator[Instruction]:
     """Yield a file's instructions, and note the number of each, and number and column of those that are blank."""
     columns: tuple[str, str] | None = None
     with contextlib.closing(_rows(source)) as rows:

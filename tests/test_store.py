@@ -115,7 +115,7 @@ def test_stored_table__killed_while_a_block_was_written__its_torn_end_is_cut(tmp
     stored_table(FORM, Maker(), tmp_path / "whole", in_memory=False)
     partial = begin(tmp_path / "torn", 2)
     with (partial / "rows.bin").open("ab") as file:
-        file.write(b"half a ro")
+        file.write(b"a row that did not " * 20)
     maker = Maker()
     check(stored_table(FORM, maker, tmp_path / "torn", in_memory=False))
     assert maker.calls == [6]

@@ -472,15 +472,15 @@ def info() -> None:
     """Show versions, devices, environment ids, tasks, agents, cache folder and its size."""
     import torch
 
-    from raise_env.features import cache_folder
     from raise_env.record import ENV_ID, versions
+    from raise_env.store import cache_folder
     from raise_env.tiny.task import TASKS
 
     from .catalogue import AGENTS
     from .runs import processor_name
 
     folder = cache_folder(None)
-    size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) if folder.is_dir() else 0
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     devices = [f"cpu ({processor_name()}, {torch.get_num_threads()} threads)"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     lines = {

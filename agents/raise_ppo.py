@@ -174,11 +174,11 @@ class Rollout:
         """Which places are no padding, the same at every step, shape (N,), bool."""
         return np.asarray(self.candidates[0] >= 0)
 
-    def observations(self, columns: np.ndarray, steps: slice) -> np.ndarray:
+    def observations(self, columns: np.ndarray | ShownColumns, steps: slice) -> np.ndarray:
         """Return the observations of some steps again, shape (steps, N, 39), float32.
 
         Args:
-            columns: The pool's static columns as they were shown, shape (pool, 36), float32.
+            columns: Gives the static columns of pool ids as they were shown, float32.
             steps: Which steps.
         """
         candidates = np.stack(self.candidates[steps])
@@ -195,6 +195,29 @@ class Rollout:
         """Return the steps in parts that the networks can take at once."""
         size = max(1, ROWS_AT_ONCE // len(self.classes))  # the networks share out the rows of a larger step
         return [slice(start, min(start + size, len(self.rewards))) for start in range(0, len(self.rewards), size)]
+
+
+class ShownColumns:
+    """The static columns, as observations show them, of the rows that an episode was offered.
+
+    Args:
+        world: The environment.
+        candidates: The pool ids of each step, -1 for padding.
+    """
+
+    def __init__(self, world: RaiseSelectEnv, candidates: Sequence[np.ndarray]) -> None:
+        distinct = {id(offered): offered for offered in candidates}.values()
+        ids = np.unique(np.concatenate(list(distinct)))
+        self._ids = ids[ids >= 0]
+        is_hidden = np.zeros(NUM_FEATURES, dtype=bool)
+        for name in world.config.hide:
+            is_hidden[BLOCKS[name]] = True
+        columns = world.assets.features.rows(self._ids)
+        self._columns = np.where(is_hidden[2:-1], np.float32(0.0), columns)  # (offered, 36)
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        """Return the columns of pool ids of any shape (...), shape (..., 36), float32; for padding any row's."""
+        return np.asarray(self._columns[np.searchsorted(self._ids, np.maximum(ids, self._ids[0]))])
 
 
 class RaisePpo(BatchAgent):
@@ -385,7 +408,7 @@ class RaisePpo(BatchAgent):
 
     def _fit(self, rollout: Rollout, world: RaiseSelectEnv) -> None:
         """Move F and V by what a round has shown."""
-        columns = _shown_columns(world)
+        columns = ShownColumns(world, rollout.candidates)
         with torch.no_grad():
             before = [self._evaluate(rollout, part, columns, world) for part in rollout.parts()]
         log_probs, values = (torch.cat(tensors) for tensors in zip(*before, strict=True))
@@ -407,7 +430,7 @@ class RaisePpo(BatchAgent):
                 logger.warning("raise_ppo: a gradient was not finite; the weights stay as they were")
 
     def _evaluate(
-        self, rollout: Rollout, part: slice, columns: np.ndarray, world: RaiseSelectEnv
+        self, rollout: Rollout, part: slice, columns: ShownColumns, world: RaiseSelectEnv
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of what was drawn, and values, each of shape (steps,), with gradients."""
         rows = torch.from_numpy(rollout.observations(columns, part))
@@ -501,16 +524,6 @@ def clipped_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Te
 
 def _discounted(rewards: np.ndarray, gamma: float) -> Tensor:
     return advantages_of(torch.from_numpy(rewards), torch.zeros(len(rewards)), gamma, 1.0)
-
-
-def _shown_columns(world: RaiseSelectEnv) -> np.ndarray:
-    """Return the pool's static columns as observations show them, shape (pool, 36), float32."""
-    is_hidden = np.zeros(NUM_FEATURES, dtype=bool)
-    for name in world.config.hide:
-        is_hidden[BLOCKS[name]] = True
-    if not is_hidden.any():
-        return world.assets.features.columns
-    return np.where(is_hidden[2:-1], np.float32(0.0), world.assets.features.columns)
 
 
 def _acquisition(settings: PpoSettings, generator: torch.Generator) -> AcquisitionFunction:

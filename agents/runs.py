@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
+from raise_env.features import LoadingProgress
 from raise_env.files import append_line, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord
 
@@ -137,7 +138,8 @@ def train(
     env = RaiseSelectEnv(**plan.settings)
     check_inputs(env.config)
     run = RunFolder.open(folder, command, plan.to_json(), resume)
-    with reporter.task("loading model, data and features", 1) as show:
+    with reporter.task("loading model, data and features", 1) as show, _parts_shown(reporter) as progress:
+        env.load(progress)
         env.reset(seed=plan.seed)
         show(1)
     run.check_content(env.assets.content)
@@ -148,6 +150,21 @@ def train(
             agent = learned if name == plan.agent else agents[name]
             _final_runs(run, plan, env, agent, name, reporter)
         return _write_results(run, plan, env, _learning_steps(agents[plan.agent], env))
+
+
+@contextmanager
+def _parts_shown(reporter: Reporter) -> Iterator[LoadingProgress]:
+    """Give what is to be told of the parts of a load; each is a task of its own, from its first number on."""
+    with ExitStack() as tasks:
+        shown: dict[str, Callable[[int], None]] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                tasks.close()  # one after the other
+                shown[what] = tasks.enter_context(reporter.task(what, total))
+            shown[what](done)
+
+        yield show
 
 
 def finetune(

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import logging
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,33 @@ import torch
 from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings
 from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
-from .errors import DataError
+from .errors import DataError, SettingError
 from .evaluation import EvaluationSet
-from .features import NUM_FEATURES, NUM_SEMANTIC, StaticFeatures, cache_folder, cached_features
+from .features import (
+    NUM_SEMANTIC,
+    NUM_STATIC,
+    SCHEMA_VERSION,
+    LoadingProgress,
+    StaticFeatures,
+    standardise,
+)
+from .lazy import GROUP_ROWS, LazyFeatures, random_order, sample_of
 from .learner import LoraLearner, TrainingState, UpdateSettings
 from .learner_protocol import Ledger, Split
-from .pool import Pool, check_disjoint, check_enough, kmeans_classes, read_pool, sample_rows
+from .pool import (
+    MAX_ROWS_IN_MEMORY,
+    Pool,
+    check_disjoint,
+    check_enough,
+    draw_candidates,
+    kmeans_centres,
+    kmeans_classes,
+    nearest_centres,
+    read_pool,
+    sample_rows,
+)
 from .rewards import Evaluation
+from .store import Block, Column, TableForm, cache_folder, stored_table
 
 __all__ = ["Assets", "Data", "load_assets", "load_data"]
 
@@ -34,9 +55,21 @@ logger = logging.getLogger(__name__)
 #: Tokens of one forward pass of the auxiliary model, padding included.
 FEATURE_BATCH_TOKENS = 4096
 
+#: Rows whose features are computed, sorted by length, and written to disk together.
+FEATURE_BLOCK_ROWS = 32_768
+
+#: Groups of a lazy pool's sample that are written to disk together.
+_GROUPS_AT_ONCE = 16
+
 #: The paper does not say how the auxiliary model was made ready, or in what feature space K-means ran: fixed here.
 AUXILIARY_BATCH_SIZE = 8
 FEATURE_SEED = 0
+
+#: What pool, dev and test depend on, and where a large pool is kept.
+_DATA_SETTINGS = (
+    *("pool", "dev", "test", "task", "task_seed", "pool_size", "num_dev", "num_test", "allow_overlap", "skip_empty"),
+    "cache_dir",
+)
 
 #: When each file of a configuration was written, and its size.
 Stamps = tuple[tuple[int, int] | None, ...]
@@ -54,16 +87,16 @@ class Data:
     test: Pool | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Assets:
     """Everything that an environment reads and never writes.
 
     Attributes:
         data: The rows as text.
-        features: The static columns of every pool row.
+        features: The static columns of every pool row, or `LazyFeatures`.
         classes: K-means class of every pool row, shape (rows,), int64; -1 for rows that are never offered because
-            nothing of their response is left within `max_length`.
-        members: The pool ids of each class.
+            nothing of their response is left within `max_length`, and with `LazyFeatures` for those not seen yet.
+        num_classes: How many classes there are.
         learner: A learner at its initial state; each environment takes a copy.
         base_evaluation: Dev scores before any update.
         pool_tokens: Tokens of the whole pool, each row once.
@@ -73,11 +106,31 @@ class Assets:
     data: Data
     features: StaticFeatures
     classes: np.ndarray
-    members: tuple[np.ndarray, ...]
+    num_classes: int
     learner: LoraLearner
     base_evaluation: Evaluation
     pool_tokens: int
     content: dict[str, str]
+
+    @functools.cached_property
+    def members(self) -> tuple[np.ndarray, ...]:
+        """The pool ids of each class.
+
+        Raises:
+            SettingError: Features are lazy, and so the class of most rows is not known.
+        """
+        if isinstance(self.features, LazyFeatures):
+            raise SettingError(
+                "lazy_features knows the classes of those rows alone that were offered; found something that needs "
+                "those of all rows. Leave lazy_features out, or take another agent."
+            )
+        return tuple(np.flatnonzero(self.classes == label) for label in range(self.num_classes))
+
+    def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the candidates of one step: see `pool.draw_candidates`."""
+        if isinstance(self.features, LazyFeatures):
+            return self.features.draw(num_candidates, rng)
+        return draw_candidates(self.members, num_candidates, rng)
 
     @property
     def pool(self) -> Pool:
@@ -102,22 +155,43 @@ def load_data(config: EnvConfig) -> Data:
         DataError: A file cannot be read, a row is at fault, or a dev or test row is also in the pool.
         SettingError: The pool has fewer rows than are to be offered.
     """
-    data = _cached_data(config.shared_part(), _stamps(config))
+    data = _cached_data(_data_part(config), _stamps(config))
     if config.num_candidates != "all":
         check_enough(len(data.pool), config.num_candidates)
     return data
 
 
-def load_assets(config: EnvConfig) -> Assets:
+@dataclass(frozen=True, slots=True)
+class _Watcher:
+    """Who is told of progress; all are equal, so that what is kept is the same for whoever watches."""
+
+    show: LoadingProgress | None = field(compare=False)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.show is not None:
+            self.show(what, done, total)
+
+
+def load_assets(config: EnvConfig, progress: LoadingProgress | None = None) -> Assets:
     """Return the assets that a configuration asks for; the last few are kept.
+
+    Args:
+        config: What is asked for.
+        progress: Is told what is being computed, how many rows are done, and how many there are.
 
     Raises:
         DataError: As `load_data`, or nothing of any row's response fits into `max_length`.
         ModelError: A model cannot be loaded.
         SettingError: As `load_data`.
+        OutputError: The pool is large, and the cache folder cannot be written or has too little room.
     """
     load_data(config)  # bad rows, or too few, are told before anything is computed
-    return _cached_assets(config.shared_part(), _stamps(config))
+    return _cached_assets(config.shared_part(), _stamps(config), _Watcher(progress))
+
+
+def _data_part(config: EnvConfig) -> EnvConfig:
+    """Return the settings that decide on the data: a large pool is read once for all models and seeds."""
+    return EnvConfig(**{name: getattr(config, name) for name in _DATA_SETTINGS})
 
 
 def _stamps(config: EnvConfig) -> Stamps:
@@ -138,24 +212,24 @@ def _cached_data(config: EnvConfig, _stamps: Stamps) -> Data:
 
 
 @functools.lru_cache(maxsize=4)
-def _cached_assets(config: EnvConfig, _stamps: Stamps) -> Assets:
-    data = _cached_data(config, _stamps)
+def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Assets:
+    data = _cached_data(_data_part(config), _stamps)
     base = _shared_base(config, config.model)
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
-    pool = encoder.encode(data.pool, what="pool")
+    pool = _encoded(config, data.pool, encoder, base, watcher)
     splits: dict[Split, EvaluationSet] = {"dev": EvaluationSet.build(data.dev, encoder, "dev")}
     if data.test is not None:
         splits["test"] = EvaluationSet.build(data.test, encoder, "test")
     if not pool.has_labels.any():
         raise DataError(f"{data.pool.source}: no response fits into max_length={encoder.max_length}; raise it.")
-    features = _features(config, data.pool, encoder, pool, base)
+    features = _features(_auxiliary(config, data.pool, encoder, pool, base, watcher))
     classes = _classes(features, pool.has_labels, config.num_classes)
     learner = _learner(config, base, pool, splits)
     return Assets(
         data=data,
         features=features,
         classes=classes,
-        members=tuple(np.flatnonzero(classes == label) for label in range(config.num_classes)),
+        num_classes=config.num_classes,
         learner=learner,
         base_evaluation=learner.evaluate("dev"),
         pool_tokens=int(pool.lengths[pool.has_labels].sum()),
@@ -196,7 +270,7 @@ def _embedded_data(config: EnvConfig) -> Data:
 def _read_data(config: EnvConfig) -> Data:
     assert config.pool is not None
     assert config.dev is not None
-    pool = read_pool(config.pool, skip_empty=config.skip_empty)
+    pool = read_pool(config.pool, skip_empty=config.skip_empty, folder=cache_folder(config.cache_dir))
     dev = _sampled(read_pool(config.dev, skip_empty=config.skip_empty), config.num_dev)
     test = None
     if config.test is not None:
@@ -220,50 +294,143 @@ def _content(base: BaseModel, data: Data) -> dict[str, str]:
 
 
 def _classes(features: StaticFeatures, offered: np.ndarray, num_classes: int) -> np.ndarray:
+    if isinstance(features, LazyFeatures):
+        return features.classes
     classes = np.full(len(offered), -1, dtype=np.int64)
-    classes[offered] = kmeans_classes(features.columns[offered], num_classes, seed=FEATURE_SEED)
+    rows = np.flatnonzero(offered)
+    if len(rows) <= MAX_ROWS_IN_MEMORY:
+        classes[rows] = kmeans_classes(features.rows(rows), num_classes, seed=FEATURE_SEED)
+        return classes
+    sample = np.sort(np.random.default_rng(FEATURE_SEED).choice(rows, MAX_ROWS_IN_MEMORY, replace=False))
+    centres = kmeans_centres(features.rows(sample), num_classes, seed=FEATURE_SEED)
+    for start in range(0, len(rows), FEATURE_BLOCK_ROWS):
+        part = rows[start : start + FEATURE_BLOCK_ROWS]
+        classes[part] = nearest_centres(features.rows(part), centres)
     return classes
 
 
-def _features(config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, base: BaseModel) -> StaticFeatures:
-    auxiliary, auxiliary_encoder = base, encoder
-    if config.auxiliary_model is not None and config.auxiliary_model != config.model:
-        auxiliary = _shared_base(config, config.auxiliary_model)
-        auxiliary_encoder = Encoder(auxiliary.tokenizer, _max_length(config, auxiliary), config.template)
-        pool = auxiliary_encoder.encode(rows, what="pool (for the auxiliary model)")
-    key: dict[str, str | int | float] = {
-        "auxiliary": auxiliary.content_hash,
-        "pool": rows.content_hash,
-        "template": auxiliary_encoder.description,
-        "max_length": auxiliary_encoder.max_length,
-        "updates": config.num_auxiliary_updates,
-        "lora": str(config.lora),
-        "learning_rate": config.learning_rate,
-        "device": auxiliary.device.type,
-        "dtype": config.dtype,
-    }
-
-    def compute() -> tuple[np.ndarray, int]:
-        responses = auxiliary_encoder.encode_responses(rows)
-        return _compute_features(config, auxiliary, pool, responses)
-
-    return cached_features(key, cache_folder(config.cache_dir), compute)
+def _encoded(config: EnvConfig, rows: Pool, encoder: Encoder, model: BaseModel, watcher: _Watcher) -> EncodedRows:
+    return encoder.encode_pool(rows, model.content_hash, cache_folder(config.cache_dir), watcher)
 
 
-def _compute_features(
-    config: EnvConfig, auxiliary: BaseModel, pool: EncodedRows, responses: EncodedRows
+# Features
+
+
+@dataclass(frozen=True, eq=False)
+class _Auxiliary:
+    """The model that computes features, and the pool as it sees it."""
+
+    config: EnvConfig
+    model: BaseModel
+    encoder: Encoder
+    pool: Pool
+    encoded: EncodedRows
+    watcher: _Watcher
+
+    @functools.cached_property
+    def warmed_up(self) -> tuple[torch.Tensor, int]:
+        """The adapter that features are computed with, and the token forwards that it took."""
+        ledger = Ledger()
+        return _warmed_up(self.config, self.model, self.encoded, ledger), ledger.token_forwards
+
+    @property
+    def key(self) -> dict[str, str | int | float]:
+        """Everything that the features depend on."""
+        return {
+            "auxiliary": self.model.content_hash,
+            "pool": self.pool.content_hash,
+            "template": self.encoder.description,
+            "max_length": self.encoder.max_length,
+            "updates": self.config.num_auxiliary_updates,
+            "lora": str(self.config.lora),
+            "learning_rate": self.config.learning_rate,
+            "device": self.model.device.type,
+            "dtype": self.config.dtype,
+            "schema": SCHEMA_VERSION,
+        }
+
+    def raw_rows(self, rows: np.ndarray, num_before: int = 0, total: int = 0) -> tuple[np.ndarray, int]:
+        """Return the raw columns of some rows, computed together, and the token forwards that they took.
+
+        Args:
+            rows: Pool ids, shape (rows,).
+            num_before: Rows done before, for the progress.
+            total: Rows to do in all; 0: nobody is told.
+        """
+        done = 2 * num_before  # each row goes through the model twice
+
+        def show(count: int) -> None:
+            nonlocal done
+            done += count
+            if total:
+                self.watcher("computing features", min(done // 2, total), total)
+
+        adapter, _ = self.warmed_up
+        pool, has_labels = self.encoded, self.encoded.has_labels[rows]
+        raw = np.full((len(rows), NUM_STATIC), np.nan, dtype=np.float32)
+        kept = rows[has_labels]
+        if len(kept) == 0:
+            return raw, 0
+        responses = self.encoder.encode_responses([self.pool[int(row)] for row in kept])
+        log_p, semantic = _scan(self.model, adapter, pool, kept, show)
+        raw[has_labels, 0] = np.log1p((pool.lengths - pool.label_counts)[kept])
+        raw[has_labels, 1] = np.log1p(pool.label_counts[kept])
+        raw[has_labels, 2], raw[has_labels, 4:] = log_p, semantic
+        raw[has_labels, 3] = _log_probabilities(self.model, adapter, responses, np.arange(len(kept)), show)
+        return raw, int(pool.lengths[kept].sum() + responses.lengths.sum())
+
+    def blocks(self, groups: list[np.ndarray], num_groups: int, first: int) -> Iterator[Block]:
+        """Yield the raw columns of groups of rows from a row on, so many groups in a block, each computed by itself."""
+        ends = np.cumsum([len(rows) for rows in groups])
+        for start in range(0, len(groups), num_groups):
+            part = range(start, min(start + num_groups, len(groups)))
+            if ends[part[-1]] <= first:
+                continue
+            computed = [self.raw_rows(groups[g], int(ends[g]) - len(groups[g]), int(ends[-1])) for g in part]
+            raw = np.concatenate([own for own, _ in computed])
+            num_tokens = sum(tokens for _, tokens in computed) + (self.warmed_up[1] if start == 0 else 0)
+            yield Block(len(raw), {"raw": raw}, {"num_tokens": num_tokens})
+
+
+def _auxiliary(
+    config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, base: BaseModel, watcher: _Watcher
+) -> _Auxiliary:
+    if config.auxiliary_model is None or config.auxiliary_model == config.model:
+        return _Auxiliary(config, base, encoder, rows, pool, watcher)
+    model = _shared_base(config, config.auxiliary_model)
+    own = Encoder(model.tokenizer, _max_length(config, model), config.template)
+    return _Auxiliary(config, model, own, rows, _encoded(config, rows, own, model, watcher), watcher)
+
+
+def _features(auxiliary: _Auxiliary) -> StaticFeatures:
+    num_rows = len(auxiliary.pool)
+    if not auxiliary.config.lazy_features:
+        groups = _groups(np.arange(num_rows), FEATURE_BLOCK_ROWS)
+        raw, num_tokens = _stored_raw("features", auxiliary, groups, 1, in_memory=not auxiliary.pool.is_large)
+        return standardise(raw, num_tokens)
+    order = random_order(num_rows)
+    groups = _groups(sample_of(order), GROUP_ROWS)
+    raw, num_tokens = _stored_raw("features-sample", auxiliary, groups, _GROUPS_AT_ONCE, in_memory=True)
+    return LazyFeatures(order, auxiliary.raw_rows, raw, num_tokens, auxiliary.config.num_classes)
+
+
+def _groups(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _stored_raw(
+    name: str, auxiliary: _Auxiliary, groups: list[np.ndarray], num_groups: int, *, in_memory: bool
 ) -> tuple[np.ndarray, int]:
-    ledger = Ledger()
-    adapter = _warmed_up(config, auxiliary, pool, ledger)
-    raw = np.full((len(pool), NUM_FEATURES - 3), np.nan, dtype=np.float32)
-    kept = np.flatnonzero(pool.has_labels)
-    raw[kept, 0] = np.log1p((pool.lengths - pool.label_counts)[kept])
-    raw[kept, 1] = np.log1p(pool.label_counts[kept])
-    logger.info("computing the features of %d rows", len(kept))
-    raw[kept, 2], raw[kept, 4:] = _scan(auxiliary, adapter, pool, kept)
-    raw[kept, 3] = _log_probabilities(auxiliary, adapter, responses, kept)
-    ledger.forward_tokens += int(pool.lengths[kept].sum() + responses.lengths[kept].sum())
-    return raw, ledger.token_forwards
+    """Return the raw columns of groups of rows, from the cache or computed, and the token forwards that they took."""
+    num_rows = sum(len(rows) for rows in groups)
+    form = TableForm(name, auxiliary.key, {"raw": Column("float32", NUM_STATIC)}, num_rows, num_rows * NUM_STATIC * 4)
+    table = stored_table(
+        form,
+        lambda first: auxiliary.blocks(groups, num_groups, first),
+        cache_folder(auxiliary.config.cache_dir),
+        in_memory=in_memory,
+    )
+    return table.arrays["raw"], table.counts["num_tokens"]
 
 
 def _warmed_up(config: EnvConfig, auxiliary: BaseModel, pool: EncodedRows, ledger: Ledger) -> torch.Tensor:
@@ -284,7 +451,7 @@ def _warmed_up(config: EnvConfig, auxiliary: BaseModel, pool: EncodedRows, ledge
 
 @torch.no_grad()
 def _scan(
-    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray
+    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray, show: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's mean log-probability, shape (chosen,), and its pooled embedding, shape (chosen, 32)."""
     log_p = np.zeros(len(chosen), dtype=np.float32)
@@ -297,12 +464,13 @@ def _scan(
         inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         mean = (hidden * inside[..., None]).sum(1) / lengths[:, None]
         semantic[places] = torch.nn.functional.adaptive_avg_pool1d(mean[:, None], NUM_SEMANTIC)[:, 0].cpu().numpy()
+        show(len(places))
     return log_p, semantic
 
 
 @torch.no_grad()
 def _log_probabilities(
-    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray
+    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray, show: Callable[[int], None]
 ) -> np.ndarray:
     """Return each row's mean log-probability, shape (chosen,)."""
     log_p = np.zeros(len(chosen), dtype=np.float32)
@@ -310,6 +478,7 @@ def _log_probabilities(
         batch = collate(rows, chosen[places])
         losses, _ = auxiliary.token_losses(batch, adapter[None])
         log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
+        show(len(places))
     return log_p
 
 

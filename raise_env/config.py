@@ -124,6 +124,7 @@ class EnvConfig:
     auxiliary_model: str | None = None
     auxiliary_updates: int | None = None
     cache_dir: str | None = None
+    lazy_features: bool = False
     hide: tuple[str, ...] = ()
 
     render_mode: str | None = None
@@ -163,8 +164,10 @@ class EnvConfig:
 
     def shared_part(self) -> EnvConfig:
         """Return the settings that decide on model, data and features: all others are as if never set."""
-        default = EnvConfig(num_candidates="all")  # which no number of classes can contradict
-        return dataclasses.replace(self, **{name: getattr(default, name) for name in OWN_SETTINGS})
+        default = EnvConfig()
+        own = {name: getattr(default, name) for name in OWN_SETTINGS}
+        # One candidate a class, one of them taken: nothing that is shared can contradict that.
+        return dataclasses.replace(self, **{**own, "num_candidates": self.num_classes, "batch_size": 1})
 
     @property
     def total_budget(self) -> int:
@@ -218,6 +221,11 @@ class EnvConfig:
             _require(_is_number(value), name, value, "a finite number of at least 0")
         if self.num_candidates != "all":
             self._check_candidates(self.num_candidates)
+        elif self.lazy_features:
+            raise SettingError(
+                'num_candidates="all" shows the features of every row, and lazy_features computes those alone of rows '
+                "that are drawn: leave one of the two out."
+            )
 
     def _check_candidates(self, count: int) -> None:
         _require(_is_int(count) and count >= 1, "num_candidates", count, 'a whole number of at least 1, or "all"')

@@ -14,9 +14,9 @@ from gymnasium.error import ResetNeeded
 
 from .config import OWN_SETTINGS, EnvConfig
 from .errors import ActionError
-from .features import FEATURE_NAMES, StaticFeatures, observation_bounds, observe
+from .features import FEATURE_NAMES, LoadingProgress, StaticFeatures, frame, observation_bounds, observe
 from .learner_protocol import scheduled_rate
-from .pool import Pool, draw_candidates
+from .pool import Pool
 from .rewards import DIVERGENCE_PENALTY, Evaluation, RewardFunction, load_reward, step_reward
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class EnvAssets(Protocol):
     def pool_tokens(self) -> int: ...  # noqa: D102
     @property
     def content(self) -> dict[str, str]: ...  # noqa: D102
+    def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...  # noqa: D102
 
 
 class RaiseSelectEnv(gym.Env[Observation, Action]):
@@ -191,6 +192,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | auxiliary_model | None | folder or hub id of the model that computes the features, instead of the base model |
     | auxiliary_updates | None | updates on random rows before it does, instead of 60, or of 0 with a model of its own |
     | cache_dir | None | folder where features are kept, instead of $RAISE_ENV_CACHE or the user's cache folder |
+    | lazy_features | False | compute only the features of rows that are drawn: for pools whose features take too long |
     | hide | () | blocks of the observation that are shown as zeros, for ablations: a list of their names |
     | render_mode | None | how the episode is drawn: "ansi" as text, "rgb_array" as a picture |
 
@@ -232,6 +234,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._reward: RewardFunction = load_reward(self.config.reward)
         self._learner: Learner | None = None
         self._round: Round | None = None
+        self._frame: tuple[np.ndarray, np.ndarray] | None = None  # candidates, and what of them never changes
         self._counts = np.zeros(0, dtype=np.int32)  # (pool,), times trained on
         self._num_steps = 0
         self._num_spent = 0
@@ -248,6 +251,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         Raises:
             DataError: The pool, dev or test set cannot be used.
             ModelError: A model cannot be loaded.
+            OutputError: As `load`.
             RewardError: The reward function returned something other than a finite number.
         """
         super().reset(seed=seed, options=options)
@@ -296,14 +300,27 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._learner = None
         self._is_over = True
 
-    @property
-    def assets(self) -> EnvAssets:
-        """Pool, features, classes and first model, shared by the environments of the process; loaded when asked for."""
+    def load(self, progress: LoadingProgress | None = None) -> EnvAssets:
+        """Load what the first reset would load, and return it.
+
+        Args:
+            progress: Is told what is being computed, how many rows are done, and how many there are.
+
+        Raises:
+            DataError: As `reset`.
+            ModelError: As `reset`.
+            OutputError: The pool is large, and the cache folder cannot be written or has too little room.
+        """
         if self._assets is None:
             from .assets import load_assets
 
-            self._assets = load_assets(self.config)
+            self._assets = load_assets(self.config, progress)
         return self._assets
+
+    @property
+    def assets(self) -> EnvAssets:
+        """Pool, features, classes and first model, shared by the environments of the process; loaded when asked for."""
+        return self.load()
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -553,17 +570,17 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     def _next_round(self) -> Round:
         # Exactly one draw a round: what is offered later cannot depend on what was done before.
         seed = int(self.np_random.integers(2**63))
-        members = self.assets.members
         if self.config.num_candidates == "all":
             if self._round is not None:  # always the same: the history of a long episode must not hold it many times
                 return Round(seed, self._round.candidates, self._round.classes)
+            members = self.assets.members
             offered = np.concatenate(members)
             classes = np.repeat(np.arange(len(members)), [len(ids) for ids in members])
             missing = self._num_candidates - len(offered)
             candidates = np.pad(offered, (0, missing), constant_values=-1).astype(np.int64)
             return Round(seed, candidates, np.pad(classes, (0, missing)).astype(np.int64))
         rng = np.random.default_rng([seed, _CANDIDATES])
-        return Round(seed, *draw_candidates(members, self._num_candidates, rng))
+        return Round(seed, *self.assets.draw(self._num_candidates, rng))
 
     def _chosen(self, action: Action) -> np.ndarray:
         """Return the pool ids that an action takes, padding left out."""
@@ -626,9 +643,12 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         return not self._is_scored and (is_last or step % self.config.score_every == 0)
 
     def _observation(self) -> Observation:
+        candidates = self._current_round.candidates
+        if self._frame is None or self._frame[0] is not candidates:  # once an episode, where all are always on offer
+            self._frame = candidates, frame(self.assets.features, candidates, self.config.hide)
         return observe(
-            self.assets.features,
-            self._current_round.candidates,
+            self._frame[1],
+            candidates,
             self._counts,
             dev_score=self._dev_scores[-1],
             first_dev_score=self._dev_scores[0],

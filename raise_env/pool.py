@@ -12,39 +12,58 @@ Decisions:
 
     Columns that match several forms are read by the first form of `FORMS`: `instruction` with `output` names its
     purpose, whereas `answer` or `response` are often a second column beside them.
+
+    A large pool is not held in memory. From `MAX_ROWS_IN_MEMORY` on its rows go into a temporary file as they are
+    read, and come back from there one by one, when they are asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from array import array
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import DataError, SettingError
+from .errors import DataError, OutputError, SettingError
+from .store import ADVICE
 
 __all__ = [
     "FORMS",
+    "MAX_ROWS_IN_MEMORY",
     "Instruction",
     "Pool",
+    "SpilledRows",
     "read_pool",
     "sample_rows",
     "check_disjoint",
     "check_enough",
+    "kmeans_centres",
     "kmeans_classes",
+    "nearest_centres",
     "draw_candidates",
 ]
+
+#: A pool of more rows is large: rows, tokens and features are kept on disk, and classes come from a sample.
+MAX_ROWS_IN_MEMORY = 50_000
+
+#: Rows that are read from a temporary file at once.
+_ROWS_AT_ONCE = 1024
 
 #: Columns of prompt and response, in the order in which they are looked for.
 FORMS = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
@@ -84,27 +103,136 @@ class Instruction:
         return hashlib.sha256(f"{self.prompt}\x00{self.response}".encode()).hexdigest()
 
 
+class SpilledRows(Sequence[Instruction]):
+    """Instructions in a temporary file that has no name: it goes when the last process that has it open ends.
+
+    Rows are read at their own place in the file, never at a place that is shared, so that threads and processes do
+    not disturb each other.
+
+    Args:
+        rows: The instructions; their fields are plain JSON data.
+        folder: Where the file is; None, or a folder that cannot be written: where temporary files go.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+
+    def __init__(self, rows: Iterable[Instruction], folder: Path | None = None) -> None:
+        self._file, self._place = _temporary_file(folder)
+        weakref.finalize(self, self._file.close)
+        digest = hashlib.sha256()
+        offsets = array("q", [0])
+        for row in rows:
+            content = _content(row)
+            digest.update(content)
+            # Two lines a row: JSON breaks none of its own.
+            line = b"%s\n%s\n" % (content, json.dumps(row.fields).encode())
+            self._write(line, offsets[-1])
+            offsets.append(offsets[-1] + len(line))
+        self._write(b"", offsets[-1])
+        self.content_hash = digest.hexdigest()
+        self._offsets = np.frombuffer(offsets, dtype=np.int64)  # (rows + 1,)
+
+    @overload
+    def __getitem__(self, index: int) -> Instruction: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Instruction, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Instruction | tuple[Instruction, ...]:
+        if isinstance(index, slice):
+            places = range(*index.indices(len(self)))
+            if places.step == 1:
+                return tuple(self._read(places.start, places.stop))
+            return tuple(self[place] for place in places)
+        place = range(len(self))[index]
+        return next(self._read(place, place + 1))
+
+    def __iter__(self) -> Iterator[Instruction]:
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield from self._read(start, min(start + _ROWS_AT_ONCE, len(self)))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __reduce__(self) -> tuple[type[SpilledRows], tuple[tuple[Instruction, ...]]]:
+        # Another process gets a file of its own.
+        return SpilledRows, (tuple(self),)
+
+    def _write(self, line: bytes, num_bytes: int) -> None:
+        """Add a line after so many bytes; the empty one sees all others into the file."""
+        try:
+            self._file.write(line)
+            if not line:
+                self._file.flush()
+        except OSError as error:
+            raise OutputError(
+                f"a pool of more than {MAX_ROWS_IN_MEMORY:,} rows is kept in a temporary file while it is in use, and "
+                f"that cannot be written in {self._place!r} after {num_bytes / 1e9:.2f} GB ({error.strerror}). "
+                f"Free some disk there, or {ADVICE}."
+            ) from error
+
+    def _read(self, start: int, stop: int) -> Iterator[Instruction]:
+        first, last = int(self._offsets[start]), int(self._offsets[max(start, stop)])
+        lines = os.pread(self._file.fileno(), last - first, first).split(b"\n")
+        for content, fields in zip(lines[0:-1:2], lines[1::2], strict=True):
+            prompt, response, choices = json.loads(content)
+            yield Instruction(prompt, response, tuple(choices), json.loads(fields))
+
+
+def _temporary_file(folder: Path | None) -> tuple[IO[bytes], str]:
+    """Return a file without a name, and the folder that it is in."""
+    size = 1 << 20
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryFile(dir=folder, buffering=size), str(folder)
+        except OSError:
+            pass
+    return tempfile.TemporaryFile(buffering=size), tempfile.gettempdir()
+
+
+def _content(row: Instruction) -> bytes:
+    """Return what a model can be taught by a row; JSON keeps the boundaries: ("ab", "c") and ("a", "bc") differ."""
+    return json.dumps([row.prompt, row.response, row.choices]).encode()
+
+
+def _kept(rows: Iterable[Instruction], folder: Path | None) -> tuple[Instruction, ...] | SpilledRows:
+    """Return the rows in memory, or in a temporary file where they are many."""
+    if isinstance(rows, SpilledRows):
+        return rows
+    left = iter(rows)
+    first = tuple(itertools.islice(left, MAX_ROWS_IN_MEMORY))
+    following = next(left, None)
+    return first if following is None else SpilledRows(itertools.chain(first, [following], left), folder)
+
+
 class Pool(Sequence[Instruction]):
     """Instructions in the order of their source; an instruction's index is its pool id.
 
     Args:
-        instructions: The rows.
+        instructions: The rows, gone through once; of more than `MAX_ROWS_IN_MEMORY` none stays in memory.
         source: The file that they were read from, or a name such as "embedded:default".
         numbers: Each row's line or row number in the source, from 1; None counts them in order.
         unit: What `numbers` counts, "line" or "row".
         num_skipped: Rows of the source that were left out for want of a prompt or response.
+        folder: Where the temporary file of a large pool is; None: where temporary files go.
+
+    Raises:
+        OutputError: That file cannot be written.
     """
 
     def __init__(
         self,
-        instructions: Sequence[Instruction],
+        instructions: Iterable[Instruction],
         source: str,
         *,
         numbers: Sequence[int] | None = None,
         unit: str = "row",
         num_skipped: int = 0,
+        folder: Path | None = None,
     ) -> None:
-        self.instructions = tuple(instructions)
+        self.instructions = _kept(instructions, folder)
         self.source = source
         self.numbers = range(1, len(self.instructions) + 1) if numbers is None else numbers
         self.unit = unit
@@ -113,11 +241,17 @@ class Pool(Sequence[Instruction]):
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 over all rows in order, choices included, other fields not: what a model can be taught by it."""
+        if isinstance(self.instructions, SpilledRows):
+            return self.instructions.content_hash
         digest = hashlib.sha256()
         for row in self.instructions:
-            # JSON keeps the boundaries: ("ab", "c") and ("a", "bc") must differ.
-            digest.update(json.dumps([row.prompt, row.response, row.choices]).encode())
+            digest.update(_content(row))
         return digest.hexdigest()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the rows, and what is computed of each, are kept on disk."""
+        return isinstance(self.instructions, SpilledRows)
 
     def place(self, index: int) -> str:
         """Return where a row stands in the source, in words: "line 214" or "row 3"."""
@@ -145,7 +279,7 @@ class Pool(Sequence[Instruction]):
 # Reading
 
 
-def read_pool(path: str | os.PathLike[str], *, skip_empty: bool = False) -> Pool:
+def read_pool(path: str | os.PathLike[str], *, skip_empty: bool = False, folder: Path | None = None) -> Pool:
     """Read instructions from a .jsonl, .json, .csv or .parquet file.
 
     The columns are one of `FORMS`. With Alpaca's, a column `input` that is not blank follows the instruction after
@@ -153,10 +287,13 @@ def read_pool(path: str | os.PathLike[str], *, skip_empty: bool = False) -> Pool
     Text is UTF-8, with or without a byte-order mark, and is kept exactly as it is written. In `fields`, what JSON
     cannot say becomes what it can: NaN and infinity become None, a date its usual text.
 
+    Rows are checked and put away one by one; only a .json file, being one value, has to fit into memory.
+
     Args:
         path: The file.
         skip_empty: Whether rows with an empty or blank prompt or response are left out, and counted in
             `Pool.num_skipped`, instead of being an error.
+        folder: As for `Pool`.
 
     Raises:
         DataError: The file cannot be read.
@@ -164,37 +301,47 @@ def read_pool(path: str | os.PathLike[str], *, skip_empty: bool = False) -> Pool
         DataError: Rows have an empty prompt or response, and `skip_empty` is off. This is said only when the
             rest of the file is in order, since it counts them all.
         DataError: There are no rows, or none is left.
+        OutputError: As for `Pool`.
     """
     source = os.fspath(path)
     try:
-        return _read(source, skip_empty)
+        return _read(source, skip_empty, folder)
+    except OutputError:
+        raise
     except OSError as error:
         raise DataError(
             f"{source}: cannot be read ({error.strerror or error}). Check its name, its rights and its disk."
         ) from error
 
 
-def _read(source: str, skip_empty: bool) -> Pool:
+def _read(source: str, skip_empty: bool, folder: Path | None) -> Pool:
     unit = _check_file(source)
-    columns: tuple[str, str] | None = None
-    instructions: list[Instruction] = []
-    numbers: list[int] = []
+    numbers = array("q")
     blanks: list[tuple[int, str]] = []
-    for number, row in _rows(source):
-        where = f"{source}, {unit} {number}"
-        columns = columns or _find_columns(row, where)
-        blank = next((column for column in columns if not _text(row, column, where).strip()), None)
-        if blank is None:
-            instructions.append(_instruction(row, columns, where))
-            numbers.append(number)
-        else:
-            blanks.append((number, blank))
+    with contextlib.closing(_instructions(source, unit, numbers, blanks)) as rows:
+        pool = Pool(rows, source, numbers=numbers, unit=unit, folder=folder)
     if blanks and not skip_empty:
         raise _blank_error(source, unit, blanks)
-    if not instructions:
+    if not len(pool):
         left = f"none of its {len(blanks)} rows has both prompt and response" if blanks else "it has no rows"
         raise DataError(f"{source}: {left}; expected at least one instruction. Is this the right file?")
-    return Pool(instructions, source, numbers=numbers, unit=unit, num_skipped=len(blanks))
+    pool.num_skipped = len(blanks)
+    return pool
+
+
+def _instructions(source: str, unit: str, numbers: array[int], blanks: list[tuple[int, str]]) -> Generator[Instruction]:
+    """Yield a file's instructions, and note the number of each, and number and column of those that are blank."""
+    columns: tuple[str, str] | None = None
+    with contextlib.closing(_rows(source)) as rows:
+        for number, row in rows:
+            where = f"{source}, {unit} {number}"
+            columns = columns or _find_columns(row, where)
+            blank = next((column for column in columns if not _text(row, column, where).strip()), None)
+            if blank is None:
+                numbers.append(number)
+                yield _instruction(row, columns, where)
+            else:
+                blanks.append((number, blank))
 
 
 def _check_file(source: str) -> str:
@@ -313,23 +460,24 @@ def _excerpt(text: str, length: int = NUM_SHOWN_CHARACTERS) -> str:
 # From a file to rows: each reader yields the number of a row, from 1, and its columns
 
 
-def _rows(source: str) -> Iterator[tuple[int, _Row]]:
+def _rows(source: str) -> Generator[tuple[int, _Row]]:
     readers = {".jsonl": _rows_of_jsonl, ".json": _rows_of_json, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}
     return readers[Path(source).suffix.lower()](source)
 
 
-def _rows_of_jsonl(source: str) -> Iterator[tuple[int, _Row]]:
+def _rows_of_jsonl(source: str) -> Generator[tuple[int, _Row]]:
     advice = "Expected one JSON object a line. A file that is one JSON list ends in .json."
-    for number, line in enumerate(_lines(source), start=1):
-        # Without its newline, or a line that breaks off would be reported as the next one.
-        text = line.rstrip("\r\n")
-        if text.strip():
-            row = _check_object(_parse(text, source, number, advice), f"{source}, line {number}", advice)
-            # One copy of each column's name instead of one a row: a quarter of a gigabyte for a million rows.
-            yield number, {sys.intern(name): value for name, value in row.items()}
+    with contextlib.closing(_lines(source)) as lines:
+        for number, line in enumerate(lines, start=1):
+            # Without its newline, or a line that breaks off would be reported as the next one.
+            text = line.rstrip("\r\n")
+            if text.strip():
+                row = _check_object(_parse(text, source, number, advice), f"{source}, line {number}", advice)
+                # One copy of each column's name instead of one a row.
+                yield number, {sys.intern(name): value for name, value in row.items()}
 
 
-def _rows_of_json(source: str) -> Iterator[tuple[int, _Row]]:
+def _rows_of_json(source: str) -> Generator[tuple[int, _Row]]:
     advice = "Expected one JSON list of objects. A file with one JSON object a line ends in .jsonl."
     text = "".join(_lines(source))
     rows = _parse(text, source, 1, advice) if text.strip() else []
@@ -339,19 +487,20 @@ def _rows_of_json(source: str) -> Iterator[tuple[int, _Row]]:
         yield number, _check_object(row, f"{source}, row {number}", advice)
 
 
-def _rows_of_csv(source: str) -> Iterator[tuple[int, _Row]]:
-    # Strict: a quote that is never closed would otherwise swallow the rest of the file as one answer.
-    reader = csv.reader(_lines(source), strict=True)
+def _rows_of_csv(source: str) -> Generator[tuple[int, _Row]]:
     columns: list[str] = []
     number = 1
     try:
-        for cells in reader:
-            if cells and not columns:
-                columns = _check_columns(cells, source)
-            elif cells:
-                yield number, _csv_row(columns, cells, f"{source}, line {number}")
-            # A quoted cell may run over many lines: a row is named by its first.
-            number = reader.line_num + 1
+        with contextlib.closing(_lines(source)) as lines:
+            # Strict: a quote that is never closed would otherwise swallow the rest of the file as one answer.
+            reader = csv.reader(lines, strict=True)
+            for cells in reader:
+                if cells and not columns:
+                    columns = _check_columns(cells, source)
+                elif cells:
+                    yield number, _csv_row(columns, cells, f"{source}, line {number}")
+                # A quoted cell may run over many lines: a row is named by its first.
+                number = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{source}, line {number}: found a broken row ({error}); expected cells between commas, those that hold "
@@ -368,7 +517,7 @@ def _csv_row(columns: list[str], cells: list[str], where: str) -> _Row:
     return dict(zip(columns, cells, strict=True))
 
 
-def _rows_of_parquet(source: str) -> Iterator[tuple[int, _Row]]:
+def _rows_of_parquet(source: str) -> Generator[tuple[int, _Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -425,7 +574,7 @@ def _parse(text: str, source: str, line: int, advice: str) -> Any:
         raise DataError(f"{source}, line {line}: found a number too long to read ({error}). {advice}") from error
 
 
-def _lines(source: str) -> Iterator[str]:
+def _lines(source: str) -> Generator[str]:
     """Yield a text file's lines with their endings, decoded one by one so that an error knows its line."""
     with open(source, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -476,23 +625,30 @@ def check_disjoint(pool: Pool, dev: Pool, test: Pool | None) -> None:
     Raises:
         DataError: Rows occur in two splits; the first few are named for each two.
     """
-    pairs = [("dev set", dev, "pool", pool)]
+    in_pool = _first_places(pool, [*dev, *(test or ())])  # one pass, however large the pool is
+    faults = [_describe_overlap("dev set", dev, "pool", pool, in_pool)]
     if test is not None:
-        pairs += [("test set", test, "pool", pool), ("test set", test, "dev set", dev)]
-    faults = [fault for pair in pairs if (fault := _describe_overlap(*pair))]
+        faults.append(_describe_overlap("test set", test, "pool", pool, in_pool))
+        faults.append(_describe_overlap("test set", test, "dev set", dev, _first_places(dev, test)))
+    faults = [fault for fault in faults if fault]
     if faults:
         raise DataError(
             "\n".join([*faults, "Remove them from one of the two, or pass allow_overlap=True (--allow-overlap)."])
         )
 
 
-def _describe_overlap(name: str, rows: Pool, other_name: str, others: Pool) -> str:
-    """Return a paragraph about the rows that are in both, or nothing."""
+def _first_places(pool: Pool, rows: Iterable[Instruction]) -> dict[str, int]:
+    """Return for each of the rows that a pool has, by content hash, where it stands there first."""
     wanted = {row.content_hash for row in rows}
     first: dict[str, int] = {}
-    for index, other in enumerate(others):
+    for index, other in enumerate(pool):
         if (key := other.content_hash) in wanted:
             first.setdefault(key, index)
+    return first
+
+
+def _describe_overlap(name: str, rows: Pool, other_name: str, others: Pool, first: Mapping[str, int]) -> str:
+    """Return a paragraph about the rows that are in both, `first` telling where in the other; or nothing."""
     shared = [(index, first[row.content_hash]) for index, row in enumerate(rows) if row.content_hash in first]
     if not shared:
         return ""
@@ -539,6 +695,41 @@ def kmeans_classes(features: ArrayLike, num_classes: int, seed: int) -> NDArray[
     Raises:
         SettingError: There are fewer rows than classes.
     """
+    fitted = _fitted_kmeans(features, num_classes, seed)
+    if fitted is None:
+        return np.zeros(len(np.asarray(features)), dtype=np.int64)
+    return np.asarray(fitted.labels_, dtype=np.int64)
+
+
+def kmeans_centres(features: ArrayLike, num_classes: int, seed: int) -> NDArray[np.float32]:
+    """Return the centres of K-means over a sample of rows, for a pool that is too large to be classed whole.
+
+    Args:
+        features: As for `kmeans_classes`.
+        num_classes: As for `kmeans_classes`.
+        seed: As for `kmeans_classes`.
+
+    Returns:
+        The centres, shape (num_classes, num_features).
+
+    Raises:
+        SettingError: As for `kmeans_classes`.
+    """
+    fitted = _fitted_kmeans(features, num_classes, seed)
+    if fitted is None:
+        return np.zeros((1, np.shape(features)[1]), dtype=np.float32)
+    return np.asarray(fitted.cluster_centers_, dtype=np.float32)
+
+
+def nearest_centres(features: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the number of each row's nearest centre, shape (rows,); it depends on no other row, to the bit."""
+    # Differences and sums of their own for each row: a matrix product may add up in another order with other rows.
+    distances = np.stack([((features - centre) ** 2).sum(axis=1) for centre in centres], axis=1)
+    return np.asarray(distances.argmin(axis=1), dtype=np.int64)
+
+
+def _fitted_kmeans(features: ArrayLike, num_classes: int, seed: int) -> Any:
+    """Return scikit-learn's K-means, fitted; None for a single class, which needs no library."""
     rows = np.ascontiguousarray(features, dtype=np.float32)
     if len(rows) < num_classes:
         raise SettingError(
@@ -546,7 +737,7 @@ def kmeans_classes(features: ArrayLike, num_classes: int, seed: int) -> NDArray[
             f"set num_classes={max(1, len(rows))} or less, or take a larger pool."
         )
     if num_classes == 1:
-        return np.zeros(len(rows), dtype=np.int64)
+        return None
 
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -559,7 +750,7 @@ def kmeans_classes(features: ArrayLike, num_classes: int, seed: int) -> NDArray[
         # Repeated rows leave fewer distinct points than classes. The labels are right all the same, and the
         # user has nothing to do: classes that stay empty are padded when candidates are drawn.
         warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)
-        return np.asarray(kmeans.fit(rows).labels_, dtype=np.int64)
+        return kmeans.fit(rows)
 
 
 def draw_candidates(

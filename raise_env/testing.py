@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from .env import RaiseSelectEnv
-from .features import NUM_FEATURES, StaticFeatures, standardise
+from .features import NUM_STATIC, StaticFeatures, standardise
 from .learner_protocol import Ledger, Split
-from .pool import Instruction, Pool
+from .pool import Instruction, Pool, draw_candidates
 from .rewards import Evaluation
 
 __all__ = ["FakeLearner", "ToyAssets", "toy_env", "toy_pool"]
@@ -147,6 +147,10 @@ class ToyAssets:
     pool_tokens: int
     content: dict[str, str]
 
+    def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the candidates of one step."""
+        return draw_candidates(self.members, num_candidates, rng)
+
     @classmethod
     def build(
         cls, num_rows: int, num_classes: int, seed: int, *, has_test: bool = True, diverges_on: int | None = None
@@ -154,7 +158,7 @@ class ToyAssets:
         """Return a toy world drawn from a seed."""
         rng = np.random.default_rng(seed)
         values = rng.normal(0.0, 0.1, num_rows)
-        raw = rng.normal(size=(num_rows, NUM_FEATURES - 3)).astype(np.float32)
+        raw = rng.normal(size=(num_rows, NUM_STATIC)).astype(np.float32)
         raw[:, 2] = 10 * values + rng.normal(0.0, 0.3, num_rows)
         classes = np.arange(num_rows) % num_classes
         learner = FakeLearner(values, diverges_on=diverges_on)

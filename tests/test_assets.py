@@ -7,10 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from raise_env.assets import load_assets, load_data
+from raise_env.assets import _cached_data, load_assets, load_data
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
-from raise_env.errors import DataError, SettingError
+from raise_env.errors import DataError, OutputError, SettingError
 
 
 def rows(first, count, extra=""):
@@ -79,6 +79,14 @@ def test_load_data__part_of_dev_and_test__is_a_fixed_part(files):
 def test_load_data__embedded_task__takes_part_of_it_likewise():
     data = load_data(EnvConfig(num_dev=3, num_test=2, pool_size=70))
     assert (len(data.pool), len(data.dev), len(data.test)) == (70, 3, 2)
+
+
+def test_load_data__other_model_or_seed__reads_nothing_again(files):
+    settings = files()
+    first = load_data(EnvConfig.from_kwargs(settings))
+    others = {"seed_model": 3, "model": "other", "lazy_features": True}
+    assert load_data(EnvConfig.from_kwargs({**settings, **others})) is first
+    assert load_data(EnvConfig.from_kwargs({**settings, "num_dev": 2})) is not first
 
 
 def test_load_data__fewer_rows_than_candidates__is_said(files):
@@ -172,3 +180,89 @@ def test_env__activation_checkpointing__same_episode(embedded_env):
         results.append([env.step(action)[1] for _ in range(2)])
     np.testing.assert_allclose(results[1], results[0], atol=1e-6)
     assert lean.assets.learner.base is not plain.assets.learner.base
+
+
+# Large pools
+
+
+@pytest.fixture
+def large(files, monkeypatch, tmp_path):
+    """Return a function that makes an environment of 24 rows that are too many for memory."""
+
+    def make(cache, **settings):
+        monkeypatch.setattr("raise_env.pool.MAX_ROWS_IN_MEMORY", 5)
+        _cached_data.cache_clear()
+        env = RaiseSelectEnv(**files(auxiliary_updates=2, cache_dir=str(tmp_path / cache), **settings))
+        assert load_data(env.config).pool.is_large
+        return env
+
+    yield make
+    _cached_data.cache_clear()
+
+
+def episode(env):
+    seen = [env.reset(seed=0)[0].tobytes()]
+    for step in range(2):
+        observation, reward, *_ = env.step(np.arange(8) % 4 == step)
+        seen.append((observation.tobytes(), reward))
+    return seen
+
+
+def test_env__large_pool__is_equal_to_one_in_memory_to_the_bit(files, large, tmp_path):
+    small = RaiseSelectEnv(**files(auxiliary_updates=2, cache_dir=str(tmp_path / "small")))
+    wanted, features, classes = episode(small), small.assets.features, small.assets.classes
+    env = large("large")
+    assert episode(env) == wanted
+    assert env.assets is not small.assets
+    assert not env.assets.features.raw.flags.owndata, "memory-mapped"
+    assert features.raw.flags.owndata
+    np.testing.assert_array_equal(env.assets.features.raw, features.raw)
+    np.testing.assert_array_equal(env.assets.features.columns, features.columns)
+    np.testing.assert_array_equal(env.assets.classes, classes)
+    assert env.assets.features.num_tokens == features.num_tokens
+    assert (env.assets.content, env.assets.pool_tokens) == (small.assets.content, small.assets.pool_tokens)
+
+
+def test_load_assets__killed_between_blocks__goes_on_to_equal_bytes(large, monkeypatch, tmp_path):
+    monkeypatch.setattr("raise_env.assets.FEATURE_BLOCK_ROWS", 7)
+    seen = []
+    whole = large("whole").load(lambda *progress: seen.append(progress)).features
+    of_features = [done for what, done, total in seen if (what, total) == ("computing features", 24)]
+    assert of_features == sorted(of_features)
+    assert of_features[-1] == 24
+    assert next(what for what, _, _ in seen) == "encoding the pool"
+
+    def interrupt(what, done, total):
+        if what == "computing features" and done > 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        large("torn").load(interrupt)
+    seen.clear()
+    features = large("torn").load(lambda *progress: seen.append(progress)).features
+    assert min(done for _, done, _ in seen) > 14
+    assert features.num_tokens == whole.num_tokens
+    contents = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.bin") if "features" in str(path)}
+        for name in ("whole", "torn")
+    ]
+    assert len(contents[0]) == 1
+    assert contents[0] == contents[1]
+
+
+def test_assets__more_rows_than_are_classed_at_once__are_classed_by_a_sample(embedded_env, monkeypatch, tmp_path):
+    monkeypatch.setattr("raise_env.assets.MAX_ROWS_IN_MEMORY", 40)
+    monkeypatch.setattr("raise_env.assets.FEATURE_BLOCK_ROWS", 30)
+    first, again = (embedded_env(cache_dir=str(tmp_path / name)).assets for name in ("a", "b"))
+    np.testing.assert_array_equal(first.classes, again.classes)
+    columns = first.features.columns
+    means = np.stack([columns[first.classes == label].mean(axis=0) for label in range(2)])
+    nearest = ((columns[:, None] - means) ** 2).sum(-1).argmin(1)
+    assert (nearest == first.classes).mean() > 0.8
+    assert set(first.classes) == {0, 1}
+
+
+def test_env__large_pool_and_cache_that_cannot_be_written__says_what_to_do(large, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"--cache-dir"):
+        large("file").reset(seed=0)

@@ -162,3 +162,15 @@ def test_errors__every_one__is_caught_by_the_base():
 
     kinds = [getattr(errors, name) for name in errors.__all__ if name != "suggestion"]
     assert all(issubclass(kind, RaiseEnvError) for kind in kinds)
+
+
+def test_lazy_features__whole_pool_on_offer__is_refused():
+    with pytest.raises(SettingError, match=r'num_candidates="all" .* leave one of the two out'):
+        EnvConfig(lazy_features=True, num_candidates="all")
+
+
+def test_shared_part__any_settings_of_ones_own__are_as_if_never_set():
+    shared = EnvConfig(num_classes=3, num_candidates=6, batch_size=5, lazy_features=True).shared_part()
+    assert shared == EnvConfig(num_classes=3, num_candidates=9, batch_size=2, lazy_features=True).shared_part()
+    assert shared != EnvConfig(num_classes=3, num_candidates=6, batch_size=5).shared_part()
+    assert EnvConfig(num_candidates="all").shared_part() == EnvConfig(batch_size=64).shared_part()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raise_env.encoding import PLAIN_TEMPLATE, EncodedRows, Encoder, collate, token_batches
-from raise_env.errors import SettingError
-from raise_env.pool import Instruction
+from raise_env.errors import OutputError, SettingError
+from raise_env.pool import Instruction, Pool, SpilledRows
 
 ROWS = [Instruction("What is 2 + 2?", "4"), Instruction("Größe?", "12 Meter, ß"), Instruction("Say {{ prompt }}", "no")]
 
@@ -96,8 +96,8 @@ def test_encode_responses__a_row__starts_with_the_start_token_alone(encoder):
 
 ENCODED = EncodedRows(
     tokens=np.array([5, 6, 7, 8, 9, 4, 3], dtype=np.int32),
-    is_label=np.array([False, True, True, False, True, False, False]),
     offsets=np.array([0, 3, 5, 7]),
+    label_counts=np.array([2, 1, 0]),
 )
 
 
@@ -134,3 +134,48 @@ def test_token_batches__any_limit__shares_every_row_out_once(max_tokens):
         assert len(places) == 1 or len(places) * lengths[places].max() <= max_tokens
         assert (np.diff(lengths[np.concatenate(batches)]) <= 0).all()
     assert token_batches(np.zeros(0, dtype=np.int64), 10) == []
+
+
+# Large pools
+
+
+POOL_ROWS = [Instruction(f"What is {i} + {i}?" * (i % 5 + 1), str(2 * i) * (i % 60)) for i in range(30)]
+
+
+def large(rows=POOL_ROWS):
+    return Pool(SpilledRows(rows), "made")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_encode_pool__large__is_what_fits_into_memory_to_the_bit(encoder, tmp_path, monkeypatch, chat):
+    monkeypatch.setattr("raise_env.encoding.ENCODING_BLOCK_ROWS", 4)
+    short = Encoder(encoder.tokenizer, 60, None if chat else PLAIN_TEMPLATE)
+    seen = []
+    whole, wanted = short.encode_pool(Pool(POOL_ROWS, "made"), "key", tmp_path), short.encode(iter(POOL_ROWS))
+    assert not list(tmp_path.iterdir()), "what fits into memory is not written"
+    for _ in range(2):
+        mapped = short.encode_pool(large(), "key", tmp_path, lambda *progress: seen.append(progress))
+        assert not mapped.tokens.flags.owndata
+        for rows in (whole, mapped):
+            for name in ("tokens", "offsets", "label_counts", "lengths", "has_labels"):
+                np.testing.assert_array_equal(getattr(rows, name), getattr(wanted, name))
+            assert rows.num_truncated == wanted.num_truncated > 0
+            np.testing.assert_array_equal(rows.row(7)[1], wanted.row(7)[1])
+    assert [done for _, done, _ in seen] == [*range(4, 30, 4), 30], "the second time nothing is encoded"
+    assert {(what, total) for what, _, total in seen} == {("encoding the pool", 30)}
+
+
+def test_encode_pool__anything_else_in_the_key__is_encoded_anew(encoder, tmp_path):
+    short = Encoder(encoder.tokenizer, 60)
+    short.encode_pool(large(), "key", tmp_path)
+    short.encode_pool(large(), "another tokenizer", tmp_path)
+    short.encode_pool(large(POOL_ROWS[:-1]), "key", tmp_path)
+    Encoder(encoder.tokenizer, 61).encode_pool(large(), "key", tmp_path)
+    plain(encoder).encode_pool(large(), "key", tmp_path)
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 5
+
+
+def test_encode_pool__large_and_nowhere_to_write__is_an_error_that_says_what_to_do(encoder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"tokens of 30 rows .*--cache-dir"):
+        encoder.encode_pool(large(), "key", tmp_path / "file")

@@ -307,6 +307,23 @@ def test_candidates__all_with_rows_that_cannot_be_trained_on__end_in_padding():
     assert sorted(env.candidates[:-1]) == [row for row in range(30) if row != 7]
 
 
+def test_observation__whole_pool_on_offer__static_columns_are_gathered_once():
+    assets = ToyAssets.build(30, 4, seed=0)
+    asked = []
+    rows = assets.features.rows
+    assets.features.rows = lambda ids: asked.append(len(ids)) or rows(ids)
+    env = RaiseSelectEnv(None, assets, num_candidates="all", hide=["stage"])
+    for seed in (0, 1):
+        first, _ = env.reset(seed=seed)
+        for _ in range(3):
+            seen = env.step(first_rows(env, 2))[0]
+            assert not np.shares_memory(seen, first)
+            np.testing.assert_array_equal(seen[:, :38], first[:, :38])
+        assert not first[:, 38].any()
+        assert seen[:2, 38].all()
+    assert asked == [30]
+
+
 # Action
 
 

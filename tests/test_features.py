@@ -1,26 +1,21 @@
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 from raise_env.config import OBSERVATION_BLOCKS
 from raise_env.features import (
     BLOCKS,
     CLIP,
     FEATURE_NAMES,
-    cache_folder,
-    cached_features,
+    frame,
     observation_bounds,
     observe,
     standardise,
 )
 
 RAW = np.random.default_rng(0).normal(size=(7, 36)).astype(np.float32)
-KEY = {"pool": "a", "updates": 3}
 
 
 def test_standardise__numbers_by_hand__are_centred_scaled_and_clipped():
@@ -44,10 +39,43 @@ def test_standardise__numbers_by_hand__are_centred_scaled_and_clipped():
     np.testing.assert_array_equal(static.log_p_response, raw[:, 3])
 
 
+def test_standardise__several_blocks__are_put_together(monkeypatch):
+    raw = np.random.default_rng(1).normal(3.0, 2.0, (100, 36)).astype(np.float32)
+    raw[[0, 40, 41, 99]] = np.nan
+    raw[40:50] = np.nan  # a block without any row
+    whole = standardise(raw, 0)
+    monkeypatch.setattr("raise_env.features._ROWS_AT_ONCE", 10)
+    parts = standardise(raw, 0)
+    np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(parts.std, whole.std, rtol=1e-6)
+    np.testing.assert_allclose(whole.mean, np.nanmean(raw.astype(np.float64), axis=0), rtol=1e-5)
+
+
+def test_rows__of_any_shape__are_those_of_all_columns():
+    raw = RAW.copy()
+    raw[2] = np.nan
+    static = standardise(raw, 0)
+    ids = np.array([[1, 2], [6, 1]])
+    assert static.rows(ids).shape == (2, 2, 36)
+    np.testing.assert_array_equal(static.rows(ids), static.columns[ids])
+    assert not static.rows(np.array([2])).any()
+    assert static.rows(ids).dtype == np.float32
+
+
+def test_observe__its_frame__stays_as_it_is():
+    ids = np.array([1, -1])
+    still = frame(standardise(RAW, 0), ids)
+    before = still.copy()
+    seen = observe(still, ids, np.ones(7, int), dev_score=-1.0, first_dev_score=-2.0, progress=0.5)
+    assert not np.shares_memory(seen, still)
+    np.testing.assert_array_equal(still, before)
+
+
 def test_observe__numbers_by_hand__fill_the_live_columns():
     static = standardise(RAW, 0)
     counts = np.array([0, 1, 0, 0, 0, 0, 1000])
-    shown = observe(static, np.array([1, 6, -1]), counts, dev_score=-1.5, first_dev_score=-2.0, progress=0.25)
+    ids = np.array([1, 6, -1])
+    shown = observe(frame(static, ids), ids, counts, dev_score=-1.5, first_dev_score=-2.0, progress=0.25)
     assert shown.dtype == np.float32
     np.testing.assert_allclose(shown[:2, 0], 0.25)  # half a nat of two
     np.testing.assert_allclose(shown[:2, 1], 0.25)
@@ -65,8 +93,9 @@ def test_observe__numbers_by_hand__fill_the_live_columns():
 def test_observe__hidden_blocks__are_zeros_and_the_rest_as_before(hide, columns):
     static, counts = standardise(RAW, 0), np.arange(1, 8)
     scores = {"dev_score": -1.5, "first_dev_score": -2.0, "progress": 0.25}
-    shown = observe(static, np.array([1, 6, -1]), counts, **scores)
-    hidden = observe(static, np.array([1, 6, -1]), counts, **scores, hide=hide)
+    ids = np.array([1, 6, -1])
+    shown = observe(frame(static, ids), ids, counts, **scores)
+    hidden = observe(frame(static, ids, hide), ids, counts, **scores, hide=hide)
     assert shown[:2].all()
     assert not hidden[:, columns].any()
     rest = np.setdiff1d(np.arange(39), columns)
@@ -81,86 +110,9 @@ def test_blocks__together__are_all_columns_in_order():
 
 @pytest.mark.parametrize(("score", "first", "shown"), [(0.5, 0.0, 5.0), (0.02, 0.0, 0.2), (-900.0, -2.0, -CLIP)])
 def test_observe__first_score_near_nothing__is_not_divided_by(score, first, shown):
-    static = standardise(RAW, 0)
-    observation = observe(static, np.array([0]), np.zeros(7, int), dev_score=score, first_dev_score=first, progress=0.0)
+    still, ids = frame(standardise(RAW, 0), np.array([0])), np.array([0])
+    observation = observe(still, ids, np.zeros(7, int), dev_score=score, first_dev_score=first, progress=0.0)
     assert observation[0, 0] == pytest.approx(shown)
-
-
-class Counting:
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self):
-        self.calls += 1
-        return RAW.copy(), 11
-
-
-def test_cached_features__second_call__reads_what_the_first_has_kept(tmp_path):
-    compute = Counting()
-    first = cached_features(KEY, tmp_path / "new", compute)
-    second = cached_features(dict(reversed(KEY.items())), tmp_path / "new", compute)
-    assert compute.calls == 1
-    np.testing.assert_array_equal(first.columns, second.columns)
-    np.testing.assert_array_equal(second.raw, RAW)
-    assert second.num_tokens == 11
-    cached_features({**KEY, "updates": 4}, tmp_path / "new", compute)
-    assert compute.calls == 2
-
-
-def tear(path):
-    path.write_bytes(path.read_bytes()[:100])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-
-
-def forge(path):
-    save_file({"raw": RAW + 1}, path, metadata={"key": "another", "num_tokens": "0", "sha256": "0"})
-
-
-def strip(path):
-    save_file({"other": RAW}, path)
-
-
-@pytest.mark.parametrize("spoil", [tear, empty, flip_a_bit, forge, strip])
-def test_cached_features__torn_or_foreign_file__is_computed_again_and_said(tmp_path, caplog, spoil):
-    compute = Counting()
-    cached_features(KEY, tmp_path, compute)
-    (path,) = tmp_path.iterdir()
-    spoil(path)
-    with caplog.at_level(logging.WARNING, logger="raise_env"):
-        again = cached_features(KEY, tmp_path, compute)
-    assert compute.calls == 2
-    assert path.name in caplog.text
-    np.testing.assert_array_equal(again.raw, RAW)
-    cached_features(KEY, tmp_path, compute)
-    assert compute.calls == 2, "the file is whole again"
-
-
-def test_cached_features__folder_that_cannot_be_written__costs_time_only(tmp_path, caplog):
-    (tmp_path / "file").write_text("in the way")
-    with caplog.at_level(logging.WARNING, logger="raise_env"):
-        static = cached_features(KEY, tmp_path / "file", Counting())
-    np.testing.assert_array_equal(static.raw, RAW)
-    assert "cannot be kept" in caplog.text
-
-
-def test_cache_folder__several_places_named__takes_the_nearest(monkeypatch, tmp_path):
-    monkeypatch.setenv("RAISE_ENV_CACHE", str(tmp_path / "variable"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder("given").name == "given"
-    assert cache_folder(None) == tmp_path / "variable"
-    monkeypatch.delenv("RAISE_ENV_CACHE")
-    assert cache_folder(None) == tmp_path / "xdg" / "raise-env"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder(None).parts[-2:] == (".cache", "raise-env")
 
 
 # What the auxiliary model says of a row

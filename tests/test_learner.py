@@ -281,10 +281,9 @@ def test_row_gradients__rows_in_any_order_and_company__are_each_their_own(learne
 
 def test_row_gradients__rows_without_labels__are_zero_and_their_losses_nan(learner):
     bare = ROWS[1:4]
-    is_label = learner.pool.is_label.copy()
-    for row in bare:
-        is_label[learner.pool.offsets[row] : learner.pool.offsets[row + 1]] = False
-    learner.pool = dataclasses.replace(learner.pool, is_label=is_label)
+    label_counts = learner.pool.label_counts.copy()
+    label_counts[bare] = 0
+    learner.pool = dataclasses.replace(learner.pool, label_counts=label_counts)
     for part in (ROWS, bare):
         has_labels = ~np.isin(part, bare)
         np.testing.assert_array_equal(learner.row_gradients(part).any(axis=1), has_labels)

@@ -2,28 +2,34 @@ from __future__ import annotations
 
 import csv
 import datetime
+import errno
 import hashlib
 import json
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from raise_env.errors import DataError, SettingError
+from raise_env.errors import DataError, OutputError, SettingError
 from raise_env.pool import (
     Instruction,
     Pool,
+    SpilledRows,
     check_disjoint,
     check_enough,
     draw_candidates,
+    kmeans_centres,
     kmeans_classes,
+    nearest_centres,
     read_pool,
     sample_rows,
 )
@@ -504,6 +510,142 @@ def test_pool__imported__loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "set()"
 
 
+# Large pools
+
+
+@pytest.fixture
+def few_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pools of more than three rows be large."""
+    monkeypatch.setattr("raise_env.pool.MAX_ROWS_IN_MEMORY", 3)
+
+
+MANY = [
+    {"question": f"Größe {i}?\n\u2028", "answer": f'"{i}"\x00', "choices": [f'"{i}"\x00', "b"], "more": [i, None]}
+    for i in range(2500)
+]
+
+
+def both_forms(path: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> tuple[Pool, Pool]:
+    """Read a file as a small pool and as a large one."""
+    small = read_pool(path, **kwargs)
+    monkeypatch.setattr("raise_env.pool.MAX_ROWS_IN_MEMORY", 3)
+    large = read_pool(path, **kwargs)
+    assert (small.is_large, large.is_large) == (False, True)
+    return small, large
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_read_pool__large__is_equal_to_one_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    small, large = both_forms(write_rows(tmp_path / f"a{ending}", MANY), monkeypatch)
+    assert tuple(large) == tuple(small)
+    assert [row.fields for row in large] == [row.fields for row in small]
+    assert (len(large), large.content_hash, large.unit) == (2500, small.content_hash, small.unit)
+    for index in (0, 1, 1023, 1024, 2499, -1, -2500):
+        assert large[index] == small[index]
+        assert large.place(index) == small.place(index)
+    for part in (slice(None), slice(1000, 2100), slice(-3, None), slice(9, 3), slice(20, 3, -5), slice(0, 2500, 700)):
+        assert large[part] == small[part]
+    for index in (2500, -2501):
+        with pytest.raises(IndexError):
+            large[index]
+    assert repr(large) == repr(small)
+
+
+def test_read_pool__large_with_blank_rows__counts_and_places_are_the_same(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "question,answer\n" + "".join(f"q{i},{'' if i % 3 == 0 else i}\n" for i in range(12))
+    small, large = both_forms(write("a.csv", text), monkeypatch, skip_empty=True)
+    assert tuple(large) == tuple(small)
+    assert large.num_skipped == small.num_skipped == 4
+    assert [large.place(i) for i in range(8)] == [small.place(i) for i in range(8)]
+    assert "4 rows have an empty 'answer'" in fault(write("a.csv", text))
+
+
+@pytest.mark.usefixtures("few_fit")
+def test_read_pool__fault_beyond_what_fits__named_as_ever(write: Write) -> None:
+    rows = [{"question": f"q{i}", "answer": "a"} for i in range(8)]
+    assert ", line 9, field 'answer': found 3;" in fault(write("a.jsonl", jsonl(*rows, {"question": "q", "answer": 3})))
+
+
+def test_pool__from_a_generator__either_side_of_the_limit(few_fit: None) -> None:
+    for count in (0, 3, 4):
+        pool = Pool((Instruction(str(i), "a") for i in range(count)), "made")
+        assert [row.prompt for row in pool] == [str(i) for i in range(count)]
+        assert pool.is_large == (count > 3)
+        assert pool.content_hash == Pool(tuple(pool), "again").content_hash
+
+
+def test_splits__of_a_large_pool__are_those_of_one_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = both_forms(write_rows(tmp_path / "a.jsonl", MANY), monkeypatch)
+    parts = [sample_rows(pool, 20, seed=1) for pool in (small, large)]
+    assert tuple(parts[0]) == tuple(parts[1])
+    assert [parts[0].place(i) for i in range(20)] == [parts[1].place(i) for i in range(20)]
+    messages = []
+    for pool in (small, large):
+        with pytest.raises(DataError) as caught:
+            check_disjoint(pool, parts[0], parts[1])
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert messages[0].count("20 rows of the") == 3
+
+
+@pytest.mark.usefixtures("few_fit")
+def test_spilled_rows__pickled_and_read_by_threads_and_a_fork__are_the_same() -> None:
+    pool = Pool((Instruction(f"q{i}", "a" * (i % 7), fields={"i": i}) for i in range(3000)), "made")
+    copy = pickle.loads(pickle.dumps(pool))
+    assert tuple(copy) == tuple(pool)
+    assert (copy.content_hash, copy.place(1)) == (pool.content_hash, "row 2")
+    indices = np.random.default_rng(0).integers(0, 3000, 2000).tolist()
+    with ThreadPoolExecutor(4) as threads:
+        assert [row.prompt for row in threads.map(pool.__getitem__, indices)] == [f"q{i}" for i in indices]
+    iterator = iter(pool)
+    next(iterator)
+    code = os.fork()
+    if code == 0:  # the child reads while the parent is in the middle of it
+        os._exit(0 if [row.fields["i"] for row in pool] == list(range(3000)) else 1)
+    assert [row.prompt for row in iterator] == [f"q{i}" for i in range(1, 3000)]
+    assert os.waitpid(code, 0)[1] == 0
+
+
+def test_spilled_rows__folder__holds_nothing_that_has_a_name(tmp_path: Path) -> None:
+    rows = SpilledRows((Instruction(str(i), "a") for i in range(9)), tmp_path / "new")
+    assert rows[8].prompt == "8"
+    assert list((tmp_path / "new").iterdir()) == []
+    assert os.fstat(rows._file.fileno()).st_dev == tmp_path.stat().st_dev
+
+
+def test_spilled_rows__folder_that_cannot_be_written__goes_where_temporary_files_go(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert len(SpilledRows([Instruction("q", "a")], tmp_path / "file")) == 1
+
+
+@pytest.mark.usefixtures("few_fit")
+def test_spilled_rows__disk_full__says_what_to_do(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tempfile.TemporaryFile
+
+    class Full:
+        def __init__(self, **kwargs: Any) -> None:
+            self.file = made(**kwargs)
+
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            self.file.close()
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    path = write("a.jsonl", jsonl(*MANY[:5]))
+    with pytest.raises(
+        OutputError, match=r"cannot be written in .*No space left on device.*--cache-dir.*RAISE_ENV_CACHE"
+    ):
+        read_pool(path, folder=tmp_path / "cache")
+
+
 # Splits
 
 
@@ -649,6 +791,24 @@ def test_kmeans_classes__one_class__zeros_without_scikit_learn(monkeypatch: pyte
 def test_kmeans_classes__fewer_rows_than_classes__setting_error(num_rows: int, most: int) -> None:
     with pytest.raises(SettingError, match=rf"num_classes is 4, .* only {num_rows} rows .*num_classes={most} or less"):
         kmeans_classes(np.ones((num_rows, 3)), 4, seed=0)
+
+
+def test_nearest_centres__of_kmeans__are_its_classes() -> None:
+    features = blobs()[0].astype(np.float32)
+    centres = kmeans_centres(features, 4, seed=0)
+    assert centres.shape == (4, 8)
+    assert centres.dtype == np.float32
+    assert np.array_equal(nearest_centres(features, centres), kmeans_classes(features, 4, seed=0))
+    assert nearest_centres(features, kmeans_centres(features, 1, seed=0)).tolist() == [0] * 200
+    assert nearest_centres(features[:0], centres).shape == (0,)
+
+
+def test_nearest_centres__row_in_any_company__is_classed_alike() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(300, 36)).astype(np.float32)
+    centres = rng.normal(size=(4, 36)).astype(np.float32)
+    alone = [int(nearest_centres(features[i : i + 1], centres)[0]) for i in range(300)]
+    assert nearest_centres(features, centres).tolist() == alone
 
 
 # Candidates

@@ -20,6 +20,7 @@ from raise_env.agents.raise_ppo import (
     PRESETS,
     PpoSettings,
     Rollout,
+    ShownColumns,
     advantages_of,
     clipped_loss,
     stage_advantages,
@@ -351,6 +352,16 @@ def test_rollout__observations_of_some_steps__are_those_of_all(rollouts):
     learned(env=env)
     rollout, whole = rollouts[0]
     np.testing.assert_array_equal(rollout.observations(env.assets.features.columns, slice(2, 5)), whole[2:5])
+
+
+def test_shown_columns__of_offered_rows__are_those_of_the_pool_with_the_hidden_ones_zero():
+    env = toy_env(50, hide=["semantic"])
+    candidates = [np.array([3, -1, 7]), np.array([40, 7, -1])]
+    shown = ShownColumns(env, candidates)[np.stack(candidates)]
+    wanted = env.assets.features.columns.copy()
+    wanted[:, 4:] = 0.0
+    is_row = np.stack(candidates) >= 0
+    np.testing.assert_array_equal(shown[is_row], wanted[np.stack(candidates)[is_row]])
 
 
 def test_rollout__the_whole_pool_on_offer__keeps_what_changes_alone(rollouts):

@@ -87,6 +87,29 @@ def finished(tmp_path_factory, plan):
     return folder
 
 
+def test_train__features_to_compute__are_a_task_of_their_own_while_loading(tmp_path, plan):
+    open_tasks, seen = [], []
+
+    class Watching:
+        @contextlib.contextmanager
+        def task(self, name, total):
+            def show(done):
+                seen.append((tuple(open_tasks), done, total))
+                if name == "computing features" and done == total:
+                    raise KeyboardInterrupt
+
+            open_tasks.append(name)
+            yield show
+            open_tasks.remove(name)
+
+    own = Plan({**plan.settings, "cache_dir": str(tmp_path / "cache")}, episodes=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", own, reporter=Watching())
+    tasks = {names: total for names, _, total in seen}
+    assert tasks == {("loading model, data and features", "computing features"): 64}
+    assert [done for _, done, _ in seen][-1] == 64
+
+
 # The folder
 
 

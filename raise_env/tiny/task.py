@@ -92,9 +92,8 @@ def generate_task(name: str, *, seed: int = 0, pool_size: int = 2000) -> TaskDat
     dev = [_instruction(s.skill, fact, w) for s in targets for fact, w in _asked(s.dev, task.num_dev, targets, rng)]
     test = [_instruction(s.skill, fact, w) for s in targets for fact, w in _asked(s.test, task.num_test, targets, rng)]
     # The pool comes last: then dev and test are the same for every size of it.
-    pool = [_pool_row(facts, task.corruption, rng) for _ in range(pool_size)]
     judge = random.Random(f"{name}/{seed}/rating")  # a stream of its own: ratings leave the rows as they are
-    pool = [_rated(row, judge) for row in pool]
+    pool = (_rated(_pool_row(facts, task.corruption, rng), judge) for _ in range(pool_size))
     source = f"embedded:{name}"
     return TaskData(Pool(pool, source), Pool(dev, f"{source}/dev"), Pool(test, f"{source}/test"))
 

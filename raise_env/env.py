@@ -185,8 +185,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | max_length | 256 | tokens that a row may have; a longer one loses its end |
     | template | None | Jinja text around `prompt`, instead of the tokenizer's chat template or a plain frame |
     | micro_batch_tokens | 16384 | tokens that an update puts through the model at once, to fit into memory |
-    | activation_checkpointing | False | keep less for the backward pass and compute it again: less memory, more time |
     | seed_model | 0 | what the first adapter is drawn from |
+    | activation_checkpointing | False | keep less for the backward pass and compute it again: less memory, more time |
     | dtype | "float32" | of the base model: "float32" or "bfloat16" |
     | device | "auto" | "cpu", "cuda" or "cuda:1"; "auto" is a GPU where there is one |
     | auxiliary_model | None | folder or hub id of the model that computes the features, instead of the base model |

@@ -61,10 +61,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="rows of the embedded task's pool")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     env = RaiseSelectEnv(pool_size=arguments.rows)
     learner = env.assets.learner
     base, pool = learner.base, learner.pool
-    responses = Encoder(base.tokenizer, env.config.max_length).encode_responses(env.assets.pool)
+    responses = Encoder(base.tokenizer, env.config.max_length).encode_responses(list(env.assets.pool))
     rows = np.arange(len(pool))
     adapter = torch.zeros(base.num_parameters)
     found: list[np.ndarray] = []

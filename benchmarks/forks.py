@@ -13,8 +13,6 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
-
 import numpy as np
 import torch
 from measure import alternate, machine, require_equal, speedups, table, with_spread
@@ -58,8 +56,9 @@ def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's threads, for every side")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     env = moment()
     start, actions = env.snapshot(), batches(env, NUM_FORKS, seed=2)
     separate = [RaiseSelectEnv(device="cpu") for _ in range(NUM_FORKS)]

@@ -27,9 +27,10 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS: tuple[tuple[str, ...], ...] = (
     ("step.py",),
     ("forks.py",),
-    ("vector.py",),
+    ("forks.py", "--threads", "1"),
+    ("vector.py", "--repeats", "3", "--processes", "2", "4"),
     ("features.py",),
-    ("pool_size.py",),
+    ("pool_size.py", "--rows", "200000", "--steps", "20"),
     ("rollout_memory.py",),
     ("startup.py",),
 )
@@ -61,13 +62,12 @@ def main() -> int:
     scripts = list(SCRIPTS)
     if arguments.real is not None:
         scripts.insert(1, ("step.py", "--real", str(arguments.real), "--steps", "12"))
-    # One thread: what is compared is the work, and several threads share two cores differently from run to run.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {**os.environ, "GOMP_SPINCOUNT": "30000", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # as the commands have
     sections = [section(script, environment) for script in scripts]
     heading = (
         "# Speed and size\n\n"
         f"Written by `make bench-speed` on {datetime.date.today()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, one thread a process. Sides took turns; what counts is the ratios. "
+        f"transformers {transformers.__version__}. Sides took turns in one process; what counts is the ratios. "
         "What holds them where they are: [../speed.md](../speed.md).\n"
     )
     write_text(arguments.out, "\n".join([heading, *(text for text, _ in sections)]))

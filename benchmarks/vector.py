@@ -3,9 +3,10 @@
     python benchmarks/vector.py --repeats 5
 
 All sides take the same random batches in eight environments from the same seeds; where the rewards of two sides differ
-by more than 1e-5, nothing is reported and the status is 1. Sides take turns; every process has one thread. Processes
-are forked when model, pool and features are loaded, which is the best case for them: their start costs nothing, and
-they share what they only read. Memory is what a side adds with its first step: PSS of this process and all below it.
+by more than 1e-5, nothing is reported and the status is 1. Sides take turns. What runs in this process has as many
+threads of torch as there are cores; several processes have one each. Processes are forked when model, pool and features
+are loaded, which is the best case for them: their start costs nothing, and they share what they only read. Memory is
+what a side adds with its first step: PSS of this process and all below it.
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def main() -> None:
     rewards: dict[str, list[np.ndarray]] = {}
 
     def turn(name: str) -> None:
+        torch.set_num_threads(1 if "process" in name else os.cpu_count() or 1)
         rewards[name].append(np.asarray(steps[name](choices[len(rewards[name])]), dtype=np.float64))
+        torch.set_num_threads(1)  # before the next processes are forked
 
     for kind, count in kinds:
         name = kind if count == 0 else f"{kind}, {count} process{'es' if count > 1 else ''}"

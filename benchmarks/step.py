@@ -142,7 +142,7 @@ class EnvironmentSide:
     def step(self) -> None:
         """Make the next step: update, dev score, features of the next candidates, info, record."""
         self.model_s.append(0.0)
-        with mock.patch.multiple(LoraLearner, update=self._timed("update"), evaluate=self._timed("evaluate")):
+        with mock.patch.multiple(LoraLearner, _train=self._timed("_train"), evaluate=self._timed("evaluate")):
             info = self.env.step(self.actions[len(self.dev_losses)])[-1]
         self.dev_losses.append(-info["dev_score"])
 

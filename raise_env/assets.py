@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -222,8 +223,9 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
         splits["test"] = EvaluationSet.build(data.test, encoder, "test")
     if not pool.has_labels.any():
         raise DataError(f"{data.pool.source}: no response fits into max_length={encoder.max_length}; raise it.")
-    features = _features(_auxiliary(config, data.pool, encoder, pool, base, watcher))
-    classes = _classes(features, pool.has_labels, config.num_classes)
+    auxiliary = _auxiliary(config, data.pool, encoder, pool, base, watcher)
+    features = _features(auxiliary)
+    classes = _classes(auxiliary, features, pool.has_labels)
     learner = _learner(config, base, pool, splits)
     return Assets(
         data=data,
@@ -293,9 +295,29 @@ def _content(base: BaseModel, data: Data) -> dict[str, str]:
     return content if data.test is None else {**content, "test": data.test.content_hash}
 
 
-def _classes(features: StaticFeatures, offered: np.ndarray, num_classes: int) -> np.ndarray:
+def _classes(auxiliary: _Auxiliary, features: StaticFeatures, offered: np.ndarray) -> np.ndarray:
+    """Return the class of each row, from the cache or computed, shape (rows,), int64."""
     if isinstance(features, LazyFeatures):
         return features.classes
+    num_rows, num_classes = len(offered), auxiliary.config.num_classes
+    key = {
+        **auxiliary.key,
+        "num_classes": num_classes,
+        "seed": FEATURE_SEED,
+        "offered": hashlib.sha256(np.packbits(offered).tobytes()).hexdigest(),
+    }
+    # Kept not for K-means, which takes a moment, but for the import of scikit-learn, which takes a second.
+    form = TableForm("classes", key, {"classes": Column("int64")}, num_rows, num_rows * 8)
+
+    def blocks(first: int) -> Iterator[Block]:
+        if first == 0:
+            yield Block(num_rows, {"classes": _compute_classes(features, offered, num_classes)})
+
+    table = stored_table(form, blocks, cache_folder(auxiliary.config.cache_dir), in_memory=True)
+    return table.arrays["classes"]
+
+
+def _compute_classes(features: StaticFeatures, offered: np.ndarray, num_classes: int) -> np.ndarray:
     classes = np.full(len(offered), -1, dtype=np.int64)
     rows = np.flatnonzero(offered)
     if len(rows) <= MAX_ROWS_IN_MEMORY:

@@ -266,3 +266,13 @@ def test_env__large_pool_and_cache_that_cannot_be_written__says_what_to_do(large
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=r"--cache-dir"):
         large("file").reset(seed=0)
+
+
+def test_load_assets__classes__are_kept_with_the_features(embedded_env, tmp_path, monkeypatch):
+    first = embedded_env(cache_dir=str(tmp_path)).assets
+    monkeypatch.setattr("raise_env.assets.kmeans_classes", None)
+    again = embedded_env(cache_dir=str(tmp_path), seed_model=1).assets
+    assert again is not first
+    np.testing.assert_array_equal(again.classes, first.classes)
+    with pytest.raises(TypeError, match="not callable"):
+        embedded_env(cache_dir=str(tmp_path), num_classes=4).assets  # noqa: B018 - asking for them loads them

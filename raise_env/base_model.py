@@ -33,16 +33,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from .causal_attention import use_block_attention
+from .causal_attention import LONGEST, rows_at, rows_now, use_block_attention
 from .config import TINY, LoraSettings
 from .encoding import Batch
 from .errors import ModelError, SettingError
 from .label_positions import LAST_LAYERS, Choice, LabelPositions
 from .lora_layers import lora_linear
+from .packing import Layout, PackedBatch, pack
 
 __all__ = ["BaseModel", "load_tokenizer", "model_folder", "resolve_device"]
 
 _ADAPTER = "default"
+
+#: Forms of model, by transformers' names, in which attention alone knows where a token stands: such rows can be packed.
+ROTARY = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
 
 #: What torch calls a processor's own instructions for bfloat16: Intel's and AMD's, Intel's for matrices, Arm's.
 _BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -106,8 +110,11 @@ class BaseModel:
         if self.stackable:
             self._install()
         self._label_positions = LabelPositions(causal)
-        if self.device.type == "cpu" and self.is_float32 and causal.config.model_type in LAST_LAYERS:
+        model_type = causal.config.model_type
+        attends_by_blocks = self.device.type == "cpu" and self.is_float32 and model_type in LAST_LAYERS
+        if attends_by_blocks:
             use_block_attention(causal)
+        self._packs = attends_by_blocks and model_type in ROTARY
         if activation_checkpointing:
             self._enable_checkpointing()
 
@@ -202,13 +209,15 @@ class BaseModel:
         return _tensor_hash({n: p for n, p in self.peft_model.named_parameters() if n not in set(self._names)})
 
     def _forward(self, batch: Batch, adapters: Tensor | None, dropout_seed: int | None, **kwargs: Any) -> Any:
+        packed = self._packed(batch, adapters, kwargs)
         inputs = {
-            "input_ids": batch.input_ids.to(self.device),
-            "logits_to_keep": batch.keep.to(self.device),
+            "input_ids": batch.input_ids.to(self.device) if packed is None else packed.input_ids,
+            "logits_to_keep": batch.keep.to(self.device) if packed is None else packed.keep,
+            "position_ids": None if packed is None else packed.position_ids,
             "use_cache": False,
             **kwargs,
         }
-        with self._only_labels(inputs, adapters):
+        with self._only_labels(inputs, adapters), rows_at(packed.layout if packed else None):
             if not self.stackable:
                 with self.lock:
                     return self._plain_forward(adapters, dropout_seed, inputs)
@@ -217,6 +226,14 @@ class BaseModel:
                 return self._causal(**inputs)
             finally:
                 self._pass.pairs = []
+
+    def _packed(self, batch: Batch, adapters: Tensor | None, kwargs: dict[str, Any]) -> PackedBatch | None:
+        """Return the batch without padding, where model and request let it be packed and that is worth it."""
+        length = batch.input_ids.shape[1]
+        window = getattr(self._causal.config, "sliding_window", None)
+        fits = length <= LONGEST and (window is None or length <= window)
+        is_one = adapters is None or len(adapters) == 1  # several adapters need equally many tokens each
+        return pack(batch) if self._packs and fits and is_one and not kwargs else None
 
     def _only_labels(self, inputs: dict[str, Any], adapters: Tensor | None) -> AbstractContextManager[None]:
         if "output_hidden_states" in inputs:  # which are asked for at every position
@@ -263,14 +280,17 @@ class BaseModel:
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         # By the time a layer is computed again, the forward pass is over: it has to find what it was given then.
-        return contextlib.nullcontext(), self._as_it_was(self._pass.pairs, self._label_positions.choice)
+        return contextlib.nullcontext(), self._as_it_was(self._pass.pairs, self._label_positions.choice, rows_now())
 
     @contextlib.contextmanager
-    def _as_it_was(self, pairs: list[tuple[Tensor, Tensor]], choice: Choice | None) -> Iterator[None]:
+    def _as_it_was(
+        self, pairs: list[tuple[Tensor, Tensor]], choice: Choice | None, layout: Layout | None
+    ) -> Iterator[None]:
         before = self._pass.pairs, self._label_positions.choice
         self._pass.pairs, self._label_positions.choice = pairs, choice
         try:
-            yield
+            with rows_at(layout):
+                yield
         finally:
             self._pass.pairs, self._label_positions.choice = before
 

@@ -24,7 +24,7 @@ __all__ = ["EVALUATION_BATCH_TOKENS", "EvaluationSet", "evaluate", "score_rows"]
 logger = logging.getLogger(__name__)
 
 #: Tokens of one forward pass, padding included. Small, so that on a CPU what a layer makes stays in its cache.
-EVALUATION_BATCH_TOKENS = 768
+EVALUATION_BATCH_TOKENS = 1024
 
 LossFunction = Callable[[Batch], tuple[Tensor, Tensor]]
 

@@ -15,6 +15,7 @@ WITH_TORCH = {
     *("raise_env.encoding", "raise_env.base_model", "raise_env.evaluation", "raise_env.learner", "raise_env.assets"),
     *(
         "raise_env.side_by_side",
+        "raise_env.packing",
         "raise_env.label_positions",
         "raise_env.causal_attention",
         "raise_env.lora_layers",

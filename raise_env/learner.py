@@ -35,7 +35,7 @@ GRADIENT_BATCH_TOKENS = 2048
 #: Tokens, padding included, that updates go through a processor with together, each with its adapter. Small updates
 #: gain by it; of large ones every pass that no longer fits into the caches loses more, up to a third. On a GPU only
 #: memory sets a limit.
-STACKED_TOKENS = 1024
+STACKED_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
 
     Where the base model can hold several adapters at once, as many updates of equal batch size go through together as
     `micro_batch_tokens` allows, and on a processor as gain by it; elsewhere one after the other. Sums are then made in
-    another order than by a single environment: scores and rewards differ from its in the last bits, while what is
-    offered and selected is the same.
+    another order than by a single environment: scores and rewards differ from its in their last digits, and over an
+    episode of tiny updates in the fourth, while what is offered and selected is the same.
     The dev set is scored one environment after the other, each with its adapter merged into the base.
 
     An environment whose episode has ended is reset in the step after, as Gymnasium's next-step autoreset

@@ -15,8 +15,9 @@ from raise_env.learner import LoraLearner
 from raise_env.testing import toy_env
 from raise_env.vector import RaiseSelectVectorEnv
 
-#: A step's numbers agree within 1e-6; AdamW's first updates, which go by a gradient's sign, let them drift apart.
-TOLERANCE = 5e-5
+#: A pass's numbers agree within 1e-6. AdamW goes by a small gradient's sign nearly as far as by a large one's, so that
+#: updates of one or two rows, as here, let them drift apart.
+TOLERANCE = 5e-4
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
     `micro_batch_tokens` allows, and on a processor as gain by it; elsewhere one after the other. Sums are then made in
     another order than by a single environment: scores and rewards differ from its in their last digits, and over an
     episode of tiny updates in the fourth, while what is offered and selected is the same.
-    The dev set is scored one environment after the other, each with its adapter merged into the base.
+    Passes that do not go together, and dev scores, are made side by side in as many threads as torch may use.
 
     An environment whose episode has ended is reset in the step after, as Gymnasium's next-step autoreset
     defines it: that step's action is ignored and its reward is 0. `reset(options={"reset_mask": mask})` resets some at

@@ -92,7 +92,7 @@ def test_step__many_environments__is_what_sync_vector_env_does(small_settings, p
         ends.append(found[2].tolist())
     assert ends[0] == [False, False, False, True], "the last one spends its budget at once"
     assert ends[2] == [True, True, True, False]
-    assert max(passes) == 3
+    assert max(passes) >= 2
 
 
 def test_step__environments_that_differ__are_each_at_their_own_step_of_the_schedule(small_settings):
@@ -226,7 +226,8 @@ def test_over__forks__go_on_from_one_state_as_each_alone_would(embedded_env, pas
     np.testing.assert_array_equal(np.stack(forks.call("observation")), np.stack([env.observation()] * 4))
     actions = np.stack([np.roll(np.tile([1, 0, 0, 0], 4), shift) for shift in range(4)])
     _, rewards, *_, infos = forks.step(actions)
-    assert passes == [4]
+    assert sum(passes) == 4
+    assert max(passes) > 1
     assert env.num_steps == 1
     assert {single._learner.base for single in forks.envs} == {env._learner.base}
     for place, single in enumerate(env.fork(4)):

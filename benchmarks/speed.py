@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def section(script: tuple[str, ...], environment: dict[str, str]) -> tuple[str, 
         text = f"{text}\n\nNot reported: {reason[0]}".strip()
         print(done.stderr, file=sys.stderr)
     title = (HERE / script[0]).read_text(encoding="utf-8").partition('"""')[2].partition("\n")[0].rstrip('."')
-    shown = " ".join(("python", f"benchmarks/{script[0]}", *script[1:]))
+    given = ["DIR" if before == "--real" else value for before, value in itertools.pairwise(script)]
+    shown = " ".join(("python", f"benchmarks/{script[0]}", *given))
     return f"## {title}\n\n`{shown}`\n\n{text}\n", done.returncode == 0
 
 

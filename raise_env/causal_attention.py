@@ -32,9 +32,7 @@ LONGEST = 512
 _NAME = "raise_env_blocks"
 
 #: What an attention function may be told that changes nothing about plain causal attention.
-_HARMLESS = frozenset(
-    {"position_ids", "use_cache", "cache_position", "output_attentions", "layer_idx", "num_items_in_batch"}
-)
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position"})
 
 
 class _Local(threading.local):

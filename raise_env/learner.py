@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from .rewards import Evaluation
 from .side_by_side import side_by_side
 
 __all__ = ["LoraLearner", "TrainingState", "UpdateSettings"]
+
+Result = TypeVar("Result")
 
 #: AdamW's constants: torch's own defaults.
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
@@ -114,8 +117,7 @@ class LoraLearner:
         Returns:
             The mean loss in nats per response token before the update.
         """
-        (state,), (loss,) = self._train([self.state], [rows], [progress], [seed])
-        self.state = state
+        (loss,) = self.update_together([self], [rows], [progress], [seed])
         return loss
 
     def update_together(
@@ -280,12 +282,13 @@ class LoraLearner:
         self, states: Sequence[TrainingState], data: EvaluationSet, subset: np.ndarray | None
     ) -> list[Evaluation]:
         tasks = [functools.partial(self._evaluate, state, data, subset) for state in states]
-        return side_by_side(tasks) if self._in_threads else [task() for task in tasks]
+        return self._run(tasks)
 
-    @property
-    def _in_threads(self) -> bool:
-        """Whether several passes can go through the base at the same time."""
-        return self.base.stackable and self.base.device.type == "cpu"
+    def _run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Run passes through the base, at the same time where it takes several."""
+        if self.base.stackable and self.base.device.type == "cpu":
+            return side_by_side(tasks)
+        return [task() for task in tasks]
 
     def _evaluate(self, state: TrainingState, data: EvaluationSet, subset: np.ndarray | None) -> Evaluation:
         with self._adapted(state) as adapters:
@@ -343,7 +346,7 @@ class LoraLearner:
             )
             for group in groups
         ]
-        found = side_by_side(tasks) if self._in_threads else [task() for task in tasks]
+        found = self._run(tasks)
         order = np.argsort(np.concatenate(groups))  # the places of the groups' members, one group after the other
         gradients = torch.cat([gradient for gradient, _ in found])[torch.from_numpy(order).to(self.base.device)]
         losses = [loss for _, own in found for loss in own]

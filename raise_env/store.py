@@ -148,7 +148,7 @@ def stored_table(form: TableForm, blocks: BlockMaker, folder: Path, *, in_memory
         return found
     try:
         lock = _locked(path, form)
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the second is filelock's, of a file system without locks
         _cannot_keep(form, folder, error, in_memory)
         return _joined(form, list(blocks(0)))
     try:

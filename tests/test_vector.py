@@ -15,9 +15,8 @@ from raise_env.learner import LoraLearner
 from raise_env.testing import toy_env
 from raise_env.vector import RaiseSelectVectorEnv
 
-#: A pass's numbers agree within 1e-6. AdamW goes by a small gradient's sign nearly as far as by a large one's, so that
-#: updates of one or two rows, as here, let them drift apart.
-TOLERANCE = 5e-4
+#: How far a step from one and the same state may differ.
+TOLERANCE = 1e-5
 
 
 @pytest.fixture
@@ -25,6 +24,7 @@ def passes(monkeypatch):
     """A list of how many adapters went through the model together, one entry a backward pass."""
     seen = []
     backward = LoraLearner._backward
+    monkeypatch.setattr("raise_env.learner.STACKED_TOKENS", 1024)  # as many as go together here at most
 
     def noted(learner, adapters, batches, seed):
         seen.append(len(adapters))
@@ -49,6 +49,16 @@ def assert_same(found, expected):
         assert values.dtype == expected_infos[name].dtype
         tolerance = TOLERANCE if name in ("dev_score", "test_score", "train_loss") else 0.0
         np.testing.assert_allclose(values, expected_infos[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def go_on_alike(followers, leaders):
+    """Put environments into the states of others.
+
+    AdamW goes by a small gradient's sign nearly as far as by a large one's: what two orders of summing differ in grows
+    from step to step, and is not what is tested.
+    """
+    for follower, leader in zip(followers, leaders, strict=True):
+        follower.unwrapped.restore(leader.unwrapped.snapshot())
 
 
 @pytest.mark.parametrize("mode", [None, "sync"])
@@ -76,7 +86,7 @@ def test_make_vec__bernoulli_actions__runs_through_autoreset(small_settings, mod
 
 def test_step__many_environments__is_what_sync_vector_env_does(small_settings, passes):
     """Equal batches and unequal ones, empty ones, ends at different steps, and the resets after them."""
-    settings = {**small_settings, "budget": 12}
+    settings = {**small_settings, "budget": 12, "learning_rate": 1e-3}  # a first step at 3e-3 moves the loss by 1.3
     together = gym.make_vec("RaiseSelect-v0", num_envs=4, **settings)
     alone = SyncVectorEnv([lambda: RaiseSelectEnv(**settings)] * 4)
     seeds = [7, 3, 11, 5]
@@ -89,10 +99,11 @@ def test_step__many_environments__is_what_sync_vector_env_does(small_settings, p
         actions = np.stack([np.isin(np.arange(16), rng.choice(16, size, replace=False)) for size in sizes])
         found = together.step(actions.astype(np.int8))
         assert_same(found, alone.step(actions.astype(np.int8)))
+        go_on_alike(alone.envs, together.envs)
         ends.append(found[2].tolist())
     assert ends[0] == [False, False, False, True], "the last one spends its budget at once"
     assert ends[2] == [True, True, True, False]
-    assert max(passes) >= 2
+    assert max(passes) == 3
 
 
 def test_step__environments_that_differ__are_each_at_their_own_step_of_the_schedule(small_settings):
@@ -107,6 +118,7 @@ def test_step__environments_that_differ__are_each_at_their_own_step_of_the_sched
     for _ in range(2):
         _, rewards, *_ = vector.step(np.stack([action, action]))
         np.testing.assert_allclose(rewards, [env.step(action)[1] for env in singles], atol=TOLERANCE)
+        go_on_alike(singles, vector.envs)
     assert abs(rewards[0] - rewards[1]) > 1e-3
 
 
@@ -226,8 +238,7 @@ def test_over__forks__go_on_from_one_state_as_each_alone_would(embedded_env, pas
     np.testing.assert_array_equal(np.stack(forks.call("observation")), np.stack([env.observation()] * 4))
     actions = np.stack([np.roll(np.tile([1, 0, 0, 0], 4), shift) for shift in range(4)])
     _, rewards, *_, infos = forks.step(actions)
-    assert sum(passes) == 4
-    assert max(passes) > 1
+    assert passes == [4]
     assert env.num_steps == 1
     assert {single._learner.base for single in forks.envs} == {env._learner.base}
     for place, single in enumerate(env.fork(4)):
@@ -267,6 +278,7 @@ def test_over__wrapped_environments__step_as_they_do_alone(embedded_env, passes,
         found = together.step(actions.astype(together.single_action_space.dtype))
         num_updates += bool(passes)
         assert_same(found, alone.step(actions.astype(together.single_action_space.dtype)))
+        go_on_alike(alone.envs, together.envs)
     assert num_updates == 3
     assert together.call("action_masks")[0].shape == (16,)
 

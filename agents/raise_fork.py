@@ -26,8 +26,9 @@ from raise_env.errors import SettingError, suggestion
 from raise_env.features import NUM_FEATURES
 from raise_env.files import replaced_folder
 
-from .base import BatchAgent, Progress, world_of
+from .base import Progress, world_of
 from .credit import Group, batch_group, row_group
+from .learned import Selector, stored_view
 from .networks import AcquisitionFunction
 from .selector_files import read_config, stored_tensors, write_selector
 
@@ -106,7 +107,7 @@ class ForkSettings:
         return self.credit or ("rows" if reward == "loss" else "batches")
 
 
-class RaiseFork(BatchAgent):
+class RaiseFork(Selector):
     """Learns F from forks; acts by taking the rows that it scores highest.
 
     Args:
@@ -128,8 +129,6 @@ class RaiseFork(BatchAgent):
             ) from error
         self.networks: list[AcquisitionFunction] = []
         self.groups: list[Group] = []
-        self.episode_returns: list[float] = []
-        self.training: dict[str, Any] = {}
 
     def learn(
         self, env: gym.Env[Any, Any], episodes: int, seed: int = 0, progress: Progress | None = None
@@ -143,12 +142,12 @@ class RaiseFork(BatchAgent):
             progress: Called after each episode with its number and return.
 
         Raises:
-            SettingError: The reward does not go with the credit, or no fork differed from its siblings, so that there
-                is nothing to learn from.
+            SettingError: The reward does not go with the credit; no fork differed from its siblings, so that there is
+                nothing to learn from; or it has learned on another pool before.
         """
         world = self._learning_world(world_of(env))
         self.batch_size = None
-        self.training = {"env": world.config.to_kwargs(), "content": world.assets.content, "seed": seed}
+        self._note_training(world, seed)
         for _ in range(episodes):
             number = len(self.episode_returns)
             rng = np.random.default_rng([seed, number])
@@ -172,7 +171,7 @@ class RaiseFork(BatchAgent):
         """
         if not self.networks:
             raise RuntimeError("this selector has learned nothing yet: call learn(), or load one.")
-        scores = ensemble_scores(self.networks, observation)
+        scores = ensemble_scores(self.networks, self._translate(observation))
         taken = np.expm1(observation[:, -1])
         spent = taken > self.settings.max_repeats - 0.5
         return np.where(spent, scores - 1e3 * taken, scores)
@@ -193,6 +192,7 @@ class RaiseFork(BatchAgent):
             "raise_fork",
             weights,
             settings=asdict(self.settings),
+            view=self.view,
             episode_returns=self.episode_returns,
             training=self.training,
         )
@@ -209,6 +209,7 @@ class RaiseFork(BatchAgent):
         agent = cls(**config["settings"])
         agent.episode_returns = list(config["episode_returns"])
         agent.training = dict(config["training"])
+        agent.view = stored_view(config, folder / "config.json")
         with stored_tensors(folder / "model.safetensors") as weights:
             for index in range(agent.settings.num_networks):
                 network = AcquisitionFunction(NUM_FEATURES, agent.settings.hidden_dims, generator=torch.Generator())
@@ -236,7 +237,7 @@ class RaiseFork(BatchAgent):
         """
         loaded = RaiseFork.load(Path(folder) / "selector")
         self.networks, self.episode_returns = loaded.networks, loaded.episode_returns
-        self.training = loaded.training
+        self.training, self.view = loaded.training, loaded.view
         with stored_tensors(Path(folder) / "groups.safetensors") as groups:
             pairs = zip(groups["rows"].numpy(), groups["gains"].numpy(), strict=True)
             self.groups = [Group(rows, gains) for rows, gains in pairs]

@@ -48,8 +48,9 @@ from raise_env.features import BLOCKS, NUM_FEATURES
 from raise_env.files import replaced_folder
 from raise_env.wrappers import top_of_each_class
 
-from .base import BatchAgent, Progress, world_of
+from .base import Progress, world_of
 from .class_law import BatchLaw
+from .learned import Selector, stored_view
 from .networks import ROWS_AT_ONCE, AcquisitionFunction, Critic
 from .selector_files import read_config, stored_tensors, write_selector
 
@@ -220,7 +221,7 @@ class ShownColumns:
         return np.asarray(self._columns[np.searchsorted(self._ids, np.maximum(ids, self._ids[0]))])
 
 
-class RaisePpo(BatchAgent):
+class RaisePpo(Selector):
     """Learns F by PPO; acts by taking the rows that it scores highest, as many of each class.
 
     Where the batch does not divide by the classes, or a class has too few rows, the best rows left over fill it, as
@@ -246,8 +247,6 @@ class RaisePpo(BatchAgent):
                 raise SettingError(f"raise_ppo has no setting {name!r}: {suggestion(name, ['preset', *known])}")
         self.settings = PpoSettings(**{**PRESETS[preset], **settings})
         self.acquisition: AcquisitionFunction | None = None
-        self.episode_returns: list[float] = []
-        self.training: dict[str, Any] = {}
         self._rewards: list[np.ndarray] = []  # of each episode, shape (steps,)
         self._learners: dict[str, _Learner] = {}
 
@@ -261,9 +260,12 @@ class RaisePpo(BatchAgent):
             episodes: Rounds.
             seed: What candidates, draws and first weights are drawn from.
             progress: Called after each episode with its number and return.
+
+        Raises:
+            SettingError: It has learned on another pool before.
         """
         world = world_of(env).variant()  # the given one is left as it is
-        self.training = {"env": world.config.to_kwargs(), "content": world.assets.content, "seed": seed}
+        self._note_training(world, seed)
         self._make_learners(seed)
         for _ in range(episodes):
             number = len(self.episode_returns)
@@ -311,7 +313,7 @@ class RaisePpo(BatchAgent):
         if self.acquisition is None:
             raise RuntimeError("this selector has learned nothing yet: call learn(), or load one.")
         with torch.no_grad():
-            scores: np.ndarray = self.acquisition(torch.from_numpy(observation)).numpy()
+            scores: np.ndarray = self.acquisition(torch.from_numpy(self._translate(observation))).numpy()
         return scores
 
     def save(self, folder: str | Path) -> None:
@@ -321,6 +323,7 @@ class RaisePpo(BatchAgent):
             "raise_ppo",
             {} if self.acquisition is None else self.acquisition.state_dict(),
             settings=asdict(self.settings),
+            view=self.view,
             episode_returns=self.episode_returns,
             training=self.training,
         )
@@ -337,6 +340,7 @@ class RaisePpo(BatchAgent):
         agent = cls(**config["settings"])
         agent.episode_returns = list(config["episode_returns"])
         agent.training = dict(config["training"])
+        agent.view = stored_view(config, Path(folder) / "config.json")
         agent.acquisition = _acquisition(agent.settings, torch.Generator())
         with stored_tensors(Path(folder) / "model.safetensors") as weights:
             agent.acquisition.load_state_dict(weights)
@@ -358,7 +362,7 @@ class RaisePpo(BatchAgent):
             RecordError: A file is missing or torn.
         """
         loaded = RaisePpo.load(Path(folder) / "selector")
-        self.episode_returns, self.training = loaded.episode_returns, loaded.training
+        self.episode_returns, self.training, self.view = loaded.episode_returns, loaded.training, loaded.view
         self._make_learners(seed=0)
         with stored_tensors(Path(folder) / "learners.safetensors") as tensors:
             for name, learner in self._learners.items():

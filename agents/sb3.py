@@ -40,13 +40,13 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from raise_env import PickOne, TopKScores
+from raise_env import PickOne, RaiseSelectEnv, TopKScores
 from raise_env.errors import OutputError, RecordError, SettingError, suggestion
-from raise_env.features import SCHEMA_VERSION as FEATURES_VERSION
 from raise_env.files import replaced_folder, write_json
 from raise_env.vector import RaiseSelectVectorEnv
 
 from .base import DEFAULT_BATCH_SIZE, Progress, world_of
+from .feature_view import FeatureView, Translation, as_it_is
 from .networks import AcquisitionFunction, Critic
 from .sb3_buffer import LeanRolloutBuffer
 from .sb3_files import SavedModel
@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 #: The format of config.json; counts up when `load` could no longer read what an earlier `save` wrote.
-_FORMAT = 1
+_FORMAT = 2
 
 #: sb3-contrib is optional: it comes with the extra "sb3".
 _HAS_CONTRIB = importlib.util.find_spec("sb3_contrib") is not None
@@ -329,6 +329,7 @@ class Sb3Agent:
     Attributes:
         name: "sb3:" and the name of the class.
         model: The SB3 model, once it has learned or been loaded; an agent in its own right.
+        view: The features that it learned on; None before it has learned, and for a file that SB3 saved.
 
     Raises:
         SettingError: The class, the action form, the policy or a hyperparameter is unknown, or they do not go together.
@@ -355,6 +356,8 @@ class Sb3Agent:
         _check_hyperparameters(self._class, hyperparameters)
         self.hyperparameters = hyperparameters
         self.model: BaseAlgorithm | None = None
+        self.view: FeatureView | None = None
+        self._translate: Translation = as_it_is
         self._subset_size = 0
         saved = None if load is None else SavedModel.read(load)
         if saved is not None:
@@ -409,6 +412,9 @@ class Sb3Agent:
                 _set_weights(model, before.policy.state_dict())
             model.set_logger(Logger(None, []))  # SB3's default one makes a folder
             model.learn(num_steps)
+        # What learned before on another pool, and learns on here, knows these features from now on.
+        world = env.unwrapped
+        self.view = FeatureView.of(world) if isinstance(world, RaiseSelectEnv) else None
         model.env = None  # so that the agent can be copied and stored without the language model
         self.model = model
         return self
@@ -421,13 +427,17 @@ class Sb3Agent:
         return stacked if progress is None else ReportingVecEnv(stacked, progress)
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Check that the model can act in the environment.
+        """Check that the model can act in the environment, which may offer another pool than that of learning.
 
         Raises:
-            SettingError: The agent has not learned yet, or not on as many candidates.
+            SettingError: The agent has not learned yet, not on as many candidates, or on other features.
         """
         del seed
         self._check_fit(env, self._trained())
+        world = env.unwrapped
+        self._translate = as_it_is
+        if self.view is not None and isinstance(world, RaiseSelectEnv):
+            self._translate = self.view.translation(world)
 
     def predict(
         self,
@@ -451,7 +461,7 @@ class Sb3Agent:
         """
         model = self._trained()
         masks = {"action_masks": action_masks} if "action_masks" in _parameters(model.predict) else {}
-        return model.predict(observation, state, episode_start, deterministic, **masks)
+        return model.predict(self._translate(observation), state, episode_start, deterministic, **masks)
 
     @property
     def action_space(self) -> spaces.Space[Any]:
@@ -481,7 +491,7 @@ class Sb3Agent:
             "policy": self.policy,
             "num_envs": self.num_envs,
             "hyperparameters": self.hyperparameters,
-            "features_version": FEATURES_VERSION,
+            "features": None if self.view is None else self.view.to_json(),
             "num_candidates": num_candidates,
             "num_features": num_features,
             "subset_size": self._subset_size,
@@ -503,15 +513,15 @@ class Sb3Agent:
         """
         try:
             config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-            made_for = (config["format"], config["features_version"]) if isinstance(config, dict) else None
-            if made_for != (_FORMAT, FEATURES_VERSION):
-                raise ValueError("it is of another format or for other features; learn it again with this version")
+            if not isinstance(config, dict) or config["format"] != _FORMAT:
+                raise ValueError("it is of another format; learn it again with this version")
             form, policy = config["action_form"], config.get("policy")
             num_envs = config.get("num_envs", 1)
             agent = cls(
                 config["agent"], action_form=form, policy=policy, num_envs=num_envs, **config["hyperparameters"]
             )
             agent._subset_size = config["subset_size"]
+            agent.view = None if config["features"] is None else FeatureView.from_json(config["features"])
             model = agent._build_untrained(config["num_candidates"], config["num_features"])
             _set_weights(model, load_file(Path(folder, "model.safetensors")))
             agent.model = model

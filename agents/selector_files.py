@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raise_env.errors import RecordError
-from raise_env.features import FEATURE_NAMES
-from raise_env.features import SCHEMA_VERSION as FEATURES_VERSION
 from raise_env.files import replaced_folder, write_json
+
+from .feature_view import FeatureView
 
 __all__ = ["SELECTOR_FORMAT", "read_config", "stored_tensors", "write_selector"]
 
 #: Counts up when `read_config` could no longer read what an earlier `write_selector` wrote.
-SELECTOR_FORMAT = 1
+SELECTOR_FORMAT = 2
 
 
 def write_selector(
@@ -32,6 +32,7 @@ def write_selector(
     weights: Mapping[str, Tensor],
     *,
     settings: Mapping[str, Any],
+    view: FeatureView | None,
     episode_returns: Sequence[float],
     training: Mapping[str, Any],
 ) -> None:
@@ -42,6 +43,7 @@ def write_selector(
         agent: The agent's name in the catalogue.
         weights: What it has learned.
         settings: What the agent is made with, as plain data.
+        view: The features that it learned on; None before it has learned.
         episode_returns: The return of each episode of learning.
         training: What it learned on, for the reader.
     """
@@ -49,7 +51,7 @@ def write_selector(
         "format": SELECTOR_FORMAT,
         "agent": agent,
         "settings": dict(settings),
-        "features": {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION},
+        "features": None if view is None else view.to_json(),
         "episode_returns": list(episode_returns),
         "training": dict(training),
     }
@@ -73,9 +75,6 @@ def read_config(folder: Path, agent: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or config.get("agent") != agent or config.get("format") != SELECTOR_FORMAT:
         raise RecordError(f"{path}: not a {agent} selector of format {SELECTOR_FORMAT}.")
-    features = config.get("features")
-    if features != {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION}:
-        raise RecordError(f"{path}: the selector was learned on other features; learn it again with this version.")
     if not isinstance(config.get("settings"), dict) or not isinstance(config.get("training"), dict):
         raise RecordError(f"{path}: the fields 'settings' and 'training' are not as promised.")
     if not isinstance(config.get("episode_returns"), list):

@@ -102,6 +102,7 @@ class Assets:
         base_evaluation: Dev scores before any update.
         pool_tokens: Tokens of the whole pool, each row once.
         content: Content hashes by the names "model", "pool", "dev", "test".
+        auxiliary: What computed the features: "model", its content hash, and "updates", its updates before.
     """
 
     data: Data
@@ -112,6 +113,7 @@ class Assets:
     base_evaluation: Evaluation
     pool_tokens: int
     content: dict[str, str]
+    auxiliary: dict[str, str | int]
 
     @functools.cached_property
     def members(self) -> tuple[np.ndarray, ...]:
@@ -236,6 +238,7 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
         base_evaluation=learner.evaluate("dev"),
         pool_tokens=int(pool.lengths[pool.has_labels].sum()),
         content=_content(base, data),
+        auxiliary={"model": auxiliary.model.content_hash, "updates": config.num_auxiliary_updates},
     )
 
 

@@ -109,6 +109,8 @@ class EnvAssets(Protocol):
     def pool_tokens(self) -> int: ...  # noqa: D102
     @property
     def content(self) -> dict[str, str]: ...  # noqa: D102
+    @property
+    def auxiliary(self) -> dict[str, str | int]: ...  # noqa: D102
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...  # noqa: D102
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "NUM_SEMANTIC",
     "NUM_STATIC",
     "SCHEMA_VERSION",
+    "STATIC",
     "StaticFeatures",
     "frame",
     "observation_bounds",
@@ -44,6 +45,7 @@ NUM_FEATURES = len(FEATURE_NAMES)
 
 #: Columns that never change: difficulty and semantic.
 NUM_STATIC = NUM_FEATURES - 3
+STATIC = slice(2, 2 + NUM_STATIC)
 
 #: The columns of each part of the observation, by the names of `config.OBSERVATION_BLOCKS`.
 BLOCKS = {"stage": slice(0, 2), "difficulty": slice(2, 6), "semantic": slice(6, 38), "availability": slice(38, 39)}
@@ -59,8 +61,6 @@ LoadingProgress = Callable[[str, int, int], None]
 
 #: Rows whose moments are computed at once: beyond it they are put together from those of the parts.
 _ROWS_AT_ONCE = 32_768
-
-_STATIC = slice(2, 38)
 
 
 class StaticFeatures:
@@ -174,7 +174,7 @@ def frame(static: StaticFeatures, candidates: np.ndarray, hide: Sequence[str] = 
     """
     still = np.zeros((len(candidates), NUM_FEATURES), dtype=np.float32)
     is_row = candidates >= 0
-    still[is_row, _STATIC] = static.rows(candidates[is_row])
+    still[is_row, STATIC] = static.rows(candidates[is_row])
     for name in hide:
         still[:, BLOCKS[name]] = 0.0
     return still

@@ -146,6 +146,7 @@ class ToyAssets:
     has_test: bool
     pool_tokens: int
     content: dict[str, str]
+    auxiliary: dict[str, str | int]
 
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw the candidates of one step."""
@@ -174,6 +175,7 @@ class ToyAssets:
             has_test=has_test,
             pool_tokens=num_rows,
             content={"model": "toy", "pool": pool.content_hash, "dev": "toy"},
+            auxiliary={"model": "toy", "updates": 0},
         )
 
 

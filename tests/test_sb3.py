@@ -480,7 +480,7 @@ def test_load__broken_folder__is_a_record_error(broken: str, tmp_path: Path) -> 
     elif broken == "nested":
         config_file.write_text("[" * 100_000)
     elif broken == "old":
-        config_file.write_text(json.dumps({**config, "features_version": 0}))
+        config_file.write_text(json.dumps({**config, "features": {"names": [], "version": 0}}))
     elif broken == "other agent":
         config_file.write_text(json.dumps({**config, "agent": "raise_fork"}))
     elif broken == "no field":

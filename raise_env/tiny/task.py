@@ -72,20 +72,22 @@ class _Facts:
     test: tuple[Fact, ...]
 
 
-def generate_task(name: str, *, seed: int = 0, pool_size: int = 2000) -> TaskData:
+def generate_task(name: str, *, seed: int = 0, pool_size: int = 2000, task: EmbeddedTask | None = None) -> TaskData:
     """Return the pool, dev and test set of an embedded task; the same arguments give the same rows.
 
     Args:
-        name: A name of `TASKS`.
+        name: A name of `TASKS`; or any, which then names what `task` asks.
         seed: What the facts' split, the questions and the corruption are drawn from.
         pool_size: Rows of the pool; rows repeat where it asks for more than there are.
+        task: A task of one's own.
 
     Raises:
         SettingError: There is no task of that name.
     """
-    if name not in TASKS:
-        raise SettingError(f"unknown task {name!r}: {suggestion(name, TASKS)}")
-    task = TASKS[name]
+    if task is None:
+        if name not in TASKS:
+            raise SettingError(f"unknown task {name!r}: {suggestion(name, TASKS)}")
+        task = TASKS[name]
     rng = random.Random(f"{name}/{seed}")
     facts = {skill.name: _share_out(skill, rng) for skill in SKILLS}
     targets = [facts[skill] for skill in task.target_skills]

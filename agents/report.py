@@ -22,12 +22,13 @@ from raise_env.errors import OutputError
 from raise_env.files import replaced
 from raise_env.render import class_colour
 
+from .contrast import Trait, Word
 from .plots import COLOURS, Plot, agent_colours, dev_curves_plot, learning_plot, selection_plot
 
 if TYPE_CHECKING:
     from .statistics import Interval
 
-__all__ = ["Selection", "format_table", "results_table", "write_report"]
+__all__ = ["MAX_ROWS", "Selection", "WantedText", "format_table", "results_table", "write_report"]
 
 #: Rows shown on the page; selected.jsonl has them all.
 MAX_ROWS = 200
@@ -36,6 +37,9 @@ _TEMPLATES = Path(__file__).with_name("templates")
 _NOTHING = "\N{EN DASH}"
 _SHORT_CHARS = 240
 _LONG_CHARS = 4000
+
+#: A row of the pool with the selector's score: score, class, prompt, response.
+WantedText = tuple[float, int, str, str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,8 +53,14 @@ class Selection:
         num_classes: C, the number of classes.
         pool_class_counts: (C,) how many of the pool's rows each class has.
         texts: (step, class, prompt, response) of the rows to show; the first 200 are.
-        labels: Name of a hidden label -> its value for each of the m rows; embedded tasks only.
-        pool_label_counts: Name of a hidden label -> value -> how many of the pool's rows have it.
+        scores: (m,) the selector's score of each row at the start of a run, in standard deviations over the pool; empty
+            where it has none.
+        labels: Name of a column that says what kind of row each is -> its value for each of the m rows.
+        pool_label_counts: Name of such a column -> value -> how many of the pool's rows have it.
+        are_labels_hidden: Whether these are the labels of an embedded task, which no selector sees.
+        traits: How the rows differ from the pool in length and difficulty.
+        words: The words that are more frequent in them than in the pool, and those that are less.
+        wanted: (score, class, prompt, response) of the rows that the selector wants most, best first, and least.
     """
 
     steps: npt.NDArray[np.int64]
@@ -59,8 +69,13 @@ class Selection:
     num_classes: int
     pool_class_counts: npt.NDArray[np.int64]
     texts: Sequence[tuple[int, int, str, str]] = ()
+    scores: Sequence[float] = ()
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pool_label_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    are_labels_hidden: bool = False
+    traits: Sequence[Trait] = ()
+    words: tuple[Sequence[Word], Sequence[Word]] = ((), ())
+    wanted: tuple[Sequence[WantedText], Sequence[WantedText]] = ((), ())
 
     def count_by_step(self, num_steps: int) -> npt.NDArray[np.int64]:
         """Return how many rows of each class each step trained on, (max(num_steps, last step), C)."""
@@ -383,7 +398,31 @@ def _selection(selection: Selection) -> dict[str, Any]:
         "count": len(selection.steps),
         "distinct": len(repeats),
         "most_repeated": max(repeats.values(), default=0),
-        "rows": [_row(*entry) for entry in selection.texts[:MAX_ROWS]],
+        "are_labels_hidden": selection.are_labels_hidden,
+        "traits": [_trait(trait) for trait in selection.traits],
+        "words": [(name, words) for name, words in zip(("more", "fewer"), selection.words, strict=True) if words],
+        "wanted": [
+            {"name": name, "rows": [{**_row(0, *entry[1:]), "score": f"{entry[0]:+.1f}"} for entry in rows]}
+            for name, rows in zip(("most", "least"), selection.wanted, strict=True)
+            if rows
+        ],
+        "has_scores": len(selection.scores) > 0,
+        "rows": _shown_rows(selection),
+    }
+
+
+def _shown_rows(selection: Selection) -> list[dict[str, Any]]:
+    scores = [f"{score:+.1f}" for score in selection.scores[:MAX_ROWS]] or [_NOTHING] * MAX_ROWS
+    return [{**_row(*entry), "score": score} for entry, score in zip(selection.texts[:MAX_ROWS], scores, strict=False)]
+
+
+def _trait(trait: Trait) -> dict[str, str]:
+    return {
+        "name": trait.name,
+        "unit": trait.unit,
+        "chosen": f"{trait.chosen:.3g}",
+        "pool": f"{trait.pool:.3g}",
+        "difference": f"{trait.difference:+.2f}",
     }
 
 

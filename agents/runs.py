@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,9 +22,10 @@ from raise_env.features import LoadingProgress
 from raise_env.files import append_line, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord
 
+from . import contrast
 from .base import Agent
 from .catalogue import agent_name, learning_episodes, make_agent
-from .report import Selection, write_report
+from .report import MAX_ROWS, Selection, WantedText, write_report
 from .rollout import agents_code, run_episode
 from .run_folder import RunFolder, whole_records
 
@@ -149,7 +151,7 @@ def train(
         for name in _names(plan):
             agent = learned if name == plan.agent else agents[name]
             _final_runs(run, plan, env, agent, name, reporter)
-        return _write_results(run, plan, env, _learning_steps(agents[plan.agent], env))
+        return _write_results(run, plan, env, learned)
 
 
 @contextmanager
@@ -377,7 +379,7 @@ def _write_outcome(folder: Path, env: RaiseSelectEnv) -> None:
         env.save_adapter(beside)
 
 
-def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, learning_steps: int) -> dict[str, Any]:
+def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent) -> dict[str, Any]:
     records = _finished_records(run.folder)
     report = {
         "schema_version": REPORT_VERSION,
@@ -389,7 +391,7 @@ def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, learning_ste
         },
         "learning": {
             "episode_returns": run.state.get("episode_returns", []),
-            "num_steps": learning_steps,
+            "num_steps": _learning_steps(agent, env),
         },
         "settings": {**plan.to_json(), **env.config.to_kwargs()},
         "versions": run.state["versions"],
@@ -399,7 +401,7 @@ def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, learning_ste
     report["headline"] = headline(report, plan, env)
     write_json(run.folder / "report.json", report)
     first = next(r for r in records if r.agent == agent_name(plan.agent))
-    write_report(run.folder, report, [json.loads(r.to_json()) for r in records], _selection(first, env))
+    write_report(run.folder, report, [json.loads(r.to_json()) for r in records], _selection(first, env, agent))
     return report
 
 
@@ -463,26 +465,37 @@ def _cost(run: RunFolder, plan: Plan, env: RaiseSelectEnv) -> dict[str, dict[str
     }
 
 
-def _selection(record: EpisodeRecord, env: RaiseSelectEnv) -> Selection:
+def _selection(record: EpisodeRecord, env: RaiseSelectEnv, agent: Agent) -> Selection:
     classes, pool = env.assets.classes, env.assets.pool
     pairs = [(step, row) for step, rows in enumerate(record.actions, start=1) for row in rows]
     rows = [row for _, row in pairs]
-    labels, counts = {}, {}
-    if env.config.is_embedded:
-        for name in ("skill", "corruption"):
-            labels[name] = [str(pool[row].fields[name]) for row in rows]
-            values, sizes = np.unique([str(i.fields[name]) for i in pool], return_counts=True)
-            counts[name] = {str(v): int(n) for v, n in zip(values, sizes, strict=True)}
+    columns = contrast.columns_of_few_values(pool)
+    scores = contrast.pool_scores(env, agent, record.seed)
     return Selection(
         steps=np.array([step for step, _ in pairs], dtype=np.int64),
         classes=classes[rows],
         pool_ids=np.array(rows, dtype=np.int64),
         num_classes=env.config.num_classes,
         pool_class_counts=np.bincount(classes[classes >= 0], minlength=env.config.num_classes),
-        texts=[(step, int(classes[row]), pool[row].prompt, pool[row].response) for step, row in pairs[:200]],
-        labels=labels,
-        pool_label_counts=counts,
+        texts=[(step, int(classes[row]), pool[row].prompt, pool[row].response) for step, row in pairs[:MAX_ROWS]],
+        scores=() if scores is None else scores[rows[:MAX_ROWS]].tolist(),
+        labels={name: [values[row] for row in rows] for name, values in columns.items()},
+        pool_label_counts={name: Counter(values) for name, values in columns.items()},
+        are_labels_hidden=env.config.is_embedded,
+        traits=contrast.traits(env, np.array(rows, dtype=np.int64)),
+        words=contrast.words_apart(pool, rows),
+        wanted=((), ()) if scores is None else _wanted(scores, env),
     )
+
+
+def _wanted(scores: np.ndarray, env: RaiseSelectEnv) -> tuple[list[WantedText], list[WantedText]]:
+    """Return the rows that the selector wants most and least, as the report shows them."""
+    classes, pool = env.assets.classes, env.assets.pool
+    most, least = (
+        [(row.score, int(classes[row.pool_id]), pool[row.pool_id].prompt, pool[row.pool_id].response) for row in rows]
+        for rows in contrast.wanted(scores, pool)
+    )
+    return most, least
 
 
 def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raise_env.agents.contrast import Trait, Word
 from raise_env.agents.report import Selection, format_table, results_table, write_report
 from raise_env.errors import OutputError
 
@@ -273,3 +274,50 @@ def test_write_report__file_where_the_folder_should_be__is_said(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(OutputError, match="taken"):
         page_of(tmp_path / "taken")
+
+
+# What the selection is like
+
+
+def contrasted(**changes):
+    attack = "<script>alert(1)</script>"
+    return make_selection(
+        texts=[(1, 0, "ask", "answer")],
+        scores=[1.25],
+        traits=[Trait("response length", "tokens", 4.0, 8.0, -0.5)],
+        words=([Word(attack, 0.5, 0.1)], [Word("seldom", 0.0, 0.2)]),
+        wanted=([(2.0, 0, "best prompt", "best")], [(-3.0, 1, attack, "worst")]),
+        **changes,
+    )
+
+
+def test_write_report__what_sets_rows_apart__is_told_and_escaped(tmp_path):
+    write_report(tmp_path, make_report(), [], contrasted())
+    page = (tmp_path / "report.html").read_text()
+    for text in (
+        "What sets them apart",
+        "-0.50 sd",
+        "seldom",
+        "What the selector wants",
+        "best prompt",
+        "-3.0",
+        "+1.2",
+    ):
+        assert text in page
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 2
+
+
+def test_write_report__agent_without_scores__no_column_and_no_section_for_them(tmp_path):
+    write_report(tmp_path, make_report(), [], make_selection(texts=[(1, 0, "ask", "answer")]))
+    page = (tmp_path / "report.html").read_text()
+    assert "What the selector wants" not in page
+    assert ">Score<" not in page
+
+
+@pytest.mark.parametrize(("hidden", "title"), [(True, "By hidden label: corruption"), (False, "By column: corruption")])
+def test_write_report__labels__named_for_what_they_are(tmp_path, hidden, title):
+    write_report(tmp_path, make_report(), [], make_selection(are_labels_hidden=hidden))
+    page = (tmp_path / "report.html").read_text()
+    assert title in page
+    assert ("The selector never sees them" in page) == hidden

@@ -1,0 +1,197 @@
+"""What sets the rows that were chosen apart from the pool that they come from, and what the selector wants of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raise_env import RaiseSelectEnv
+from raise_env.pool import Instruction
+
+from .learned import Selector
+
+__all__ = ["ScoredRow", "Trait", "Word", "columns_of_few_values", "pool_scores", "traits", "wanted", "words_apart"]
+
+#: A column of the pool with more different values is text, and not a kind of row.
+MAX_VALUES = 12
+
+#: Words that are shown of each side, and in how many rows of the pool a word has to be.
+NUM_WORDS = 12
+MIN_ROWS = 5
+
+#: Rows that are shown of each end.
+NUM_WANTED = 5
+
+#: A word has to be this many standard errors more or less frequent.
+LEAST_SURPRISE = 1.96
+
+_WORD = re.compile(r"[^\W_]+(?:['\N{RIGHT SINGLE QUOTATION MARK}][^\W_]+)?")
+
+#: The static columns that are told, by place and in words.
+_TRAITS = {
+    0: ("prompt length", "tokens"),
+    1: ("response length", "tokens"),
+    2: ("log P of the response given its prompt", "nats per token"),
+    3: ("log P of the response by itself", "nats per token"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Trait:
+    """A property of rows: its mean over those chosen and over the pool, and how far these lie apart.
+
+    `difference` is counted in the pool's standard deviations.
+    """
+
+    name: str
+    unit: str
+    chosen: float
+    pool: float
+    difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word, and in what share of the chosen rows and of the pool's rows it is."""
+
+    text: str
+    chosen: float
+    pool: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """A row of the pool and its score in standard deviations over the pool."""
+
+    score: float
+    pool_id: int
+
+
+def traits(env: RaiseSelectEnv, rows: np.ndarray) -> list[Trait]:
+    """Return how the chosen rows differ in length and difficulty; nothing where features are lazy.
+
+    Args:
+        env: The environment.
+        rows: Pool ids, shape (chosen,); one that was chosen twice counts twice.
+    """
+    if env.config.lazy_features:
+        return []
+    raw = env.assets.features.raw[:, : len(_TRAITS)]
+    pool = raw[~np.isnan(raw).any(axis=1)].astype(np.float64)
+    chosen = raw[rows].astype(np.float64)
+    pool[:, :2], chosen[:, :2] = np.expm1(pool[:, :2]), np.expm1(chosen[:, :2])  # lengths are kept as logarithms
+    found = []
+    for place, (name, unit) in _TRAITS.items():
+        mean, own = float(pool[:, place].mean()), float(chosen[:, place].mean())
+        spread = float(pool[:, place].std())
+        found.append(Trait(name, unit, own, mean, (own - mean) / spread if spread > 0 else 0.0))
+    return found
+
+
+def words_apart(pool: Iterable[Instruction], rows: Sequence[int]) -> tuple[list[Word], list[Word]]:
+    """Return the words that most set the chosen rows apart: those more frequent in them, and those less frequent.
+
+    A word counts once a row. Words are ordered by the z-score of their log odds, the pool's frequencies as the prior
+    (Monroe, Colaresi and Quinn 2008, "Fightin' Words", eq. 16 and 22), and kept where it is beyond 1.96.
+
+    Args:
+        pool: All rows.
+        rows: Pool ids of those chosen; one that was chosen twice counts once.
+    """
+    among = set(rows)
+    counts: Counter[str] = Counter()
+    own: Counter[str] = Counter()
+    num_rows = 0
+    for index, row in enumerate(pool):
+        found = {word.lower() for word in _WORD.findall(f"{row.prompt}\n{row.response}")}
+        counts.update(found)
+        num_rows += 1
+        if index in among:
+            own.update(found)
+    if not among or num_rows == len(among):
+        return [], []
+    known = [word for word, count in counts.items() if MIN_ROWS <= count < num_rows]
+    chosen = np.array([own[word] for word in known], dtype=np.float64)
+    left = np.array([counts[word] for word in known]) - chosen
+    surprise = _log_odds(chosen, left, len(among), num_rows - len(among))
+    order = np.argsort(surprise, kind="stable")
+    shares = zip(known, chosen / len(among), (chosen + left) / num_rows, strict=True)
+    words = [Word(word, float(a), float(b)) for word, a, b in shares]
+    more = [words[place] for place in order[::-1][:NUM_WORDS] if surprise[place] > LEAST_SURPRISE]
+    less = [words[place] for place in order[:NUM_WORDS] if surprise[place] < -LEAST_SURPRISE]
+    return more, less
+
+
+def _log_odds(chosen: np.ndarray, left: np.ndarray, num_chosen: int, num_left: int) -> np.ndarray:
+    """Return the z-score of the difference in log odds of each word, shape (words,)."""
+    prior = (chosen + left) / (num_chosen + num_left)  # worth one row
+    a, b = chosen + prior, left + prior
+    odds = np.log(a / (num_chosen + 1 - a)) - np.log(b / (num_left + 1 - b))
+    return np.asarray(odds / np.sqrt(1 / a + 1 / b))
+
+
+def columns_of_few_values(pool: Iterable[Instruction]) -> dict[str, list[str]]:
+    """Return the pool's columns that say what kind of row each is: texts, two to twelve different ones in all rows."""
+    values: dict[str, list[str]] = {}
+    seen: dict[str, set[str]] = {}
+    for number, row in enumerate(pool):
+        if number == 0:
+            values = {name: [] for name, value in row.fields.items() if isinstance(value, str)}
+            seen = {name: set() for name in values}
+        for name in list(values):
+            value = row.fields.get(name)
+            seen[name].add(str(value))
+            if not isinstance(value, str) or len(seen[name]) > MAX_VALUES:
+                del values[name], seen[name]
+            else:
+                values[name].append(value)
+    return {name: column for name, column in values.items() if len(seen[name]) > 1}
+
+
+def pool_scores(env: RaiseSelectEnv, agent: object, seed: int) -> np.ndarray | None:
+    """Return what an agent thinks of each row of the pool at the start of a run, shape (pool,), float64.
+
+    In standard deviations over the pool; NaN for rows that are never offered.
+
+    Returns:
+        None where the agent is no learned selector with a score for each row, or features are lazy.
+    """
+    if not isinstance(agent, Selector) or env.config.lazy_features:
+        return None
+    whole = env.variant(num_candidates="all")
+    observation, info = whole.reset(seed=seed)
+    agent.begin(whole, seed)
+    own = np.asarray(agent.scores(observation), dtype=np.float64)
+    candidates = info["candidates"]
+    real = candidates >= 0
+    scores = np.full(len(env.assets.pool), np.nan)
+    scores[candidates[real]] = own[real]
+    spread = float(np.nanstd(scores))
+    return (scores - float(np.nanmean(scores))) / spread if spread > 0 else None
+
+
+def wanted(scores: np.ndarray, pool: Sequence[Instruction]) -> tuple[list[ScoredRow], list[ScoredRow]]:
+    """Return the rows that are wanted most, best first, and least, worst first.
+
+    Rows that are never offered are left out, and of those with one text all but the first.
+
+    Args:
+        scores: What `pool_scores` gives.
+        pool: The rows.
+    """
+    order = np.argsort(-scores, kind="stable")
+    order = order[np.isfinite(scores[order])]
+    return _first_texts(order, scores, pool), _first_texts(order[::-1], scores, pool)
+
+
+def _first_texts(order: np.ndarray, scores: np.ndarray, pool: Sequence[Instruction]) -> list[ScoredRow]:
+    found: dict[str, ScoredRow] = {}
+    for index in order:
+        found.setdefault(pool[int(index)].content_hash, ScoredRow(float(scores[index]), int(index)))
+        if len(found) == NUM_WANTED:
+            break
+    return list(found.values())

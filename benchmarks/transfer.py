@@ -1,0 +1,160 @@
+"""What a selector that was learned on one pool is worth on another.
+
+    python benchmarks/transfer.py --out runs/transfer --seeds 5
+    python benchmarks/transfer.py --out runs/transfer_real --seeds 3 --real ../shared
+
+For each seed a selector learns at home and chooses away, where it is compared with random rows, with a selector that
+learned there, and on embedded pools with the oracle. It chooses twice: shown the other pool in the units of the one
+that it learned on, as `finetune --selector` does, and in those of the other pool, which is what would be seen
+without that. All final runs of a seed are offered the same candidates. Lines of results.jsonl that are there already
+are not made again. docs/results/transfer.md tells what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raise_env import RaiseSelectEnv
+from raise_env.agents import RaiseFork, make_agent, run_episode
+from raise_env.agents.statistics import mean_interval
+from raise_env.files import append_line
+from raise_env.tiny.task import EmbeddedTask, generate_task
+
+#: Final runs of each way to choose.
+NUM_RUNS = 3
+
+OTHER_SKILLS = ("next", "opposite", "capital", "letter")
+
+#: Rank, rate and length of docs/results/gsm8k.md.
+REAL_SETTINGS = {
+    "horizon": 60,
+    "num_candidates": 256,
+    "learning_rate": 5e-3,
+    "lora": {"r": 32, "lora_alpha": 64},
+    "score_every": 5,
+    "num_dev": 256,
+    "num_test": 512,
+    "skip_empty": True,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where a selector learns, and where it then chooses: keywords of the environment."""
+
+    name: str
+    home: dict[str, Any]
+    away: dict[str, Any]
+    has_oracle: bool = True
+
+
+def embedded_cases(folder: Path, seed: int) -> Iterator[Case]:
+    """Yield pools that differ from the one of learning in one thing each; their facts are drawn anew."""
+    task = EmbeddedTask()
+    others = {
+        "another draw": task,
+        "other target skills": replace(task, target_skills=OTHER_SKILLS),
+        "30% corrupted": replace(task, corruption=0.3),
+        "90% corrupted": replace(task, corruption=0.9),
+    }
+    home = _written(folder / f"home-{seed}", "home", task, seed)
+    for name, other in others.items():
+        yield Case(name, home, _written(folder / f"{name.replace(' ', '-')}-{seed}", name, other, 1000 + seed))
+
+
+def _written(folder: Path, name: str, task: EmbeddedTask, seed: int) -> dict[str, Any]:
+    data = generate_task(name, seed=seed, task=task)
+    splits = {"pool": data.pool, "dev": data.dev, "test": data.test}
+    return {split: _write(folder / f"{split}.jsonl", [row.fields for row in rows]) for split, rows in splits.items()}
+
+
+def real_cases(folder: Path, shared: Path) -> Iterator[Case]:
+    """Yield Alpaca's halves, and another target, with the model stories260K."""
+    with open(shared / "data/alpaca/alpaca.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    unbiased = [row for row in rows if {"random_9k", "alpaca_5000"} & set(row["in"])]
+    halves = [_write(folder / f"half-{index}.jsonl", unbiased[index::2]) for index in range(2)]
+    model = {"model": str(shared / "models/stories260K-hf"), **REAL_SETTINGS}
+    data = shared / "data"
+    gsm8k = {split: str(data / f"gsm8k/{file}.jsonl") for split, file in (("dev", "train"), ("test", "test"))}
+    arc = {split: str(data / f"arc_challenge/{file}.json") for split, file in (("dev", "train"), ("test", "test"))}
+    home = {**model, "pool": halves[0], **gsm8k}
+    yield Case("the other half of Alpaca", home, {**home, "pool": halves[1]}, has_oracle=False)
+    yield Case("ARC instead of GSM8K", home, {**home, **arc}, has_oracle=False)
+
+
+def _write(path: Path, rows: list[Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def measure(case: Case, seed: int) -> dict[str, list[float]]:
+    """Return the test losses of each way to choose away from home."""
+    home, away = RaiseSelectEnv(**case.home), RaiseSelectEnv(**case.away)
+    learned = RaiseFork().learn(home, RaiseFork.default_episodes, seed=seed)
+    as_it_is = copy.copy(learned)
+    as_it_is.view = None  # so that nothing is translated
+    agents: dict[str, Any] = {
+        "random": make_agent("random"),
+        "learned at home": learned,
+        "the same, in the other pool's units": as_it_is,
+        "learned there": RaiseFork().learn(away, RaiseFork.default_episodes, seed=seed),
+    }
+    if case.has_oracle:
+        agents["oracle"] = make_agent("oracle")
+    seeds = [1000 * (seed + 1) + run for run in range(NUM_RUNS)]
+    return {name: [_test_loss(away, agent, own, name) for own in seeds] for name, agent in agents.items()}
+
+
+def _test_loss(env: RaiseSelectEnv, agent: Any, seed: int, name: str) -> float:
+    run_episode(env, agent, seed=seed, name=name)
+    return env.evaluate("test").loss
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return the means over seeds with their intervals, as Markdown."""
+    names = list(dict.fromkeys(name for line in lines for name in line["test_loss"]))
+    rows = [f"| away | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for case in dict.fromkeys(line["case"] for line in lines):
+        own = [line["test_loss"] for line in lines if line["case"] == case]
+        cells = []
+        for name in names:
+            values = np.array([np.mean(seed[name]) for seed in own if name in seed])
+            interval = mean_interval(values)
+            cells.append(f"{interval.value:.3f} ± {interval.half_width:.3f}" if len(values) else "")
+        rows.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--real", type=Path, help="folder of real models and data, instead of the embedded ones")
+    arguments = parser.parse_args()
+    results = arguments.out / "results.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = {(line["case"], line["seed"]) for line in lines}
+    for seed in range(arguments.seeds):
+        data = arguments.out / "data"
+        cases = real_cases(data, arguments.real) if arguments.real else embedded_cases(data, seed)
+        for case in cases:
+            if (case.name, seed) not in done:
+                lines.append({"case": case.name, "seed": seed, "test_loss": measure(case, seed)})
+                append_line(results, json.dumps(lines[-1]))
+    sys.stdout.write(table(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -231,6 +231,9 @@ Seed = Annotated[int, typer.Option("--seed", help="What everything is drawn from
 Seeds = Annotated[int, typer.Option("--seeds", help="Runs of each agent, seeds 0, 1, 2, ...", min=1)]
 Workers = Annotated[int, typer.Option("--workers", help="Processes side by side, of one thread each.", min=1)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
+Merge = Annotated[
+    bool, typer.Option("--merge", help="Write the model with the adapter merged in too: merged/ loads without PEFT.")
+]
 EPISODES_HELP = "Episodes to learn for, instead of the agent's own number."
 Episodes = Annotated[int | None, typer.Option(help=EPISODES_HELP, show_default=False, min=0)]
 AgentArguments = Annotated[
@@ -264,6 +267,7 @@ def train(
     compare: Annotated[str, typer.Option(help="Agents to compare with, with commas between.")] = "random",
     runs: Annotated[int, typer.Option(help="Final runs of each agent.", min=1)] = 3,
     seed: Seed = 0,
+    merge: Merge = False,
     resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and stop.")] = False,
 ) -> None:
@@ -271,7 +275,7 @@ def train(
     from . import runs as runs_module
 
     arguments = _pairs(agent_args, "--agent-args")
-    plan = runs_module.Plan(settings, agent, arguments, episodes, seed, _names(compare), runs)
+    plan = runs_module.Plan(settings, agent, arguments, episodes, seed, _names(compare), runs, merge)
     if dry_run:
         cost = runs_module.estimate(plan)
         typer.echo(
@@ -290,11 +294,12 @@ def finetune(
     selector: Annotated[Path, typer.Option("--selector", help="A learned selector's folder.", metavar="DIR")],
     out: Out,
     seed: Seed = 0,
+    merge: Merge = False,
 ) -> None:
     """Fine-tune once with a learned selector choosing every batch, on any model and pool."""
     from .runs import finetune as run_finetune
 
-    report = run_finetune(out, selector, settings, seed=seed, reporter=TerminalReporter())
+    report = run_finetune(out, selector, settings, seed=seed, merge=merge, reporter=TerminalReporter())
     _show(report, out)
 
 

@@ -25,6 +25,7 @@ from raise_env.record import EpisodeRecord
 from . import contrast
 from .base import Agent
 from .catalogue import agent_name, learning_episodes, make_agent
+from .model_card import write_model_card
 from .report import MAX_ROWS, Selection, WantedText, write_report
 from .rollout import agents_code, run_episode
 from .run_folder import RunFolder, whole_records
@@ -84,6 +85,7 @@ class Plan:
         seed: What everything is drawn from.
         compare: Agents that make the same final runs.
         num_runs: Final runs of each agent, over the same seeds; the first makes the adapter that is kept.
+        merge: Whether the base model with that adapter merged in is written too.
     """
 
     settings: dict[str, Any]
@@ -93,6 +95,7 @@ class Plan:
     seed: int = 0
     compare: tuple[str, ...] = ("random",)
     num_runs: int = 3
+    merge: bool = False
 
     def __post_init__(self) -> None:
         if self.episodes is None:
@@ -108,6 +111,7 @@ class Plan:
             "seed": self.seed,
             "compare": list(self.compare),
             "num_runs": self.num_runs,
+            "merge": self.merge,
         }
 
     @property
@@ -170,14 +174,20 @@ def _parts_shown(reporter: Reporter) -> Iterator[LoadingProgress]:
 
 
 def finetune(
-    out: str | Path, selector: str | Path, settings: dict[str, Any], *, seed: int = 0, reporter: Reporter | None = None
+    out: str | Path,
+    selector: str | Path,
+    settings: dict[str, Any],
+    *,
+    seed: int = 0,
+    merge: bool = False,
+    reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Fine-tune once with a learned selector choosing every batch, and write the folder.
 
     Raises:
         RaiseEnvError: As `train`; or the selector cannot be read.
     """
-    plan = Plan(settings, agent=f"selector:{selector}", episodes=0, seed=seed, compare=(), num_runs=1)
+    plan = Plan(settings, agent=f"selector:{selector}", episodes=0, seed=seed, compare=(), num_runs=1, merge=merge)
     return train(out, plan, command="finetune", reporter=reporter)
 
 
@@ -399,10 +409,25 @@ def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent
         "date": run.state["start"][:10],
     }
     report["headline"] = headline(report, plan, env)
+    report["verdict"] = _verdict(report["agents"], agent_name(plan.agent), _metric(report, plan)).strip()
     write_json(run.folder / "report.json", report)
     first = next(r for r in records if r.agent == agent_name(plan.agent))
     write_report(run.folder, report, [json.loads(r.to_json()) for r in records], _selection(first, env, agent))
+    _write_weights(run.folder, plan, report, first, env)
     return report
+
+
+def _write_weights(
+    folder: Path, plan: Plan, report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv
+) -> None:
+    """Write the card of the adapter, and where it is asked for the whole model with the adapter merged in."""
+    write_model_card(folder / "adapter" / "README.md", report, record, env)
+    if plan.merge:
+        from raise_env.export import save_merged
+
+        with replaced_folder(folder / "merged") as beside:
+            save_merged(env.config, folder / "adapter", beside)
+            write_model_card(beside / "README.md", report, record, env, is_merged=True)
 
 
 def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
@@ -502,11 +527,7 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
     """Return the result in words that need no explanation."""
     name = agent_name(plan.agent)
     agents, base = report["agents"], report["base"]
-    metrics = [m for m in ("test_accuracy", "test_loss", "dev_loss", "dev_score") if m in agents[name]]
-    # Where nobody gets an answer right, shares of right answers say nothing: the loss does.
-    if metrics[0] == "test_accuracy" and not any(v for scores in agents.values() for v in scores["test_accuracy"]):
-        metrics = metrics[1:]
-    metric = metrics[0]
+    metric = _metric(report, plan)
     kind = "share of right answers" if metric == "test_accuracy" else metric.replace("_", " ")
     show = ("{:.0%}" if metric == "test_accuracy" else "{:.2f}").format
     parts = [f"{show(base[metric])} before"] if metric in base else []
@@ -523,6 +544,18 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
     seconds = report["cost"]["seconds"]["learning"]
     learned = f"; the selector learned in {seconds:.0f} seconds" if seconds else ""
     return sentence + budget + learned + "." + _verdict(agents, name, metric)
+
+
+def _metric(report: Mapping[str, Any], plan: Plan) -> str:
+    """Return the score that says most to a reader."""
+    agents = report["agents"]
+    metrics = [
+        m for m in ("test_accuracy", "test_loss", "dev_loss", "dev_score") if m in agents[agent_name(plan.agent)]
+    ]
+    # Where nobody gets an answer right, shares of right answers say nothing: the loss does.
+    if metrics[0] == "test_accuracy" and not any(v for scores in agents.values() for v in scores["test_accuracy"]):
+        metrics = metrics[1:]
+    return metrics[0]
 
 
 def _verdict(agents: Mapping[str, Any], name: str, metric: str) -> str:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WITH_TORCH = {
     *("raise_env.encoding", "raise_env.base_model", "raise_env.evaluation", "raise_env.learner", "raise_env.assets"),
     *(
+        "raise_env.export",
         "raise_env.side_by_side",
         "raise_env.packing",
         "raise_env.label_positions",

@@ -1,0 +1,96 @@
+"""The card of a trained model: what it was trained on, how, and what it scored, for whoever is given the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raise_env import EnvConfig, RaiseSelectEnv
+from raise_env.files import write_text
+from raise_env.record import EpisodeRecord
+from raise_env.version import __version__
+
+from .report import results_table
+
+__all__ = ["write_model_card"]
+
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+def write_model_card(
+    path: Path, report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv, *, is_merged: bool = False
+) -> None:
+    """Write the card of the weights that a final run left.
+
+    Args:
+        path: The file, README.md in the folder of the weights.
+        report: What report.json holds.
+        record: The run that they come from.
+        env: Its environment.
+        is_merged: Whether they are a whole model's, and not an adapter's.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.get_template("model_card.md.jinja")
+    write_text(path, template.render(is_merged=is_merged, **_facts(report, record, env)))
+
+
+def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
+    config, settings = env.config, report["settings"]
+    rows = np.concatenate([np.asarray(step, dtype=np.int64) for step in record.actions])
+    return {
+        "base_model": config.model if _is_hub_id(config) else "",
+        "model": Path(config.model).name,
+        "agent": record.agent,
+        "verdict": report["verdict"],
+        "pool": Path(env.assets.pool.source).name,
+        "pool_rows": len(env.assets.pool),
+        "num_trained": len(rows),
+        "num_distinct": len(np.unique(rows)),
+        "num_updates": sum(bool(step) for step in record.actions),
+        "episodes": settings["episodes"],
+        "reward": config.reward,
+        "dev": Path(config.dev).name if config.dev else "of the embedded task",
+        "test": Path(config.test).name if config.test else "the embedded task's test set" * config.is_embedded,
+        "phi": report["cost"]["phi"]["total"],
+        "num_runs": settings["num_runs"],
+        "table": _markdown(*results_table(report)),
+        "lora": ", ".join(f"{name}={value}" for name, value in asdict(config.lora).items()),
+        "learning_rate": config.learning_rate,
+        "batch_size": config.batch_size,
+        "max_length": config.max_length,
+        "frame": _frame(config, env),
+        "content": env.assets.content,
+        "version": __version__,
+        "date": report["date"],
+    }
+
+
+def _is_hub_id(config: EnvConfig) -> bool:
+    return "/" in config.model and not Path(config.model).exists()
+
+
+def _frame(config: EnvConfig, env: RaiseSelectEnv) -> str:
+    if config.template is not None:
+        return f"`{config.template!r}`"
+    tokenizer = env.assets.learner.base.tokenizer  # type: ignore[attr-defined]
+    return (
+        "the tokenizer's chat template" if getattr(tokenizer, "chat_template", None) else "raise-env's plain template"
+    )
+
+
+def _markdown(rows: list[list[str]], header: list[str]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

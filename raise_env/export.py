@@ -1,0 +1,33 @@
+"""What leaves the package for other tools: a model with its adapter merged in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from .base_model import BaseModel
+from .config import EnvConfig
+
+__all__ = ["save_merged"]
+
+
+def save_merged(config: EnvConfig, adapter: str | Path, folder: str | Path) -> None:
+    """Write a model with an adapter merged in, and its tokenizer: plain transformers loads it, without PEFT.
+
+    The base model is loaded once more for it, so that one in use stays as it is.
+
+    Args:
+        config: Which model, the adapter's form, and the dtype of the weights that are merged and written.
+        adapter: The folder of the adapter, as `save_adapter` wrote it.
+        folder: Where to write; it is made.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+    """
+    base = BaseModel(config.model, config.lora, dtype=config.dtype, device="cpu")
+    set_peft_model_state_dict(base.peft_model, load_file(Path(adapter) / "adapter_model.safetensors"))
+    merged = base.peft_model.merge_and_unload()
+    merged.save_pretrained(str(folder))
+    base.tokenizer.save_pretrained(str(folder))

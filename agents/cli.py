@@ -277,11 +277,15 @@ def train(
     arguments = _pairs(agent_args, "--agent-args")
     plan = runs_module.Plan(settings, agent, arguments, episodes, seed, _names(compare), runs, merge)
     if dry_run:
-        cost = runs_module.estimate(plan)
+        from .estimate import estimate
+
+        cost = estimate(plan)
         typer.echo(
             f"{cost.updates:,} updates, {cost.tokens:,} token forwards ({cost.phi:.2f} Phi), "
             f"about {cost.seconds / 60:.1f} minutes on this machine, {cost.memory_gb:.1f} GB of memory."
         )
+        for note in cost.notes:
+            typer.echo(f"  {note}.")
         return
     report = runs_module.train(out, plan, resume=resume, reporter=TerminalReporter())
     _show(report, out)

@@ -34,12 +34,10 @@ __all__ = [
     "FINAL_SEED",
     "REPORT_VERSION",
     "Clock",
-    "Estimate",
     "Plan",
     "Reporter",
     "Silent",
     "check_inputs",
-    "estimate",
     "final_environment",
     "final_scores",
     "finetune",
@@ -115,6 +113,11 @@ class Plan:
         }
 
     @property
+    def names(self) -> list[str]:
+        """The agents, the one that learns first."""
+        return list(dict.fromkeys([self.agent, *self.compare]))
+
+    @property
     def final_seeds(self) -> list[int]:
         """The seeds of the final runs."""
         return [FINAL_SEED * (self.seed + 1) + run for run in range(self.num_runs)]
@@ -140,7 +143,7 @@ def train(
     """
     folder = Path(out)
     reporter = reporter or Silent()
-    agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in _names(plan)}
+    agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in plan.names}
     env = RaiseSelectEnv(**plan.settings)
     check_inputs(env.config)
     run = RunFolder.open(folder, command, plan.to_json(), resume)
@@ -152,7 +155,7 @@ def train(
     with run:
         run.note(content=env.assets.content, device=env.assets.learner.base.device.type)  # type: ignore[attr-defined]
         learned = _learn(run, plan, env, agents[plan.agent], reporter)
-        for name in _names(plan):
+        for name in plan.names:
             agent = learned if name == plan.agent else agents[name]
             _final_runs(run, plan, env, agent, name, reporter)
         return _write_results(run, plan, env, learned)
@@ -196,50 +199,6 @@ def phi_tokens(env: RaiseSelectEnv) -> int:
     return PHI_EPOCHS * 3 * env.assets.pool_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a run would cost.
-
-    Attributes:
-        updates: Optimiser steps, the forks' included.
-        tokens: Token forwards, forward and backward counted as 3.
-        phi: The same in Phi.
-        seconds: As measured on this machine.
-        memory_gb: The most that this process has used so far, in 10^9 bytes.
-    """
-
-    updates: int
-    tokens: int
-    phi: float
-    seconds: float
-    memory_gb: float
-
-
-def estimate(plan: Plan) -> Estimate:
-    """Return what the whole plan would cost, from an episode of learning and a few steps of each agent's final runs.
-
-    Agents' preparations are left out: they cannot be measured but by making them.
-
-    Raises:
-        RaiseEnvError: As `train`.
-    """
-    import resource
-
-    env = RaiseSelectEnv(**plan.settings)
-    agent: Any = make_agent(plan.agent, plan.agent_settings)
-    total = np.zeros(3)
-    for name in _names(plan):
-        final = final_environment(env, agent if name == plan.agent else make_agent(name))
-        steps = [_measure(final, lambda world: world.step(_first_rows(world))) for _ in range(3)]
-        total += np.mean(steps[1:], axis=0) * final.config.horizon * plan.num_runs  # the first step warms up
-    if plan.episodes and hasattr(agent, "learn"):
-        total += _measure(env, lambda world: agent.learn(world, 1, seed=plan.seed)) * plan.episodes
-    updates, tokens, seconds = total
-    tokens += env.assets.features.num_tokens
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return Estimate(round(updates), round(tokens), tokens / phi_tokens(env), seconds, memory)
-
-
 def final_environment(env: RaiseSelectEnv, agent: Agent) -> RaiseSelectEnv:
     """Return the environment of an agent's final runs: the one given, unless the agent's `run_settings` ask for others.
 
@@ -258,21 +217,6 @@ def _learning_steps(agent: Agent, env: RaiseSelectEnv) -> int:
     return env.config.horizon if own is None else int(own(env.config))
 
 
-def _measure(env: RaiseSelectEnv, work: Callable[[RaiseSelectEnv], object]) -> np.ndarray:
-    """Return updates, token forwards and seconds of a piece of work on a new episode, shape (3,)."""
-    env.reset(seed=0)
-    ledger = env.ledger
-    before = np.array([ledger.updates, ledger.token_forwards, time.perf_counter()])
-    work(env)
-    return np.asarray(np.array([ledger.updates, ledger.token_forwards, time.perf_counter()]) - before)
-
-
-def _first_rows(env: RaiseSelectEnv) -> np.ndarray:
-    action = np.zeros(env.action_space.shape or (0,), dtype=np.int8)
-    action[np.flatnonzero(env.action_masks())[: env.config.batch_size]] = 1
-    return action
-
-
 def check_inputs(config: EnvConfig) -> None:
     """Find bad input in a second or two: before anything is shown or written, and before features are computed.
 
@@ -285,10 +229,6 @@ def check_inputs(config: EnvConfig) -> None:
     for model in {config.model, config.auxiliary_model or config.model}:
         load_config(model)
     load_data(config)
-
-
-def _names(plan: Plan) -> list[str]:
-    return list(dict.fromkeys([plan.agent, *plan.compare]))
 
 
 def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:
@@ -394,10 +334,10 @@ def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent
     report = {
         "schema_version": REPORT_VERSION,
         "base": _base_scores(env),
-        "agents": {agent_name(name): _agent_scores(records, agent_name(name), env) for name in _names(plan)},
+        "agents": {agent_name(name): _agent_scores(records, agent_name(name), env) for name in plan.names},
         "cost": _cost(run, plan, env),
         "curves": {
-            agent_name(name): [r.dev_scores for r in records if r.agent == agent_name(name)] for name in _names(plan)
+            agent_name(name): [r.dev_scores for r in records if r.agent == agent_name(name)] for name in plan.names
         },
         "learning": {
             "episode_returns": run.state.get("episode_returns", []),

@@ -41,7 +41,7 @@ from .label_positions import LAST_LAYERS, Choice, LabelPositions
 from .lora_layers import lora_linear
 from .packing import Layout, PackedBatch, pack
 
-__all__ = ["BaseModel", "load_tokenizer", "model_folder", "resolve_device"]
+__all__ = ["BaseModel", "load_config", "load_tokenizer", "model_folder", "quiet", "resolve_device"]
 
 _ADAPTER = "default"
 
@@ -396,7 +396,7 @@ def _load_causal(source: str, dtype: torch.dtype) -> Any:
 
 def _load(factory: Any, folder: str, source: str, what: str, **kwargs: Any) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return factory.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -470,8 +470,8 @@ def _dropout_on(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # A progress bar for loading four layers is noise; errors still come through.
+def quiet() -> Iterator[None]:
+    """Keep transformers from showing bars and notes: for four layers they are noise; errors still come through."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

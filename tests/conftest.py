@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,47 @@ def shared() -> Path:
 def base(embedded_env: EmbeddedEnv) -> Any:
     """The embedded base model with its LoRA layers."""
     return embedded_env().assets.learner.base
+
+
+#: Agents that use the hooks of final runs and of learning.
+OWN_AGENT = """
+import numpy as np
+from raise_env.agents.baselines import RandomAgent
+from raise_env.agents.base import world_of
+
+class Prepares(RandomAgent):
+    calls = []
+    def prepare(self, env, seed):
+        self.calls.append(seed)
+        world_of(env).row_losses([0, 1, 2])
+
+class OwnRuns(RandomAgent):
+    worlds = []
+    def run_settings(self, config, num_rows):
+        return {"num_candidates": "all", "horizon": config.horizon - 1, "budget": num_rows // 8, **self.more}
+    def begin(self, env, seed):
+        super().begin(env, seed)
+        self.worlds.append(env)
+    more = {}
+
+class OwnRate(OwnRuns):
+    worlds = []
+    more = {"learning_rate": 1e-3}
+
+class Learns(RandomAgent):
+    def learn(self, env, episodes, seed=0, progress=None):
+        for episode in range(episodes):
+            env.reset(seed=seed + episode)
+            env.probe(np.eye(16)[:4])
+            env.step(np.eye(16)[0])
+        return self
+"""
+
+
+@pytest.fixture
+def own_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of the user's own with such agents."""
+    (tmp_path / "own_agent.py").write_text(OWN_AGENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_agent", raising=False)
+    return importlib.import_module("own_agent")

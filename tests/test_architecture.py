@@ -15,6 +15,7 @@ WITH_TORCH = {
     *("raise_env.encoding", "raise_env.base_model", "raise_env.evaluation", "raise_env.learner", "raise_env.assets"),
     *(
         "raise_env.export",
+        "raise_env.model_size",
         "raise_env.side_by_side",
         "raise_env.packing",
         "raise_env.label_positions",
@@ -24,6 +25,7 @@ WITH_TORCH = {
         "agents.subset",
         "agents.networks",
         "agents.raise_fork",
+        "agents.estimate",
         "agents.sb3",
     ),
     *("agents.class_law", "agents.raise_ppo", "agents.selector_files"),

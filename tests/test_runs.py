@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raise_env.agents import load_selector
-from raise_env.agents.runs import Plan, estimate, finetune, train
+from raise_env.agents.runs import Plan, finetune, train
 from raise_env.assets import load_data
 from raise_env.base_model import load_tokenizer, model_folder
 from raise_env.config import EnvConfig
@@ -254,48 +251,6 @@ def test_train__no_test_set__reports_dev_alone(tmp_path, small_settings, plan):
 
 # What agents may ask for
 
-OWN_AGENT = """
-import numpy as np
-from raise_env.agents.baselines import RandomAgent
-from raise_env.agents.base import world_of
-
-class Prepares(RandomAgent):
-    calls = []
-    def prepare(self, env, seed):
-        self.calls.append(seed)
-        world_of(env).row_losses([0, 1, 2])
-
-class OwnRuns(RandomAgent):
-    worlds = []
-    def run_settings(self, config, num_rows):
-        return {"num_candidates": "all", "horizon": config.horizon - 1, "budget": num_rows // 8, **self.more}
-    def begin(self, env, seed):
-        super().begin(env, seed)
-        self.worlds.append(env)
-    more = {}
-
-class OwnRate(OwnRuns):
-    worlds = []
-    more = {"learning_rate": 1e-3}
-
-class Learns(RandomAgent):
-    def learn(self, env, episodes, seed=0, progress=None):
-        for episode in range(episodes):
-            env.reset(seed=seed + episode)
-            env.probe(np.eye(16)[:4])
-            env.step(np.eye(16)[0])
-        return self
-"""
-
-
-@pytest.fixture
-def own_agent(tmp_path, monkeypatch):
-    """A module with agents that use the hooks of final runs."""
-    (tmp_path / "own_agent.py").write_text(OWN_AGENT)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "own_agent", raising=False)
-    return importlib.import_module("own_agent")
-
 
 def test_train__agent_that_prepares__does_so_once_before_its_runs_and_it_is_booked(own_agent, tmp_path, plan):
     own = Plan(plan.settings, agent="own_agent:Prepares", episodes=0, seed=4, num_runs=2)
@@ -485,36 +440,6 @@ def test_finetune__no_selector_there__nothing_is_written(tmp_path, small_setting
     with pytest.raises(RecordError, match=r"config\.json"):
         finetune(tmp_path / "run", tmp_path / "nowhere", small_settings)
     assert not (tmp_path / "run").exists()
-
-
-# What it would cost
-
-
-def test_estimate__tokens__as_counted_afterwards(plan, finished):
-    cost = estimate(plan)
-    run = read_json(finished / "run.json")
-    features = read_json(finished / "report.json")["cost"]["tokens"]["features"]
-    assert cost.tokens == pytest.approx(sum(run["phi_tokens"].values()) + features, rel=0.2)
-    assert cost.seconds > 0
-    assert cost.memory_gb > 0
-
-
-def test_estimate__agent_with_settings_of_its_own__counts_its_own_runs(own_agent, small_settings):
-    plan = Plan(small_settings, agent="own_agent:OwnRuns", episodes=0, compare=("random",), num_runs=1)
-    assert estimate(plan).updates == 2 + 3
-
-
-def test_estimate__agent_that_learns__counts_its_episodes(own_agent, small_settings):
-    plan = Plan(small_settings, agent="own_agent:Learns", episodes=5, compare=("random",), num_runs=2)
-    # An episode tries 4 batches and takes a step; then 2 final runs of 3 steps for 2 agents.
-    assert estimate(plan).updates == 5 * 5 + 2 * 2 * 3
-    assert estimate(dataclasses.replace(plan, episodes=0)).updates == 2 * 2 * 3
-
-
-def test_estimate__the_folder__is_not_touched(plan, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    estimate(plan)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_episode_record__seeds__differ_between_plans():

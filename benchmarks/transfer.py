@@ -98,17 +98,21 @@ def _write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def measure(case: Case, seed: int) -> dict[str, list[float]]:
+def learned_on(settings: dict[str, Any], seed: int) -> RaiseFork:
+    """Return a selector that has learned on a pool."""
+    return RaiseFork().learn(RaiseSelectEnv(**settings), RaiseFork.default_episodes, seed=seed)
+
+
+def measure(case: Case, seed: int, learned: RaiseFork) -> dict[str, list[float]]:
     """Return the test losses of each way to choose away from home."""
-    home, away = RaiseSelectEnv(**case.home), RaiseSelectEnv(**case.away)
-    learned = RaiseFork().learn(home, RaiseFork.default_episodes, seed=seed)
+    away = RaiseSelectEnv(**case.away)
     as_it_is = copy.copy(learned)
     as_it_is.view = None  # so that nothing is translated
     agents: dict[str, Any] = {
         "random": make_agent("random"),
         "learned at home": learned,
         "the same, in the other pool's units": as_it_is,
-        "learned there": RaiseFork().learn(away, RaiseFork.default_episodes, seed=seed),
+        "learned there": learned_on(case.away, seed),
     }
     if case.has_oracle:
         agents["oracle"] = make_agent("oracle")
@@ -147,12 +151,16 @@ def main() -> None:
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {(line["case"], line["seed"]) for line in lines}
     for seed in range(arguments.seeds):
+        learned: dict[str, RaiseFork] = {}  # by home, which several cases share
         data = arguments.out / "data"
         cases = real_cases(data, arguments.real) if arguments.real else embedded_cases(data, seed)
         for case in cases:
-            if (case.name, seed) not in done:
-                lines.append({"case": case.name, "seed": seed, "test_loss": measure(case, seed)})
-                append_line(results, json.dumps(lines[-1]))
+            if (case.name, seed) in done:
+                continue
+            home = json.dumps(case.home)
+            learned[home] = learned.get(home) or learned_on(case.home, seed)
+            lines.append({"case": case.name, "seed": seed, "test_loss": measure(case, seed, learned[home])})
+            append_line(results, json.dumps(lines[-1]))
     sys.stdout.write(table(lines) + "\n")
 
 

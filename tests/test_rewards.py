@@ -17,6 +17,7 @@ CHOICES = Evaluation(
     np.array([True, True, False, False]),
     (np.array([-3.0, -1.0]), np.array([-1.0, -2.0, -0.5]), np.array([]), np.array([-7.0, -8.0])),
     np.array([1, 0, -1, 0]),
+    (np.array([6, 1]), np.array([4, 2, 1]), np.array([]), np.array([1, 1])),
 )
 
 

@@ -126,6 +126,15 @@ class BaseModel:
         return sum(self._sizes)
 
     @property
+    def adapter_shapes(self) -> dict[str, torch.Size]:
+        """The matrices of an adapter by the names that PEFT saves them under, in the order of its parameters."""
+        names = [
+            name.replace(f".{_ADAPTER}", "").replace("magnitude_vector.weight", "magnitude_vector")
+            for name in self._names
+        ]
+        return dict(zip(names, self._shapes, strict=True))
+
+    @property
     def hidden_dim(self) -> int:
         """Width of the last hidden layer."""
         return int(self.peft_model.config.get_text_config().hidden_size)

@@ -140,8 +140,10 @@ def _choice_scores(losses_of: LossFunction, data: EvaluationSet, chosen: np.ndar
     if data.choices is None:
         return {}
     lines = np.flatnonzero(np.isin(data.choice_rows, chosen))
-    sums, _ = score_rows(losses_of, data.choices, lines)
     owners = data.choice_rows[lines]
+    # The choices of one row by themselves: what they share, which is all of the prompt, is then computed once.
+    groups = np.split(np.arange(len(lines)), np.flatnonzero(np.diff(owners)) + 1)
+    sums, _ = score_rows(losses_of, data.choices, lines, groups)
     return {
         "choice_scores": tuple(-sums[owners == row] for row in chosen),
         "choice_answers": data.answers[chosen],
@@ -191,22 +193,27 @@ def _questions(instructions: Sequence[Instruction], encoder: Encoder) -> dict[in
 
 
 @torch.no_grad()
-def score_rows(losses_of: LossFunction, rows: EncodedRows, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def score_rows(
+    losses_of: LossFunction, rows: EncodedRows, chosen: np.ndarray, groups: Sequence[np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed loss of each row's labels in nats, and whether all are the first choice, each (chosen,).
 
     Args:
         losses_of: As for `evaluate`.
         rows: The rows.
         chosen: Row numbers to score, shape (chosen,).
+        groups: Places in `chosen` of rows that no batch mixes with others; None for one group of all.
     """
     sums = np.zeros(len(chosen))
     correct = np.zeros(len(chosen), dtype=bool)
-    for places in token_batches(rows.lengths[chosen], EVALUATION_BATCH_TOKENS):
-        batch = collate(rows, chosen[places])
-        losses, logits = losses_of(batch)
-        owners = torch.nonzero(batch.is_label, as_tuple=True)[0]
-        wrong = (logits.argmax(-1).cpu() != batch.targets).double()
-        zeros = torch.zeros(len(places), dtype=torch.float64)
-        sums[places] = zeros.index_add(0, owners, losses.double().cpu()).numpy()
-        correct[places] = zeros.index_add(0, owners, wrong).numpy() == 0
+    for group in [np.arange(len(chosen))] if groups is None else groups:
+        for part in token_batches(rows.lengths[chosen[group]], EVALUATION_BATCH_TOKENS):
+            places = group[part]
+            batch = collate(rows, chosen[places])
+            losses, logits = losses_of(batch)
+            owners = torch.nonzero(batch.is_label, as_tuple=True)[0]
+            wrong = (logits.argmax(-1).cpu() != batch.targets).double()
+            zeros = torch.zeros(len(places), dtype=torch.float64)
+            sums[places] = zeros.index_add(0, owners, losses.double().cpu()).numpy()
+            correct[places] = zeros.index_add(0, owners, wrong).numpy() == 0
     return sums, correct

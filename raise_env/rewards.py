@@ -23,6 +23,7 @@ __all__ = [
     "RewardFunction",
     "check_reward",
     "load_reward",
+    "missing_need",
     "needs_generation",
     "step_reward",
 ]
@@ -118,6 +119,11 @@ class Evaluation:
         """Mean probability of the right choice among a row's own; None without choices."""
         return _mean_of_known(self.row_choice_probabilities)
 
+    def scores(self) -> dict[str, float]:
+        """Return every share and mean that the rows allow, by the names of rewards; "loss" with its own sign."""
+        values = {name: getattr(self, name) for name in _MEASURES}
+        return {name: value for name, value in values.items() if value is not None}
+
     @property
     def is_finite(self) -> bool:
         """Whether the loss of every row is a number."""
@@ -174,9 +180,19 @@ def check_reward(reward: str, rows: Iterable[Instruction], what: str) -> None:
     Raises:
         RewardError: There is none.
     """
+    if missing_need(reward, rows) is not None:
+        raise _lacking(reward, what)
+
+
+def missing_need(reward: str, rows: Iterable[Instruction]) -> str | None:
+    """Return in words what a reward needs of rows and none of them has; None where it can be computed.
+
+    Args:
+        reward: As for `load_reward`.
+        rows: The rows.
+    """
     need = _MEASURES[reward].need if reward in _MEASURES else None
-    if need is not None and not any(map(need.is_met, rows)):
-        raise _lacking(reward, need, what)
+    return None if need is None or any(map(need.is_met, rows)) else need.words
 
 
 def step_reward(before: float, after: float) -> float:
@@ -234,14 +250,15 @@ def _measured(reward: str, measure: _Measure) -> RewardFunction:
     def score(evaluation: Evaluation) -> float:
         value = measure.score(evaluation)
         if value is None:
-            assert measure.need is not None
-            raise _lacking(reward, measure.need, "dev")
+            raise _lacking(reward, "dev")
         return value
 
     return score
 
 
-def _lacking(reward: str, need: _Need, what: str) -> RewardError:
+def _lacking(reward: str, what: str) -> RewardError:
+    need = _MEASURES[reward].need
+    assert need is not None
     return RewardError(
         f"reward {reward!r} needs {what} rows with {need.words}; this {what} set has none. {need.remedy}"
     )

@@ -123,6 +123,11 @@ def lm_evals(task, docs, folder, model, **settings):
     return results["results"]["ours"], [samples[place] for place in range(len(docs))]
 
 
+def their_scores(sample):
+    """lm-eval's log-likelihoods of a row's choices."""
+    return np.array([float(score) for score, _ in sample["filtered_resps"]])
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("model", MODELS, indirect=True)
@@ -141,8 +146,7 @@ def test_choices__real_rows__score_as_in_lm_eval(name, model, shared, tmp_path):
     end = time.perf_counter()
     assert len(ours.rows) == len(samples) == NUM_ROWS
     distances = [
-        np.abs(scores - [float(score) for score, _ in sample["filtered_resps"]]).max()
-        for scores, sample in zip(ours.choice_scores, samples, strict=True)
+        np.abs(scores - their_scores(sample)).max() for scores, sample in zip(ours.choice_scores, samples, strict=True)
     ]
     cells = [name, model_name, NUM_ROWS, ours.accuracy, theirs["acc,none"], ours.accuracy_norm]
     cells += [theirs["acc_norm,none"], f"{max(distances):.1e}", f"{between - start:.1f} s", f"{end - between:.1f} s"]
@@ -235,7 +239,7 @@ def test_choices__adapter__score_as_in_lm_eval(by_heart, base, tmp_path):
     docs = [{"text": prompt_text(encoder, row), "choices": row.choices, "answer": 4} for row in rows]
     theirs, samples = lm_evals(CHOICE_TASK, docs, tmp_path, TINY, peft=str(folder), max_length=32)
     for scores, sample in zip(ours.choice_scores, samples, strict=True):
-        np.testing.assert_allclose(scores, [float(score) for score, _ in sample["filtered_resps"]], atol=1e-4)
+        np.testing.assert_allclose(scores, their_scores(sample), rtol=0, atol=1e-4)
     assert ours.accuracy == pytest.approx(theirs["acc,none"], abs=1e-4)
     assert ours.accuracy_norm == pytest.approx(theirs["acc_norm,none"], abs=1e-4)
     assert ours.accuracy != ours.accuracy_norm

@@ -87,7 +87,7 @@ def score_lines(report: dict[str, Any]) -> list[str]:
     lines = [_line(name, found) for name, found in report["metrics"].items()]
     lines.append("In brackets 95% intervals, normal over rows: 1.96 standard errors on either side.")
     if report["num_left_out"]:
-        lines.append(f"{report['num_left_out']} rows are left out: nothing of their response fits into the length.")
+        lines.append(f"Rows left out, as nothing of their response fits into the length: {report['num_left_out']}.")
     return lines
 
 

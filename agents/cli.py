@@ -24,7 +24,7 @@ from tqdm import tqdm
 from raise_env import __version__
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
-from raise_env.errors import RaiseEnvError, SettingError
+from raise_env.errors import OutputError, RaiseEnvError, SettingError
 
 __all__ = ["app", "main"]
 
@@ -444,6 +444,48 @@ def _own_episodes(agent: str, arguments: dict[str, Any]) -> int:
         return learning_episodes(agent, arguments)
     except RaiseEnvError:
         return 0  # the plan's check names this agent together with all others that are at fault
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Option("--model", help='What is scored: a folder, a hub id, or "tiny".', metavar="MODEL")
+    ],
+    data: Annotated[str, typer.Option("--data", help="File of rows (.jsonl .json .csv .parquet).", metavar="FILE")],
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder of a PEFT LoRA adapter on the model.", metavar="DIR", show_default=False)
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="Names of dev scores, with commas between, instead of all that the rows allow.")
+    ] = "",
+    template: Annotated[str | None, typer.Option(help=_setting_help()["template"], show_default=False)] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a row, instead of the model's positions.", min=1, show_default=False)
+    ] = None,
+    num_rows: Annotated[
+        int | None, typer.Option(help="Score a fixed random part of so many rows.", min=1, show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help=_setting_help()["device"])] = EnvConfig().device,
+    dtype: Annotated[str, typer.Option(help=_setting_help()["dtype"])] = EnvConfig().dtype,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write the numbers to, as JSON.", metavar="FILE", show_default=False)
+    ] = None,
+) -> None:
+    """Score a model, with an adapter or without, on a file of rows; the shares are lm-eval's."""
+    from raise_env.files import write_json
+
+    from .evaluate import ScorePlan, score_lines, score_model
+
+    EnvConfig(device=device, dtype=dtype, template=template)  # which checks them
+    metrics = _names(metric)
+    report = score_model(ScorePlan(model, data, adapter, metrics, template, max_length, num_rows, device, dtype))
+    for line in score_lines(report):
+        typer.echo(line)
+    if out is not None:
+        try:
+            write_json(out, report)
+        except OSError as error:
+            raise OutputError(f"--out {str(out)!r} cannot be written: {error.strerror}. Name another file.") from error
 
 
 @app.command()

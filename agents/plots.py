@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from raise_env.config import REWARDS
 from raise_env.render import ACCENT, CLASS_COLOURS, INK, MUTED, PAPER, RULE, class_colour, plain_axes
 
 if TYPE_CHECKING:
@@ -161,8 +162,10 @@ def dev_curves_plot(
 def _score_title(reward: str, narrow: bool) -> str:
     if reward == "loss":
         return "Dev loss, nats per response token" + ("" if narrow else " (lower is better)")
-    named = {"accuracy": "Dev accuracy", "exact_match": "Dev exact match"}.get(reward)
-    return f"{named}, share of dev rows" if named else f"Dev score, {reward}"[: 44 if narrow else 90]
+    if reward == "choice_probability":
+        return "Mean probability of the right choice"
+    named = reward.replace("_", " ") if reward in REWARDS else None
+    return f"Dev {named}, share of dev rows" if named else f"Dev score, {reward}"[: 44 if narrow else 90]
 
 
 def _stack(seeds: Sequence[Sequence[float]], min_length: int) -> npt.NDArray[np.float64]:

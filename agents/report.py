@@ -152,7 +152,7 @@ def _value(metric: str, value: float | None) -> str:
 
 
 def _is_share(metric: str) -> bool:
-    return metric.endswith(("accuracy", "exact_match"))
+    return metric.endswith(("accuracy", "accuracy_norm", "choice_probability", "exact_match", "flexible_match"))
 
 
 def _metric_name(metric: str) -> str:

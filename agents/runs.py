@@ -21,6 +21,7 @@ from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.features import LoadingProgress
 from raise_env.files import append_line, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord
+from raise_env.rewards import needs_generation
 
 from . import contrast
 from .base import Agent
@@ -374,10 +375,8 @@ def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
     env.reset(seed=0)
     scores = {"dev_loss": env.assets.base_evaluation.loss}
     if env.assets.has_test:
-        test = env.evaluate("test")
-        scores["test_loss"] = test.loss
-        if _shows_accuracy(env):
-            scores["test_accuracy"] = test.exact_match if test.accuracy is None else test.accuracy
+        final = {f"test_{name}": value for name, value in env.evaluate("test").scores().items()}
+        scores |= {name: value for name, value in _test_scores(final, env).items() if value is not None}
     return scores
 
 
@@ -393,18 +392,22 @@ def final_scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, float 
         scores["dev_loss"] = -record.dev_scores[-1]
     else:
         scores["dev_score"] = record.dev_scores[-1]
-    if env.assets.has_test:
-        scores["test_loss"] = record.final.get("test_loss")
-        if _shows_accuracy(env):
-            accuracy = "test_accuracy" if env.assets.base_evaluation.accuracy is not None else "test_exact_match"
-            scores["test_accuracy"] = record.final.get(accuracy)
-    return scores
+    return {**scores, **_test_scores(record.final, env)} if env.assets.has_test else scores
 
 
-def _shows_accuracy(env: RaiseSelectEnv) -> bool:
-    # Of a long free answer no word-for-word match can be expected: a column of zeros would only puzzle.
+def _test_scores(final: Mapping[str, float], env: RaiseSelectEnv) -> dict[str, float | None]:
+    """Return what is reported of the test set; the same names for every run, whatever became of it."""
     has_choices = env.assets.base_evaluation.accuracy is not None
-    return env.config.is_embedded or has_choices or env.config.reward == "exact_match"
+    reward = env.config.reward
+    names = {"test_loss": "test_loss"}
+    # Of a long free answer no word-for-word match can be expected: a column of zeros would only puzzle.
+    if env.config.is_embedded or has_choices or needs_generation(reward):
+        names["test_accuracy"] = "test_accuracy" if has_choices else "test_exact_match"
+    if has_choices:
+        names |= {name: name for name in ("test_accuracy_norm", "test_choice_probability")}
+    if needs_generation(reward) and env.assets.base_answers.flexible_match is not None:
+        names["test_flexible_match"] = "test_flexible_match"
+    return {name: final.get(source) for name, source in names.items()}
 
 
 def _cost(run: RunFolder, plan: Plan, env: RaiseSelectEnv) -> dict[str, dict[str, float]]:

@@ -46,7 +46,7 @@ from .pool import (
     read_pool,
     sample_rows,
 )
-from .rewards import Evaluation
+from .rewards import Evaluation, check_reward
 from .store import Block, Column, TableForm, cache_folder, stored_table
 
 __all__ = ["Assets", "Data", "load_assets", "load_data"]
@@ -129,6 +129,15 @@ class Assets:
             )
         return tuple(np.flatnonzero(self.classes == label) for label in range(self.num_classes))
 
+    @functools.cached_property
+    def base_answers(self) -> Evaluation:
+        """Dev scores before any update, with generated answers where rows ask for a number; made when asked for."""
+        if not self.learner.splits["dev"].questions:
+            return self.base_evaluation
+        learner = self.learner.copy()
+        learner.generates = True
+        return learner.evaluate("dev")
+
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw the candidates of one step: see `pool.draw_candidates`."""
         if isinstance(self.features, LazyFeatures):
@@ -185,10 +194,14 @@ def load_assets(config: EnvConfig, progress: LoadingProgress | None = None) -> A
     Raises:
         DataError: As `load_data`, or nothing of any row's response fits into `max_length`.
         ModelError: A model cannot be loaded.
+        RewardError: No dev row, or no test row, has what the reward needs.
         SettingError: As `load_data`.
         OutputError: The pool is large, and the cache folder cannot be written or has too little room.
     """
-    load_data(config)  # bad rows, or too few, are told before anything is computed
+    data = load_data(config)  # bad rows, or too few, are told before anything is computed
+    check_reward(config.reward, data.dev, "dev")
+    if data.test is not None:
+        check_reward(config.reward, data.test, "test")
     return _cached_assets(config.shared_part(), _stamps(config), _Watcher(progress))
 
 

@@ -17,18 +17,19 @@ import hashlib
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -115,6 +116,7 @@ class BaseModel:
         if attends_by_blocks:
             use_block_attention(causal)
         self._packs = attends_by_blocks and model_type in ROTARY
+        self._is_checkpointing = activation_checkpointing
         if activation_checkpointing:
             self._enable_checkpointing()
 
@@ -122,6 +124,15 @@ class BaseModel:
     def num_parameters(self) -> int:
         """Numbers in one adapter, P."""
         return sum(self._sizes)
+
+    @property
+    def adapter_shapes(self) -> dict[str, torch.Size]:
+        """The matrices of an adapter by the names that PEFT saves them under, in the order of its parameters."""
+        names = [
+            name.replace(f".{_ADAPTER}", "").replace("magnitude_vector.weight", "magnitude_vector")
+            for name in self._names
+        ]
+        return dict(zip(names, self._shapes, strict=True))
 
     @property
     def hidden_dim(self) -> int:
@@ -177,6 +188,40 @@ class BaseModel:
         losses = nn.functional.cross_entropy(output.logits.float(), batch.targets.to(self.device), reduction="none")
         return losses, output.hidden_states[-1].float()
 
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[np.ndarray], adapters: Tensor | None, max_new_tokens: int, stops: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """Return the tokens that greedy decoding goes on with after each prompt, by transformers' own `generate`.
+
+        Args:
+            prompts: Token ids of each, shape (length,).
+            adapters: As for `token_losses`, at most one.
+            max_new_tokens: How many at most.
+            stops: Texts after which a row ends; what follows one within a token is not cut off.
+
+        Returns:
+            For each prompt its new tokens, the end token included where it came to one.
+        """
+        length, padding = max(len(prompt) for prompt in prompts), self._padding
+        ids = torch.full((len(prompts), length), padding, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for line, prompt in enumerate(prompts):  # on the left, so that all rows end together
+            ids[line, length - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
+            mask[line, length - len(prompt) :] = 1
+        settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
+        stopping = [_SaysOneOf(self.tokenizer, stops, length)] if stops else []
+        with self._whole_model(adapters) as model:
+            output = model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=padding,
+                stopping_criteria=stopping,
+                **settings,
+            )
+        return [_without_padding(row, padding, self.tokenizer.eos_token_id) for row in output[:, length:].tolist()]
+
     @contextlib.contextmanager
     def merged(self, adapter: Tensor) -> Iterator[None]:
         """Let this thread's passes use base weights with one adapter folded in, for as long as the context lasts.
@@ -198,21 +243,51 @@ class BaseModel:
     def save_adapter(self, adapter: Tensor, folder: Path) -> None:
         """Write an adapter, shape (P,), in PEFT's own form: `PeftModel.from_pretrained` loads it."""
         with self.lock:
-            parameters = dict(self.peft_model.named_parameters())
-            parts = adapter.split(self._sizes)
-            for name, part, shape in zip(self._names, parts, self._shapes, strict=True):
-                parameters[name].data.copy_(part.view(shape))
+            self._put(adapter)
             self.peft_model.save_pretrained(str(folder))
 
     def base_checksum(self) -> str:
         """Return a hash of the frozen weights: it never changes."""
         return _tensor_hash({n: p for n, p in self.peft_model.named_parameters() if n not in set(self._names)})
 
+    @property
+    def _padding(self) -> int:
+        padding = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if padding is None else padding)
+
+    def _put(self, adapter: Tensor) -> None:
+        """Write an adapter into PEFT's own layers, where nothing else of this class reads it."""
+        parameters = dict(self.peft_model.named_parameters())
+        for name, part, shape in zip(self._names, adapter.split(self._sizes), self._shapes, strict=True):
+            parameters[name].data.copy_(part.view(shape))
+
+    @contextlib.contextmanager
+    def _whole_model(self, adapters: Tensor | None) -> Iterator[Any]:
+        """Give this thread the model with an adapter in it, for methods of transformers that call it many times."""
+        with contextlib.ExitStack() as stack:
+            if not self.stackable:
+                stack.enter_context(self.lock)
+                if adapters is None:
+                    stack.enter_context(self.peft_model.disable_adapter())
+                else:
+                    self._put(adapters[0])
+            elif adapters is not None:
+                self._pass.pairs = self._split(adapters)
+                stack.callback(setattr, self._pass, "pairs", [])
+            if self._is_checkpointing:  # which would forget the keys and values of the tokens before
+                stack.enter_context(self.lock)
+                self._set_checkpointing(False)
+                stack.callback(self._set_checkpointing, True)
+            yield self._causal
+
     def _forward(self, batch: Batch, adapters: Tensor | None, dropout_seed: int | None, **kwargs: Any) -> Any:
         packed = self._packed(batch, adapters, kwargs)
+        # The last column predicts nothing: a row may have one token more than the model has places for.
+        length = batch.input_ids.shape[1]
+        width = length - (length - 1 == self.max_positions)
         inputs = {
-            "input_ids": batch.input_ids.to(self.device) if packed is None else packed.input_ids,
-            "logits_to_keep": batch.keep.to(self.device) if packed is None else packed.keep,
+            "input_ids": batch.input_ids[:, :width].to(self.device) if packed is None else packed.input_ids,
+            "logits_to_keep": batch.keep[:, :width].to(self.device) if packed is None else packed.keep,
             "position_ids": None if packed is None else packed.position_ids,
             "use_cache": False,
             **kwargs,
@@ -274,9 +349,12 @@ class BaseModel:
         causal = self._causal
         enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": self._recompute_contexts})
+        self._set_checkpointing(True)
+
+    def _set_checkpointing(self, enabled: bool) -> None:
         for module in self._causal.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # which is what it asks for; its parts, dropout among them, stay as they are
+                module.training = enabled  # what it asks for; its parts, dropout among them, stay as they are
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         # By the time a layer is computed again, the forward pass is over: it has to find what it was given then.
@@ -305,6 +383,36 @@ class BaseModel:
             return lora_linear(base_layer, x, *self._pass.pairs[index], scaling)
 
         return forward
+
+
+class _SaysOneOf(StoppingCriteria):
+    """Ends each row after one of some texts, however it falls into tokens.
+
+    Args:
+        tokenizer: The model's.
+        stops: The texts.
+        start: Tokens of the prompts, padding included, in which nothing is looked for.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], start: int) -> None:
+        self._tokenizer, self._stops, self._start = tokenizer, stops, start
+        # A token stands for a byte at least.
+        self._window = max(len(stop.encode()) for stop in stops) + 2
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        del scores, kwargs
+        texts = self._tokenizer.batch_decode(input_ids[:, max(self._start, input_ids.shape[1] - self._window) :])
+        found = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _without_padding(tokens: list[int], padding: int, end: int) -> list[int]:
+    """Return a row's new tokens up to its first end token, or without what it was padded with after a stop."""
+    if end in tokens:
+        return tokens[: tokens.index(end) + 1]
+    while tokens and tokens[-1] == padding:
+        tokens = tokens[:-1]
+    return tokens
 
 
 def model_folder(source: str) -> str:

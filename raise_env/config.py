@@ -30,7 +30,7 @@ __all__ = [
 TINY = "tiny"
 
 #: The dev scores that can be asked for by name; anything else is "module:function".
-REWARDS = ("loss", "accuracy", "exact_match")
+REWARDS = ("loss", "accuracy", "accuracy_norm", "choice_probability", "exact_match", "flexible_match")
 
 DTYPES = ("float32", "bfloat16")
 

@@ -189,6 +189,35 @@ class Encoder:
         start = self._start() or [self._end()]
         return _joined([self._block([start] * len(rows), self._responses(rows))], what, self.max_length)
 
+    def encode_choices(self, rows: Sequence[Instruction], *, what: str = "pool") -> EncodedRows:
+        """Encode every choice of every row behind its prompt, without an end token: the choice alone is labels.
+
+        The rule is lm-eval's (0.4.13, `_encode_pair` in `lm_eval/api/model.py`, `_loglikelihood_tokens` in
+        `models/huggingface.py`). White space at the prompt's end goes to the choice; prompt and choice are tokenized
+        as one text, and what follows as many tokens as the prompt alone has is the choice. Too long a prompt loses its
+        beginning: `max_length` tokens go in, and the last token of a row, which only has to be predicted, is one more.
+
+        A choice that gives no tokens, or more than `max_length`, comes out without labels: see `has_labels`.
+
+        Args:
+            rows: The instructions.
+            what: Whose choices they are, for the log.
+        """
+        texts = self._prompt_texts([row.prompt for row in rows])
+        prompts = [text.rstrip() for text in texts]
+        wholes = self._tokenize([t + choice for t, row in zip(texts, rows, strict=True) for choice in row.choices])
+        counts = [len(row.choices) for row in rows]
+        before = np.repeat([len(tokens) for tokens in self._tokenize(prompts)], counts).astype(np.int64)
+        label_counts = np.array([len(whole) for whole in wholes], dtype=np.int64) - before
+        label_counts[(label_counts < 0) | (label_counts > self.max_length)] = 0
+        start = [] if self.uses_chat_template else self._start()
+        kept = [(start + whole)[-(self.max_length + 1) :] for whole in wholes]
+        lengths = np.array([len(tokens) for tokens in kept], dtype=np.int64)
+        num_truncated = sum(len(start) + len(whole) > self.max_length + 1 for whole in wholes)
+        _note_truncated(num_truncated, len(kept), f"{what} choice", self.max_length)
+        tokens = np.fromiter(itertools.chain.from_iterable(kept), dtype=np.int32, count=int(lengths.sum()))
+        return EncodedRows.of_lengths(tokens, lengths, label_counts, num_truncated)
+
     def _blocks(
         self, rows: Iterable[Instruction], first: int = 0, progress: LoadingProgress | None = None
     ) -> Iterator[Block]:

@@ -17,7 +17,7 @@ from .errors import ActionError
 from .features import FEATURE_NAMES, LoadingProgress, StaticFeatures, frame, observation_bounds, observe
 from .learner_protocol import scheduled_rate
 from .pool import Pool
-from .rewards import DIVERGENCE_PENALTY, Evaluation, RewardFunction, load_reward, step_reward
+from .rewards import DIVERGENCE_PENALTY, Evaluation, RewardFunction, load_reward, needs_generation, step_reward
 
 if TYPE_CHECKING:
     from .learner_protocol import Learner, Ledger
@@ -102,6 +102,8 @@ class EnvAssets(Protocol):
     @property
     def base_evaluation(self) -> Evaluation: ...  # noqa: D102
     @property
+    def base_answers(self) -> Evaluation: ...  # noqa: D102
+    @property
     def num_dev(self) -> int: ...  # noqa: D102
     @property
     def has_test(self) -> bool: ...  # noqa: D102
@@ -149,7 +151,20 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     ## Rewards
     P(M_t) - P(M_{t-1}), where P is minus the dev loss in nats per response token unless `reward` says otherwise.
     The rewards of an episode add up to P(M_T) - P(M_0). A step after which the loss is no longer finite
-    earns -10 and ends the episode.
+    earns -10 and ends the episode. P goes by the names
+
+    | reward | P, over the dev rows that have what it needs |
+    |---|---|
+    | "loss" | minus the mean loss in nats per response token |
+    | "accuracy" | share of rows with `choices` whose right one has the highest log-likelihood |
+    | "accuracy_norm" | the same with each log-likelihood divided by the choice's characters |
+    | "choice_probability" | mean probability of the right choice among its row's own: smooth, where shares are not |
+    | "exact_match" | share of rows answered right by greedy decoding: the whole response, or its `#### number` |
+    | "flexible_match" | share of rows with a `#### number` where an answer's last number is the right one |
+
+    "accuracy", "accuracy_norm" and, for rows with a `#### number`, both matches equal lm-eval's numbers. For such rows
+    the matches generate answers at every score, of up to 256 tokens, which costs many times what a loss does.
+    A function of one's own is given an `Evaluation` and returns a number, higher is better.
 
     ## Starting State
     Every episode starts from the same model M_0 (its adapter is drawn from `seed_model`), an optimiser without
@@ -178,7 +193,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | batch_size | 8 | rows that a step is meant to take: the wrappers and the budget are made for it |
     | horizon | 40 | steps of an episode |
     | budget | None | rows that may be trained on in an episode, repeats counted, instead of horizon x batch_size |
-    | reward | "loss" | dev score: "loss", "accuracy", "exact_match", or a function of one's own, "module:function" |
+    | reward | "loss" | dev score: a name as under Rewards, such as "accuracy", or a function, "module:function" |
     | score_every | 1 | steps between two dev scores; those between earn 0, and the next scored step the whole gain |
     | lora | {"r": 8, "lora_alpha": 16} | the adapter, by PEFT's names; on all linear layers unless they say otherwise |
     | learning_rate | 3e-3 | AdamW's at the start; it falls by a cosine over the share of the episode that is used up |
@@ -254,16 +269,18 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             DataError: The pool, dev or test set cannot be used.
             ModelError: A model cannot be loaded.
             OutputError: As `load`.
-            RewardError: The reward function returned something other than a finite number.
+            RewardError: Dev or test rows lack what the reward needs, or the reward function returned something other
+                than a finite number.
         """
         super().reset(seed=seed, options=options)
         assets = self.assets
         if self._learner is None:
-            self._learner = assets.learner.copy()
+            self._learner = self._new_learner()
         self._learner.reset()
         self._counts = np.zeros(len(assets.pool), dtype=np.int32)
         self._num_steps = self._num_spent = 0
-        self._dev_scores = [self._reward(assets.base_evaluation)]
+        generates = self._learner.generates
+        self._dev_scores = [self._reward(assets.base_answers if generates else assets.base_evaluation)]
         self._history = []
         self._is_over = False
         self._is_scored = True
@@ -312,6 +329,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             DataError: As `reset`.
             ModelError: As `reset`.
             OutputError: The pool is large, and the cache folder cannot be written or has too little room.
+            RewardError: Dev or test rows lack what the reward needs.
         """
         if self._assets is None:
             from .assets import load_assets
@@ -404,7 +422,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         The observation of that moment is the one that was returned then; `observation()` gives it again.
         """
         if self._learner is None:
-            self._learner = self.assets.learner.copy()
+            self._learner = self._new_learner()
         self._learner.state = snapshot.learner_state
         generator = np.random.Generator(np.random.PCG64())
         generator.bit_generator.state = snapshot.generator_state
@@ -544,6 +562,11 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._require_reset()
         assert self._learner is not None
         return self._learner
+
+    def _new_learner(self) -> Learner:
+        learner = self.assets.learner.copy()
+        learner.generates = needs_generation(self.config.reward)
+        return learner
 
     def _count_candidates(self) -> int:
         if self.config.num_candidates != "all":

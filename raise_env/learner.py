@@ -21,6 +21,7 @@ from torch import Tensor
 from .base_model import BaseModel
 from .encoding import EncodedRows, collate, token_batches
 from .evaluation import EvaluationSet, evaluate, score_rows
+from .generation import answer
 from .learner_protocol import Ledger, Split, scheduled_rate
 from .rewards import Evaluation
 from .side_by_side import side_by_side
@@ -87,6 +88,7 @@ class LoraLearner:
         settings: How updates are made.
         initial: The state that `reset` goes back to.
         ledger: Where costs are counted.
+        generates: Whether rows whose response ends in a number are answered when they are scored.
         state: The state as it is.
     """
 
@@ -96,6 +98,7 @@ class LoraLearner:
     settings: UpdateSettings
     initial: TrainingState
     ledger: Ledger = field(default_factory=Ledger)
+    generates: bool = False
     state: TrainingState = field(init=False)
     _scored: dict[Split, tuple[TrainingState, Evaluation]] = field(init=False, default_factory=dict)
 
@@ -174,8 +177,11 @@ class LoraLearner:
         after, _ = self._train([self.state] * count, chosen, [progress] * count, [seed] * count)
         for place, state in zip(trained, after, strict=True):
             states[place] = state
-        self.ledger.forward_tokens += len(states) * self._tokens(self.splits["dev"], subset)
-        return self._evaluate_all(states, self.splits["dev"], subset)
+        dev = self.splits["dev"]
+        evaluations = self._run([functools.partial(self._evaluate, state, dev, subset) for state in states])
+        for evaluation in evaluations:
+            self.ledger.forward_tokens += dev.num_tokens(subset) + evaluation.num_generating_tokens
+        return evaluations
 
     def evaluate_together(self, learners: Sequence[LoraLearner], split: Split) -> None:
         """Score several copies of this learner on all rows, side by side; `evaluate` of each then has it at once.
@@ -185,7 +191,8 @@ class LoraLearner:
             split: "dev" or "test".
         """
         due = [learner for learner in learners if learner._known(split) is None]
-        found = self._evaluate_all([learner.state for learner in due], self.splits[split], None)
+        data = self.splits[split]
+        found = self._run([functools.partial(learner._evaluate, learner.state, data, None) for learner in due])
         for learner, evaluation in zip(due, found, strict=True):
             learner._note(split, evaluation)
 
@@ -237,8 +244,9 @@ class LoraLearner:
             seed: What the dev rows are drawn from.
         """
         dev = self.splits["dev"].rows
-        rng = np.random.default_rng(seed)
-        batches = [rng.choice(len(dev), min(batch_size, len(dev)), replace=False) for _ in range(max(1, num_updates))]
+        usable = np.flatnonzero(dev.has_labels)
+        rng, size = np.random.default_rng(seed), min(batch_size, len(usable))
+        batches = [usable[rng.choice(len(usable), size, replace=False)] for _ in range(max(1, num_updates))]
         fork = LoraLearner(self.base, dev, {}, self.settings, TrainingState.start(self.state.adapter), self.ledger)
         if num_updates == 0:
             self.ledger.train_tokens += int(dev.lengths[batches[0]].sum())
@@ -250,7 +258,7 @@ class LoraLearner:
 
     def copy(self) -> LoraLearner:
         """Return a learner over the same base that goes on from here by itself."""
-        other = LoraLearner(self.base, self.pool, self.splits, self.settings, self.initial, self.ledger)
+        other = LoraLearner(self.base, self.pool, self.splits, self.settings, self.initial, self.ledger, self.generates)
         other.state = self.state
         return other
 
@@ -270,19 +278,13 @@ class LoraLearner:
 
     def _note(self, split: Split, evaluation: Evaluation, subset: np.ndarray | None = None) -> None:
         """Book a score of the state as it is, and keep it if it is one on all rows."""
-        tokens = self._tokens(self.splits[split], subset)
+        tokens = self.splits[split].num_tokens(subset) + evaluation.num_generating_tokens
         if split == "test":
             self.ledger.test_tokens += tokens
         else:
             self.ledger.forward_tokens += tokens
         if subset is None:
             self._scored[split] = self.state, evaluation
-
-    def _evaluate_all(
-        self, states: Sequence[TrainingState], data: EvaluationSet, subset: np.ndarray | None
-    ) -> list[Evaluation]:
-        tasks = [functools.partial(self._evaluate, state, data, subset) for state in states]
-        return self._run(tasks)
 
     def _run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
         """Run passes through the base, at the same time where it takes several."""
@@ -292,15 +294,8 @@ class LoraLearner:
 
     def _evaluate(self, state: TrainingState, data: EvaluationSet, subset: np.ndarray | None) -> Evaluation:
         with self._adapted(state) as adapters:
-            return evaluate(lambda batch: self.base.token_losses(batch, adapters), data, subset)
-
-    @staticmethod
-    def _tokens(data: EvaluationSet, subset: np.ndarray | None) -> int:
-        total = int(data.rows.lengths[slice(None) if subset is None else subset].sum())
-        if data.choices is None:
-            return total
-        wanted = slice(None) if subset is None else np.isin(data.choice_rows, subset)
-        return total + int(data.choices.lengths[wanted].sum())
+            generate = functools.partial(answer, self.base, adapters=adapters) if self.generates else None
+            return evaluate(lambda batch: self.base.token_losses(batch, adapters), data, subset, generate)
 
     @contextlib.contextmanager
     def _adapted(self, state: TrainingState) -> Iterator[Tensor | None]:

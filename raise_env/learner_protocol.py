@@ -53,10 +53,12 @@ class Learner(Protocol):
     """A model in training: `learner.LoraLearner`, or `testing.FakeLearner`, which needs no model.
 
     `state` is a value that is never changed in place: keeping a reference is a snapshot, assigning it a restore.
+    `generates` says whether rows whose response ends in a number are answered when they are scored.
     """
 
     state: Any
     ledger: Ledger
+    generates: bool
 
     def reset(self) -> None:
         """Go back to the state before any update."""

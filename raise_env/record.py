@@ -81,9 +81,7 @@ class EpisodeRecord:
         final = {}
         if env.assets.has_test and not info["diverged"]:
             test = env.evaluate("test")
-            final = {"test_loss": test.loss, "test_exact_match": test.exact_match}
-            if test.accuracy is not None:
-                final["test_accuracy"] = test.accuracy
+            final = {f"test_{name}": value for name, value in test.scores().items()}
         return cls(
             env={"id": ENV_ID, "kwargs": kwargs},
             agent=agent,

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .errors import RewardError
+from .final_number import has_final_number
+from .pool import Instruction
 
-__all__ = ["DIVERGENCE_PENALTY", "Evaluation", "RewardFunction", "load_reward", "step_reward"]
+__all__ = [
+    "DIVERGENCE_PENALTY",
+    "Evaluation",
+    "RewardFunction",
+    "check_reward",
+    "load_reward",
+    "missing_need",
+    "needs_generation",
+    "step_reward",
+]
 
 #: The reward of a step after which the loss is no longer finite; the paper knows no such step.
 DIVERGENCE_PENALTY = -10.0
@@ -27,11 +38,17 @@ class Evaluation:
 
     Attributes:
         row_losses: Sum of the negative log-likelihood of each row's response, nats, shape (rows,), float64.
-        row_tokens: Response tokens of each row, shape (rows,), int64.
+        row_tokens: Response tokens of each row, shape (rows,), int64; 0 where none fits into the length.
         row_correct: Whether every response token is the model's first choice, which is to say that greedy
             decoding gives exactly the response, shape (rows,), bool.
         choice_scores: For rows with choices, the log-likelihood of each, nats; an empty array for others.
         choice_answers: The index of the right choice, -1 where a row has none, shape (rows,), int64.
+        choice_lengths: For rows with choices, the characters of each; an empty array for others.
+        strict_matches: For rows whose response ends in `#### number`: 1 where a generated answer gives that number in
+            the same form, 0 where not; NaN for other rows, shape (rows,), float64. None where nothing was generated.
+        flexible_matches: The same, where the last number of the answer counts, in whatever form.
+        num_generating_tokens: Tokens that went through the model to generate answers.
+        rows: The instructions that all this is of, in the same order.
     """
 
     row_losses: np.ndarray
@@ -39,29 +56,86 @@ class Evaluation:
     row_correct: np.ndarray
     choice_scores: tuple[np.ndarray, ...] = ()
     choice_answers: np.ndarray | None = None
+    choice_lengths: tuple[np.ndarray, ...] = ()
+    strict_matches: np.ndarray | None = None
+    flexible_matches: np.ndarray | None = None
+    num_generating_tokens: int = 0
+    rows: Sequence[Instruction] = ()
 
     @property
     def loss(self) -> float:
-        """Mean loss in nats per response token."""
-        return float(self.row_losses.sum() / self.row_tokens.sum())
+        """Mean loss in nats per response token; NaN where no response token fits."""
+        num_tokens = self.row_tokens.sum()
+        return float(self.row_losses.sum() / num_tokens) if num_tokens else math.nan
+
+    @property
+    def row_exact_matches(self) -> np.ndarray:
+        """1 for each row that is answered right, 0 for others, NaN where that is not known, shape (rows,), float64.
+
+        A generated answer counts by its number, as `strict_matches` says; any other by the whole response.
+        """
+        whole = np.where(self.row_tokens > 0, self.row_correct.astype(np.float64), np.nan)
+        if self.strict_matches is None:
+            return whole
+        return np.where(np.isnan(self.strict_matches), whole, self.strict_matches)
+
+    @property
+    def row_accuracies(self) -> np.ndarray:
+        """1 where the right choice is the likeliest, 0 elsewhere, NaN without choices, shape (rows,), float64."""
+        return self._of_choices(lambda scores, _, answer: float(scores.argmax() == answer))
+
+    @property
+    def row_accuracies_norm(self) -> np.ndarray:
+        """The same by log-likelihood per character."""
+        return self._of_choices(lambda scores, lengths, answer: float((scores / lengths).argmax() == answer))
+
+    @property
+    def row_choice_probabilities(self) -> np.ndarray:
+        """Probability of the right choice among a row's own, NaN without choices, shape (rows,), float64."""
+        return self._of_choices(lambda scores, _, answer: _softmax_at(scores, answer))
 
     @property
     def exact_match(self) -> float:
-        """Share of rows that greedy decoding answers wholly right."""
-        return float(self.row_correct.mean())
+        """Share of rows that greedy decoding answers right: see `row_exact_matches`."""
+        return _mean_of_known(self.row_exact_matches) or 0.0
+
+    @property
+    def flexible_match(self) -> float | None:
+        """Share of generated answers whose last number is right; None where nothing was generated."""
+        return None if self.flexible_matches is None else _mean_of_known(self.flexible_matches)
 
     @property
     def accuracy(self) -> float | None:
         """Share of rows whose right choice has the highest log-likelihood; None without choices."""
-        if self.choice_answers is None or not (self.choice_answers >= 0).any():
-            return None
-        pairs = zip(self.choice_scores, self.choice_answers, strict=True)
-        return float(np.mean([scores.argmax() == answer for scores, answer in pairs if answer >= 0]))
+        return _mean_of_known(self.row_accuracies)
+
+    @property
+    def accuracy_norm(self) -> float | None:
+        """The same with each log-likelihood divided by the choice's characters; None without choices."""
+        return _mean_of_known(self.row_accuracies_norm)
+
+    @property
+    def choice_probability(self) -> float | None:
+        """Mean probability of the right choice among a row's own; None without choices."""
+        return _mean_of_known(self.row_choice_probabilities)
+
+    def scores(self) -> dict[str, float]:
+        """Return every share and mean that the rows allow, by the names of rewards; "loss" with its own sign."""
+        values = {name: getattr(self, name) for name in _MEASURES}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def is_finite(self) -> bool:
         """Whether the loss of every row is a number."""
         return bool(np.isfinite(self.row_losses).all())
+
+    def _of_choices(self, value: Callable[[np.ndarray, np.ndarray, int], float]) -> np.ndarray:
+        """Return a value of log-likelihoods, lengths and answer of each row that has choices, NaN for others."""
+        values = np.full(len(self.row_losses), np.nan)
+        if self.choice_answers is not None:
+            for row in np.flatnonzero(self.choice_answers >= 0):
+                values[row] = value(self.choice_scores[row], self.choice_lengths[row], int(self.choice_answers[row]))
+        return values
 
 
 RewardFunction = Callable[[Evaluation], float]
@@ -71,13 +145,13 @@ def load_reward(reward: str) -> RewardFunction:
     """Return the dev score P that `reward` names; higher is better.
 
     Args:
-        reward: "loss", "accuracy", "exact_match", or "module:function", a function of an `Evaluation`.
+        reward: One of `config.REWARDS`, or "module:function", a function of an `Evaluation`.
 
     Raises:
         RewardError: The module or the function cannot be found.
     """
-    if reward in _SCORES:
-        return _SCORES[reward]
+    if reward in _MEASURES:
+        return _measured(reward, _MEASURES[reward])
     module, _, name = reward.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -90,30 +164,104 @@ def load_reward(reward: str) -> RewardFunction:
     return _checked(reward, function)
 
 
+def needs_generation(reward: str) -> bool:
+    """Return whether a reward wants generated answers to rows whose response ends in a number."""
+    return reward in _MEASURES and _MEASURES[reward].generates
+
+
+def check_reward(reward: str, rows: Iterable[Instruction], what: str) -> None:
+    """Check that there are rows that a reward can be computed on.
+
+    Args:
+        reward: As for `load_reward`.
+        rows: The dev or test rows.
+        what: Which of them, for the message.
+
+    Raises:
+        RewardError: There is none.
+    """
+    if missing_need(reward, rows) is not None:
+        raise _lacking(reward, what)
+
+
+def missing_need(reward: str, rows: Iterable[Instruction]) -> str | None:
+    """Return in words what a reward needs of rows and none of them has; None where it can be computed.
+
+    Args:
+        reward: As for `load_reward`.
+        rows: The rows.
+    """
+    need = _MEASURES[reward].need if reward in _MEASURES else None
+    return None if need is None or any(map(need.is_met, rows)) else need.words
+
+
 def step_reward(before: float, after: float) -> float:
     """Return the gain of one step, P(M_t) - P(M_{t-1})."""
     return after - before
 
 
-def _negative_loss(evaluation: Evaluation) -> float:
-    return -evaluation.loss
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What rows have to have for a measure, in a function and in words."""
+
+    is_met: Callable[[Instruction], bool]
+    words: str
+    remedy: str
 
 
-def _accuracy(evaluation: Evaluation) -> float:
-    accuracy = evaluation.accuracy
-    if accuracy is None:
-        raise RewardError(
-            "reward 'accuracy' needs dev rows with a column `choices` (a list of strings, the response one of them); "
-            "this dev set has none. Take reward 'loss' or 'exact_match', or add the choices."
-        )
-    return accuracy
+_CHOICES = _Need(
+    lambda row: bool(row.choices),
+    "a column `choices` (a list of strings, the response one of them)",
+    "Take reward 'loss' or 'exact_match', or add the choices.",
+)
+_NUMBERS = _Need(
+    lambda row: has_final_number(row.response),
+    "a response that gives its answer as `#### number`",
+    "Take reward 'loss' or 'exact_match', or write the numbers so.",
+)
 
 
-def _exact_match(evaluation: Evaluation) -> float:
-    return evaluation.exact_match
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """A dev score by name.
+
+    Attributes:
+        score: Gives it; None where no row has what it needs.
+        need: What it needs of at least one row; None for nothing.
+        generates: Whether rows that end in a number have to be answered.
+    """
+
+    score: Callable[[Evaluation], float | None]
+    need: _Need | None = None
+    generates: bool = False
 
 
-_SCORES: dict[str, RewardFunction] = {"loss": _negative_loss, "accuracy": _accuracy, "exact_match": _exact_match}
+_MEASURES = {
+    "loss": _Measure(lambda evaluation: -evaluation.loss),
+    "accuracy": _Measure(lambda evaluation: evaluation.accuracy, _CHOICES),
+    "accuracy_norm": _Measure(lambda evaluation: evaluation.accuracy_norm, _CHOICES),
+    "choice_probability": _Measure(lambda evaluation: evaluation.choice_probability, _CHOICES),
+    "exact_match": _Measure(lambda evaluation: evaluation.exact_match, generates=True),
+    "flexible_match": _Measure(lambda evaluation: evaluation.flexible_match, _NUMBERS, generates=True),
+}
+
+
+def _measured(reward: str, measure: _Measure) -> RewardFunction:
+    def score(evaluation: Evaluation) -> float:
+        value = measure.score(evaluation)
+        if value is None:
+            raise _lacking(reward, "dev")
+        return value
+
+    return score
+
+
+def _lacking(reward: str, what: str) -> RewardError:
+    need = _MEASURES[reward].need
+    assert need is not None
+    return RewardError(
+        f"reward {reward!r} needs {what} rows with {need.words}; this {what} set has none. {need.remedy}"
+    )
 
 
 def _checked(reward: str, function: Callable[[Evaluation], object]) -> RewardFunction:
@@ -129,3 +277,14 @@ def _checked(reward: str, function: Callable[[Evaluation], object]) -> RewardFun
         return float(value)
 
     return score
+
+
+def _mean_of_known(values: np.ndarray) -> float | None:
+    """Return the mean of those that are not NaN."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _softmax_at(scores: np.ndarray, place: int) -> float:
+    weights = np.exp(scores - scores.max())
+    return float(weights[place] / weights.sum())

@@ -7,6 +7,7 @@ The rest, from the action's rules to snapshots, is the real environment.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class FakeLearner:
         num_dev: Dev rows, all alike but for a fixed offset.
         diverges_on: A pool row whose training loss is infinite; None for no such row.
         state: The skill.
+        generates: Without effect: no toy row asks for a number.
     """
 
     values: np.ndarray
@@ -49,6 +51,7 @@ class FakeLearner:
     diverges_on: int | None = None
     ledger: Ledger = field(default_factory=Ledger)
     state: float = 0.0
+    generates: bool = False
 
     def reset(self) -> None:
         """Forget everything."""
@@ -115,7 +118,7 @@ class FakeLearner:
 
     def copy(self) -> FakeLearner:
         """Return another with the same skill."""
-        return FakeLearner(self.values, self.num_dev, self.diverges_on, self.ledger, self.state)
+        return FakeLearner(self.values, self.num_dev, self.diverges_on, self.ledger, self.state, self.generates)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the skill."""
@@ -129,7 +132,13 @@ class FakeLearner:
         tokens = np.full(len(rows), 10)
         offsets = 1.0 + 0.1 * np.sin(rows)
         losses = self._loss(skill) * offsets * tokens
-        return Evaluation(losses, tokens, losses < 10.0)
+        dev = _dev_rows(self.num_dev)
+        return Evaluation(losses, tokens, losses < 10.0, rows=tuple(dev[int(row)] for row in rows))
+
+
+@functools.cache
+def _dev_rows(num_rows: int) -> tuple[Instruction, ...]:
+    return tuple(Instruction(f"Dev question {i}?", f"Dev answer {i}.", fields={"row": i}) for i in range(num_rows))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,6 +156,11 @@ class ToyAssets:
     pool_tokens: int
     content: dict[str, str]
     auxiliary: dict[str, str | int]
+
+    @property
+    def base_answers(self) -> Evaluation:
+        """The same as `base_evaluation`: nothing is generated."""
+        return self.base_evaluation
 
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw the candidates of one step."""

@@ -21,6 +21,8 @@ WITH_TORCH = {
         "raise_env.label_positions",
         "raise_env.causal_attention",
         "raise_env.lora_layers",
+        "raise_env.generation",
+        "raise_env.adapter_files",
         "raise_env.tiny.pretrain",
         "agents.subset",
         "agents.networks",

@@ -10,7 +10,7 @@ import pytest
 from raise_env.assets import _cached_data, load_assets, load_data
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
-from raise_env.errors import DataError, OutputError, SettingError
+from raise_env.errors import DataError, OutputError, RewardError, SettingError
 
 
 def rows(first, count, extra=""):
@@ -154,8 +154,8 @@ def test_assets__classes__share_the_rows_out(embedded_env):
 
 def test_accuracy__dev_rows_with_choices__is_a_reward(files):
     choices = [{**row, "choices": [row["output"], "no"]} for row in rows(100, 6)]
-    env = RaiseSelectEnv(**files(dev=choices, test=[{**row, "choices": [row["output"], "x"]} for row in rows(200, 4)]))
-    other = RaiseSelectEnv(**{**files(dev=choices), "reward": "accuracy"})
+    settings = files(dev=choices, test=[{**row, "choices": [row["output"], "x"]} for row in rows(200, 4)])
+    env, other = RaiseSelectEnv(**settings), RaiseSelectEnv(**{**settings, "reward": "accuracy"})
     env.reset(seed=0)
     other.reset(seed=0)
     assert 0 <= other.dev_scores[0] <= 1
@@ -276,3 +276,71 @@ def test_load_assets__classes__are_kept_with_the_features(embedded_env, tmp_path
     np.testing.assert_array_equal(again.classes, first.classes)
     with pytest.raises(TypeError, match="not callable"):
         embedded_env(cache_dir=str(tmp_path), num_classes=4).assets  # noqa: B018 - asking for them loads them
+
+
+def numbered(first, count):
+    return [{"instruction": f"Say {n}.", "output": f"So.\n#### {n}"} for n in range(first, first + count)]
+
+
+@pytest.mark.parametrize(
+    ("reward", "part"), [("accuracy_norm", "dev"), ("choice_probability", "dev"), ("flexible_match", "test")]
+)
+def test_load_assets__no_row_that_the_reward_needs__is_said_before_anything_is_computed(
+    files, reward, part, monkeypatch
+):
+    monkeypatch.setattr("raise_env.assets._cached_assets", lambda *_: pytest.fail("computed"))
+    env = RaiseSelectEnv(**files(dev=numbered(100, 3), reward=reward))
+    with pytest.raises(RewardError, match=f"reward '{reward}' needs {part} rows"):
+        env.reset(seed=0)
+
+
+@pytest.mark.parametrize("reward", ["exact_match", "flexible_match"])
+def test_env__rows_that_end_in_a_number__are_answered_by_the_model_of_the_moment(files, reward, monkeypatch):
+    answered = []
+
+    def made_up(base, prompts, adapters):
+        answered.append(len(prompts))
+        right = "So.\n#### 100" if len(answered) == 1 else "So.\n#### 101"
+        return [right] * len(prompts), 1000
+
+    monkeypatch.setattr("raise_env.learner.answer", made_up)
+    settings = files(dev=numbered(100, 4) + rows(110, 2), test=numbered(200, 3), reward=reward, score_every=1)
+    env = RaiseSelectEnv(**settings)
+    env.reset(seed=0)
+    before = env.ledger.forward_tokens
+    share = 1 / 6 if reward == "exact_match" else 1 / 4  # the plain rows are wrong, or do not count
+    assert env.dev_scores == [share]
+    env.reset(seed=1)
+    assert answered == [4], "the first model's answers are kept for every episode"
+    _, gain, _, _, _ = env.step(np.array([1, 0, 0, 0] * 2))
+    assert gain == 0.0
+    assert env.ledger.forward_tokens > before + 1000
+    _, _, over, _, info = env.step(np.array([1, 0, 0, 0] * 2))
+    assert over
+    assert info["test_score"] == 0.0
+    assert env.evaluate("test").flexible_match == 0.0
+    (probed,) = env.fork(1)
+    assert probed._learner.generates
+
+
+def test_env__reward_that_needs_no_answers__never_generates_any(files, monkeypatch):
+    monkeypatch.setattr("raise_env.learner.answer", lambda *_, **__: pytest.fail("generated"))
+    env = RaiseSelectEnv(**files(dev=numbered(100, 4), test=numbered(200, 3)))
+    env.reset(seed=0)
+    env.probe(np.eye(8)[:2])
+    for _ in range(2):
+        _, _, _, _, info = env.step(np.array([1, 0, 0, 0] * 2))
+    assert "test_score" in info
+    assert env.evaluate("test").flexible_match is None
+
+
+def test_probe__reward_by_generation__is_update_then_score(files):
+    env = RaiseSelectEnv(
+        **files(dev=numbered(100, 2), test=numbered(200, 1), reward="flexible_match", learning_rate=0.01)
+    )
+    env.reset(seed=0)
+    action = np.array([1, 0, 0, 0] * 2)
+    expected = env.probe(action[None])[0]
+    env.step(action)
+    assert env.dev_scores[1] == expected
+    assert env.assets is RaiseSelectEnv(**{**env.config.to_kwargs(), "reward": "loss"}).assets, "one base for both"

@@ -698,3 +698,30 @@ def test_main__ctrl_c_elsewhere__130_without_a_resume_command(monkeypatch):
 def test_entry_point__is_installed__beside_python():
     script = Path(sys.executable).with_name("raise-env")
     assert script.is_file() or shutil.which("raise-env")
+
+
+def test_evaluate__a_model_and_a_file__prints_a_line_a_metric_and_writes_them(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    row = {"instruction": "2 + 2?", "output": "4", "choices": ["4", "5"]}
+    rows.write_text(f"{json.dumps(row)}\n" * 3, encoding="utf-8")
+    out = tmp_path / "scores.json"
+    outcome = run("evaluate", "--model", "tiny", "--data", rows, "--metric", "loss,accuracy", "--out", out)
+    assert outcome.code == 0
+    names = [line.split()[0] for line in outcome.out.splitlines()[:2]]
+    assert names == ["loss", "accuracy"]
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert f"{found['metrics']['loss']['value']:.4f}" in outcome.out
+    assert (found["model"], found["data"], found["adapter"]) == ("tiny", str(rows), None)
+
+
+def test_evaluate__what_cannot_be_used__is_one_message(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "2 + 2?", "output": "4"}) + "\n", encoding="utf-8")
+    common = ("evaluate", "--model", "tiny", "--data", rows)
+    assert "needs rows with a column `choices`" in refused(*common, "--metric", "accuracy_norm")
+    assert "dtype is 'float16'" in refused(*common, "--dtype", "float16")
+    assert "adapter_config.json" in refused(*common, "--adapter", tmp_path)
+    assert "never shows" in refused(*common, "--template", "no prompt")
+    blocked = run(*common, "--out", rows / "below")
+    assert blocked.code == 2
+    assert "cannot be written" in blocked.err

@@ -179,3 +179,64 @@ def test_encode_pool__large_and_nowhere_to_write__is_an_error_that_says_what_to_
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=r"tokens of 30 rows .*--cache-dir"):
         encoder.encode_pool(large(), "key", tmp_path / "file")
+
+
+def test_encode_choices__chat_template__gives_the_space_to_the_choice_and_no_end(encoder):
+    rows = [Instruction("What?", "yes", choices=("no", "yes")), ROWS[0], Instruction("Who?", "you", choices=("you",))]
+    encoded = encoder.encode_choices(rows)
+    assert len(encoded) == 3, "a row without choices has none"
+    decode = encoder.tokenizer.decode
+    for index, (row, choice) in enumerate([(rows[0], "no"), (rows[0], "yes"), (rows[2], "you")]):
+        tokens, is_label = encoded.row(index)
+        assert decode(tokens) == encoder.prompt_text(row.prompt) + choice
+        assert decode(tokens[is_label]) == f" {choice}"
+        assert decode(tokens[~is_label]).endswith("Answer:")
+
+
+def test_encode_choices__plain_frame__begins_as_training_rows_do(encoder):
+    row = Instruction("What?", "yes", choices=("yes",))
+    tokens, is_label = plain(encoder).encode_choices([row]).row(0)
+    assert encoder.tokenizer.decode(tokens) == "<s>### Instruction:\nWhat?\n\n### Response:\nyes"
+    assert encoder.tokenizer.decode(tokens[is_label]) == "\nyes"
+
+
+@pytest.mark.real
+def test_encode_choices__words_in_pieces__are_what_the_whole_text_has_more(shared):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K-hf")
+    row = Instruction("Once upon a", "time", choices=("time", "the", "t"))
+    encoded = Encoder(tokenizer, 256, "{{ prompt }} ").encode_choices([row])
+    for index, choice in enumerate(row.choices):
+        tokens, is_label = encoded.row(index)
+        assert tokens.tolist() == tokenizer(f"Once upon a {choice}")["input_ids"]
+        assert tokens[~is_label].tolist() == tokenizer("Once upon a")["input_ids"]
+
+
+def test_encode_choices__too_long__loses_the_prompts_beginning(encoder, caplog):
+    row = Instruction("x" * 50, "end", choices=("end", "e" * 19, "e" * 20))
+    with caplog.at_level(logging.INFO, logger="raise_env"):
+        encoded = Encoder(encoder.tokenizer, 20).encode_choices([row], what="dev")
+    assert encoded.lengths.tolist() == [21, 21, 21], "the last token only has to be predicted"
+    assert encoder.tokenizer.decode(encoded.row(0)[0]) == "x" * 9 + "\nAnswer: end"
+    # The choice with its space has 20 tokens; 21 are too many.
+    assert encoded.label_counts.tolist() == [4, 20, 0]
+    assert "3 of 3 dev choice rows were cut at 20 tokens" in caplog.text
+
+
+def test_encode_choices__a_choice_of_no_tokens__has_no_labels(encoder):
+    own = Encoder(encoder.tokenizer, 20, "{{ prompt }}:")
+    assert own.encode_choices([Instruction("a", "b", choices=("", "b"))]).label_counts.tolist() == [0, 1]
+
+
+def test_encode__embedded_task__gives_the_tokens_that_it_always_gave(encoder):
+    import hashlib
+
+    from raise_env.tiny.task import generate_task
+
+    task = generate_task("default", seed=0, pool_size=500)
+    digest = hashlib.sha256()
+    for rows in (task.pool, task.dev, task.test):
+        encoded = encoder.encode(rows)
+        digest.update(encoded.tokens.tobytes() + encoded.offsets.tobytes() + encoded.label_counts.tobytes())
+    assert digest.hexdigest() == "fbe6c129ed608dfeb4ada1b678579e5e2827169ee60f9b7fbe45d44d41faf41d"

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from raise_env.config import REWARDS
 from raise_env.errors import RewardError
-from raise_env.rewards import Evaluation, load_reward, step_reward
+from raise_env.pool import Instruction
+from raise_env.rewards import Evaluation, check_reward, load_reward, missing_need, needs_generation, step_reward
 from raise_env.testing import toy_env
 
 # Two rows of 3 and 1 tokens that lose 6 and 4 nats; three rows with choices, two of them chosen right.
@@ -17,6 +19,19 @@ CHOICES = Evaluation(
     np.array([True, True, False, False]),
     (np.array([-3.0, -1.0]), np.array([-1.0, -2.0, -0.5]), np.array([]), np.array([-7.0, -8.0])),
     np.array([1, 0, -1, 0]),
+    (np.array([6, 1]), np.array([4, 2, 1]), np.array([]), np.array([1, 1])),
+)
+
+#: The likelihood of the second row's first choice among its three.
+SECOND = math.exp(-1) / (math.exp(-1) + math.exp(-2) + math.exp(-0.5))
+
+# A row that is answered right word for word, and two whose answers were generated.
+NUMBERS = Evaluation(
+    np.array([1.0, 1.0, 1.0]),
+    np.array([1, 1, 1]),
+    np.array([True, True, False]),
+    strict_matches=np.array([np.nan, 0.0, 1.0]),
+    flexible_matches=np.array([np.nan, 1.0, 0.0]),
 )
 
 
@@ -47,6 +62,11 @@ not_callable = 5
         ("exact_match", PLAIN, 0.5),
         ("accuracy", CHOICES, 2 / 3),  # the row without choices does not count
         ("exact_match", CHOICES, 0.5),
+        # By the character -0.5, -1; -0.25, -1, -0.5; -7, -8.
+        ("accuracy_norm", CHOICES, 2 / 3),
+        ("choice_probability", CHOICES, (1 / (1 + math.exp(-2)) + SECOND + 1 / (1 + math.exp(-1))) / 3),
+        ("exact_match", NUMBERS, 2 / 3),
+        ("flexible_match", NUMBERS, 0.5),
         (f"{__name__}:first_row", PLAIN, -6.0),
     ],
 )
@@ -62,6 +82,51 @@ def test_accuracy__no_choices__says_what_to_do():
         load_reward("accuracy")(PLAIN)
     with pytest.raises(RewardError, match="choices"):
         toy_env(reward="accuracy").reset(seed=0)
+
+
+def test_load_reward__every_name_of_the_configuration__is_there_and_says_what_it_lacks():
+    for name in REWARDS:
+        if name in ("loss", "exact_match"):
+            assert math.isfinite(load_reward(name)(PLAIN))
+        else:
+            with pytest.raises(RewardError, match=f"reward '{name}' needs dev rows with .*Take reward 'loss'"):
+                load_reward(name)(PLAIN)
+    assert [name for name in REWARDS if needs_generation(name)] == ["exact_match", "flexible_match"]
+    assert not needs_generation(f"{__name__}:first_row")
+
+
+@pytest.mark.parametrize(
+    ("reward", "row", "lacking"),
+    [
+        ("accuracy", Instruction("a", "b", ("b", "c")), "choices"),
+        ("accuracy_norm", Instruction("a", "b", ("b", "c")), "choices"),
+        ("choice_probability", Instruction("a", "b", ("b", "c")), "choices"),
+        ("flexible_match", Instruction("a", "#### 3"), "#### number"),
+    ],
+)
+def test_check_reward__one_row_that_has_it__is_enough(reward, row, lacking):
+    other = Instruction("a", "b")
+    check_reward(reward, [other, row], "test")
+    with pytest.raises(RewardError, match=f"needs test rows with .*{lacking}.*this test set has none"):
+        check_reward(reward, [other], "test")
+    assert lacking in missing_need(reward, [other])
+    for free in ("loss", "exact_match", f"{__name__}:first_row"):
+        check_reward(free, [other], "dev")
+
+
+def test_scores__of_rows__are_all_that_they_allow():
+    assert set(PLAIN.scores()) == {"loss", "exact_match"}
+    assert set(CHOICES.scores()) == {"loss", "exact_match", "accuracy", "accuracy_norm", "choice_probability"}
+    assert set(NUMBERS.scores()) == {"loss", "exact_match", "flexible_match"}
+    assert PLAIN.scores()["loss"] == 2.5
+
+
+def test_evaluation__of_the_toy__knows_its_rows():
+    env = toy_env()
+    env.reset(seed=0)
+    evaluation = env.evaluate("dev")
+    assert len(evaluation.rows) == len(evaluation.row_losses)
+    assert [row.fields["row"] for row in evaluation.rows] == list(range(len(evaluation.rows)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""What `evaluate` does: score a model, with an adapter or without, on a file of rows.
+
+The numbers are those of an episode's dev and test scores, and where lm-eval has the same measure, lm-eval's. Each
+comes with a 95% interval: the value and 1.96 standard errors of a mean over rows, as lm-eval's `stderr` is one; for the
+loss, which is a ratio of two sums over rows, that of the ratio.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raise_env import Evaluation
+from raise_env.config import REWARDS, LoraSettings
+from raise_env.errors import ModelError, SettingError, suggestion
+from raise_env.pool import Instruction, Pool, read_pool, sample_rows
+from raise_env.record import versions
+from raise_env.rewards import missing_need, needs_generation
+
+__all__ = ["REPORT_VERSION", "ScorePlan", "score_lines", "score_model"]
+
+REPORT_VERSION = 1
+
+#: Standard errors on either side of a value that make a 95% interval of a normal law.
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePlan:
+    """What is to be scored.
+
+    Attributes:
+        model: "tiny", a local folder, or a hub id.
+        data: A file of rows, as a pool is one.
+        adapter: A folder with a PEFT LoRA adapter; None: the bare model.
+        metrics: By the names of rewards; empty: the loss, and what the rows allow.
+        template: As the environment's keyword.
+        max_length: Tokens of a row; None: as many as the model has positions.
+        num_rows: A fixed random part of so many rows, the same as with the environment's `num_test`; None: all.
+        device: As the environment's keyword.
+        dtype: As the environment's keyword.
+    """
+
+    model: str
+    data: str
+    adapter: str | None = None
+    metrics: tuple[str, ...] = ()
+    template: str | None = None
+    max_length: int | None = None
+    num_rows: int | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+def score_model(plan: ScorePlan) -> dict[str, Any]:
+    """Score a model and return the report, as docs/files.md describes it.
+
+    Raises:
+        DataError: The file cannot be read, a row is at fault, or no response fits into the length.
+        ModelError: The model cannot be loaded, the adapter does not fit it, or a loss is not finite.
+        SettingError: A metric is unknown, or the rows lack what it needs.
+    """
+    rows = read_pool(plan.data)
+    rows = rows if plan.num_rows is None else sample_rows(rows, plan.num_rows, seed=0)
+    names = _checked(plan.metrics, rows, plan.data) or _allowed(rows)
+    evaluation, content = _evaluated(plan, rows, any(map(needs_generation, names)))
+    return {
+        "schema_version": REPORT_VERSION,
+        **dataclasses.asdict(plan),
+        "metrics": {name: _interval(evaluation, name) for name in names},
+        "num_left_out": len(rows) - len(evaluation.rows),
+        "content": {"model": content, "data": rows.content_hash},
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def score_lines(report: dict[str, Any]) -> list[str]:
+    """Return a report as lines for people: one a metric, then how the intervals were made."""
+    lines = [_line(name, found) for name, found in report["metrics"].items()]
+    lines.append("In brackets 95% intervals, normal over rows: 1.96 standard errors on either side.")
+    if report["num_left_out"]:
+        lines.append(f"Rows left out, as nothing of their response fits into the length: {report['num_left_out']}.")
+    return lines
+
+
+def _evaluated(plan: ScorePlan, rows: Pool, generates: bool) -> tuple[Evaluation, str]:
+    """Return how the model does, and the hash of the base model's content."""
+    from raise_env.adapter_files import adapter_settings, read_adapter
+    from raise_env.base_model import BaseModel
+    from raise_env.encoding import Encoder
+    from raise_env.evaluation import EvaluationSet
+    from raise_env.generation import POSITIONS
+    from raise_env.learner import LoraLearner, TrainingState, UpdateSettings
+
+    folder = None if plan.adapter is None else Path(plan.adapter)
+    lora = LoraSettings() if folder is None else adapter_settings(folder)
+    base = BaseModel(plan.model, lora, dtype=plan.dtype, device=plan.device)
+    # A new adapter changes nothing: its second matrices are zeros.
+    adapter = base.initial_parameters(seed=0) if folder is None else read_adapter(folder, base)
+    positions = base.max_positions or POSITIONS
+    encoder = Encoder(base.tokenizer, min(plan.max_length or positions, positions), plan.template)
+    data = EvaluationSet.build(rows, encoder, "data")
+    settings = UpdateSettings(learning_rate=0.0, weight_decay=0.0, max_grad_norm=0.0, micro_batch_tokens=1)
+    learner = LoraLearner(base, data.rows, {"test": data}, settings, TrainingState.start(adapter), generates=generates)
+    evaluation = learner.evaluate("test")
+    if not evaluation.is_finite:
+        row = int(np.flatnonzero(~np.isfinite(evaluation.row_losses))[0])
+        raise ModelError(
+            f"the model {plan.model!r} gives no finite loss, first for {evaluation.rows[row].prompt[:60]!r}; "
+            "check its weights, the adapter, and the dtype."
+        )
+    return evaluation, base.content_hash
+
+
+def _checked(names: Sequence[str], rows: Sequence[Instruction], source: str) -> tuple[str, ...]:
+    """Return the metrics that were asked for, if there are such and the rows have what they need."""
+    for name in names:
+        if name not in REWARDS:
+            raise SettingError(f"unknown metric {name!r}: {suggestion(name, REWARDS)}")
+        missing = missing_need(name, rows)
+        if missing is not None:
+            raise SettingError(f"metric {name!r} needs rows with {missing}; {source} has none. Leave it out.")
+    return tuple(dict.fromkeys(names))
+
+
+def _allowed(rows: Sequence[Instruction]) -> tuple[str, ...]:
+    """Return every metric that the rows allow; whole answers are not compared where each row is a choice."""
+    allowed = [name for name in REWARDS if missing_need(name, rows) is None]
+    return tuple(name for name in allowed if name != "exact_match" or not all(row.choices for row in rows))
+
+
+def _interval(evaluation: Evaluation, name: str) -> dict[str, float | int | None]:
+    """Return a metric's value with its interval, None for what a single row does not tell."""
+    values = _row_values(evaluation, name)
+    values = values[~np.isnan(values)]
+    value, count = float(values.mean()), len(values)
+    error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else None
+    ends = (None, None) if error is None else (value - _NORMAL_95 * error, value + _NORMAL_95 * error)
+    return {"value": value, "stderr": error, "low": ends[0], "high": ends[1], "num_rows": count}
+
+
+def _row_values(evaluation: Evaluation, name: str) -> np.ndarray:
+    """Return numbers, one a row, whose mean is the metric and whose spread its error; NaN where a row has none."""
+    if name == "loss":
+        counts = np.where(evaluation.row_tokens > 0, evaluation.row_tokens, np.nan)
+        # A ratio's error is that of its linear part (the delta method): the mean of these is the ratio itself.
+        return evaluation.loss + (evaluation.row_losses - evaluation.loss * counts) / np.nanmean(counts)
+    values = {
+        "accuracy": evaluation.row_accuracies,
+        "accuracy_norm": evaluation.row_accuracies_norm,
+        "choice_probability": evaluation.row_choice_probabilities,
+        "exact_match": evaluation.row_exact_matches,
+        "flexible_match": evaluation.flexible_matches,
+    }[name]
+    assert values is not None  # generated, as it was asked for
+    return values
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    interval = "" if found["stderr"] is None else f"  ({found['low']:.4f} to {found['high']:.4f})"
+    rows = "1 row" if found["num_rows"] == 1 else f"{found['num_rows']} rows"
+    return f"{name:<20}{found['value']:.4f}{interval}  {rows}"

@@ -1,0 +1,110 @@
+"""LoRA adapters in PEFT's folders, whoever wrote them: what form they have, and their weights for a base model.
+
+Only what `BaseModel` computes is taken. A folder that asks for more (ranks by pattern, whole modules beside LoRA) is
+refused by name: scored without it, it would be another model. Weights come from safetensors alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .base_model import BaseModel
+from .config import LoraSettings
+from .errors import ModelError
+
+__all__ = ["adapter_settings", "read_adapter"]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+#: What a LoRA folder may say beside `LoraSettings` without changing what the model computes.
+_HARMLESS = frozenset(
+    {
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"),
+    }
+)
+
+#: Ways to start LoRA that leave the base model's weights as they are.
+_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+def adapter_settings(folder: Path) -> LoraSettings:
+    """Return the form of an adapter as its adapter_config.json has it, without dropout: it is there to be scored.
+
+    Raises:
+        ModelError: There is no such file, or it describes something else than a LoRA adapter that can be scored.
+    """
+    path = folder / _CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the adapter {str(folder)!r} cannot be loaded: {path.name}: {error}. Expected a folder that PEFT's "
+            "save_pretrained wrote."
+        ) from error
+    kind = found.get("peft_type") if isinstance(found, dict) else None
+    if kind != "LORA":
+        raise ModelError(f"{path}: peft_type is {kind!r}; expected 'LORA'.")
+    _check_known(found, path)
+    own = {entry.name for entry in dataclasses.fields(LoraSettings)} - {"lora_dropout"}
+    return LoraSettings(**{name: value for name, value in found.items() if name in own})
+
+
+def read_adapter(folder: Path, base: BaseModel) -> torch.Tensor:
+    """Return an adapter's parameters as `BaseModel` takes them, shape (P,), float32.
+
+    Args:
+        folder: Where PEFT wrote it.
+        base: The model, with an adapter of the form that `adapter_settings` gives.
+
+    Raises:
+        ModelError: There are no weights in safetensors, or they do not fit the model.
+    """
+    path = folder / _WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter {str(folder)!r} cannot be loaded: {path.name}: {error}. Expected weights in safetensors; "
+            "adapter_model.bin is pickle and never opened: save it again with PEFT's save_pretrained."
+        ) from error
+    shapes = base.adapter_shapes
+    missing, extra = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
+    where = f"the adapter {str(folder)!r} does not fit the model {base.source!r}"
+    if missing or extra:
+        named = missing or extra
+        which = "are not in it" if missing else "have no place in the model"
+        raise ModelError(
+            f"{where}: {len(named)} of {len(shapes if missing else weights)} matrices {which}, such as {named[0]}. "
+            "Expected the model that the adapter was trained on."
+        )
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise ModelError(
+                f"{where}: {name} has shape {tuple(weights[name].shape)}; expected {tuple(shape)}. "
+                "Expected the model that the adapter was trained on."
+            )
+    return torch.cat([weights[name].flatten().float() for name in shapes]).to(base.device)
+
+
+def _check_known(found: dict[str, Any], path: Path) -> None:
+    """Refuse a setting that differs from PEFT's default and that scoring would leave out."""
+    known = {entry.name for entry in dataclasses.fields(LoraSettings)} | _HARMLESS
+    default = LoraConfig()
+    for name, value in found.items():
+        if name in known or not value or value == getattr(default, name, None):
+            continue
+        if name == "init_lora_weights" and value in _HARMLESS_STARTS:
+            continue
+        raise ModelError(
+            f"{path}: {name} is {value!r}, which raise-env does not compute; expected a LoRA adapter without it. "
+            "Merge the adapter into its model with PEFT's merge_and_unload, save that, and score it as a model."
+        )

@@ -3,8 +3,8 @@
     python benchmarks/real_targets.py --shared ../shared --out runs/real
 
 The pool is Alpaca's unbiased rows (random_9k and alpaca_5000, two uniform samples) with a column `claude`: 5 for those
-that Claude rated at least 4.5, else 1. GSM8K and ARC have a train and a test file of their own; CommonsenseQA's one file
-is cut into dev and test at random. Alpaca's licence is CC BY-NC 4.0: keep what is written to yourself.
+that Claude rated at least 4.5, else 1. GSM8K and ARC have a train and a test file of their own; CommonsenseQA's one
+file is cut into dev and test at random. Alpaca's licence is CC BY-NC 4.0: keep what is written to yourself.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def own_files(tmp_path):
     """Options for a pool and a dev set of one's own, which are in order, and a folder that is not there yet."""
     pool = write_jsonl(tmp_path / "pool.jsonl", question_rows(range(40)))
     dev = write_jsonl(tmp_path / "dev.jsonl", question_rows(range(40, 48)))
-    own = {"pool": pool, "dev": dev, "num_candidates": 16, "horizon": 2, "auxiliary_updates": 1, "batch_size": 4}
+    own = {"pool": pool, "dev": dev, "num_candidates": 16, "horizon": 2, "auxiliary_updates": 2, "batch_size": 4}
     return ["--out", str(tmp_path / "out"), *SMALL_RUN, *options(own)]
 
 

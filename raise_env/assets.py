@@ -361,7 +361,7 @@ class _Auxiliary:
         return {
             "auxiliary": self.model.content_hash,
             "pool": self.pool.content_hash,
-            "template": self.encoder.description,
+            **self.encoder.key,
             "max_length": self.encoder.max_length,
             "updates": self.config.num_auxiliary_updates,
             "lora": str(self.config.lora),

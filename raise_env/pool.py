@@ -90,17 +90,38 @@ class Instruction:
         response: What is trained on, or what the answer is compared with.
         choices: The answers to choose among, `response` one of them; empty where the answer is open.
         fields: The row as it was read, every column of it: plain JSON data.
+        system: What the conversation is headed by; empty where there is no such text.
+        earlier: The exchanges before, each what the user said and what was answered; they are trained on too.
     """
 
     prompt: str
     response: str
     choices: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+    system: str = ""
+    earlier: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def exchanges(self) -> tuple[tuple[str, str], ...]:
+        """All exchanges, the last one being prompt and response."""
+        return (*self.earlier, (self.prompt, self.response))
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of prompt and response, hexadecimal: equal if and only if the texts are."""
-        return hashlib.sha256(f"{self.prompt}\x00{self.response}".encode()).hexdigest()
+        """SHA-256 of all that is said, hexadecimal: equal if and only if the texts are."""
+        return self._digest().hex()
+
+    @property
+    def short_hash(self) -> int:
+        """The content hash's first 64 bits: enough to tell a million rows apart."""
+        return int.from_bytes(self._digest()[:8], "little")
+
+    def _digest(self) -> bytes:
+        text = f"{self.prompt}\x00{self.response}"
+        if self.system or self.earlier:
+            # JSON never holds a bare \x00: such a text is never that of a row with prompt and response alone.
+            text = json.dumps([self.system, self.exchanges])
+        return hashlib.sha256(text.encode()).digest()
 
 
 class SpilledRows(Sequence[Instruction]):
@@ -176,8 +197,10 @@ class SpilledRows(Sequence[Instruction]):
         first, last = int(self._offsets[start]), int(self._offsets[max(start, stop)])
         lines = os.pread(self._file.fileno(), last - first, first).split(b"\n")
         for content, fields in zip(lines[0:-1:2], lines[1::2], strict=True):
-            prompt, response, choices = json.loads(content)
-            yield Instruction(prompt, response, tuple(choices), json.loads(fields))
+            prompt, response, choices, *context = json.loads(content)
+            system, earlier = context or ("", [])
+            exchanges = tuple((said, answered) for said, answered in earlier)
+            yield Instruction(prompt, response, tuple(choices), json.loads(fields), system, exchanges)
 
 
 def _temporary_file(folder: Path | None) -> tuple[IO[bytes], str]:
@@ -194,7 +217,8 @@ def _temporary_file(folder: Path | None) -> tuple[IO[bytes], str]:
 
 def _content(row: Instruction) -> bytes:
     """Return what a model can be taught by a row; JSON keeps the boundaries: ("ab", "c") and ("a", "bc") differ."""
-    return json.dumps([row.prompt, row.response, row.choices]).encode()
+    context = [row.system, row.earlier] if row.system or row.earlier else []
+    return json.dumps([row.prompt, row.response, row.choices, *context]).encode()
 
 
 def _kept(rows: Iterable[Instruction], folder: Path | None) -> tuple[Instruction, ...] | SpilledRows:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from raise_env.encoding import PLAIN_TEMPLATE, EncodedRows, Encoder, collate, token_batches
+from raise_env.encoding import EncodedRows, Encoder, collate, token_batches
 from raise_env.errors import OutputError, SettingError
+from raise_env.frames import PLAIN_TEMPLATE
 from raise_env.pool import Instruction, Pool, SpilledRows
 
 ROWS = [Instruction("What is 2 + 2?", "4"), Instruction("Größe?", "12 Meter, ß"), Instruction("Say {{ prompt }}", "no")]
@@ -54,7 +55,7 @@ def test_encode__no_chat_template__puts_the_plain_frame_around_the_prompt(encode
 
 def test_encode__template_of_ones_own__replaces_the_chat_template(encoder):
     own = Encoder(encoder.tokenizer, 256, "Q: {{ prompt }}\nA: ")
-    assert own.prompt_text("why {{ x }}?") == "Q: why {{ x }}?\nA: "
+    assert own.prompt_text(Instruction("why {{ x }}?", "so")) == "Q: why {{ x }}?\nA: "
     assert encoder.tokenizer.decode(own.encode(ROWS[:1]).row(0)[0]) == "<s>Q: What is 2 + 2?\nA: 4</s>"
 
 
@@ -94,10 +95,8 @@ def test_encode_responses__a_row__starts_with_the_start_token_alone(encoder):
     assert is_label.tolist() == [False, True, True]
 
 
-ENCODED = EncodedRows(
-    tokens=np.array([5, 6, 7, 8, 9, 4, 3], dtype=np.int32),
-    offsets=np.array([0, 3, 5, 7]),
-    label_counts=np.array([2, 1, 0]),
+ENCODED = EncodedRows.of_lengths(
+    np.array([5, 6, 7, 8, 9, 4, 3], dtype=np.int32), lengths=np.array([3, 2, 2]), label_counts=np.array([2, 1, 0])
 )
 
 
@@ -157,7 +156,7 @@ def test_encode_pool__large__is_what_fits_into_memory_to_the_bit(encoder, tmp_pa
         mapped = short.encode_pool(large(), "key", tmp_path, lambda *progress: seen.append(progress))
         assert not mapped.tokens.flags.owndata
         for rows in (whole, mapped):
-            for name in ("tokens", "offsets", "label_counts", "lengths", "has_labels"):
+            for name in ("tokens", "offsets", "is_label", "is_cut", "label_counts", "lengths", "has_labels"):
                 np.testing.assert_array_equal(getattr(rows, name), getattr(wanted, name))
             assert rows.num_truncated == wanted.num_truncated > 0
             np.testing.assert_array_equal(rows.row(7)[1], wanted.row(7)[1])

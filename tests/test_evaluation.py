@@ -89,7 +89,7 @@ def test_exact_match__real_model__is_what_greedy_decoding_gives(embedded_env):
         evaluation = evaluate(lambda batch: base.token_losses(batch, None), rows)
         decoded = []
         for row in env.assets.pool[:4]:
-            prompt = Encoder(tokenizer, 256).prompt_text(row.prompt)
+            prompt = Encoder(tokenizer, 256).prompt_text(row)
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
             out = base._causal.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
             decoded.append(tokenizer.decode(out[0, ids.shape[1] :]) == row.response + tokenizer.eos_token)

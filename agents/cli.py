@@ -151,6 +151,8 @@ def _parse(name: str, text: Any) -> Any:
         return text
     if name == "lora":
         return _pairs(text, "--lora")
+    if name == "columns":
+        return _columns(text)
     if name == "hide":
         return _names(text)
     kind = str(EnvConfig.__dataclass_fields__[name].type)
@@ -185,6 +187,15 @@ def _pairs(text: str, option: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             values[name.strip()] = value
     return values
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Return KEY=COLUMN,KEY=COLUMN as a dictionary; a column's name is text, whatever it looks like."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    for key, equals, column in pairs:
+        if not (equals and key.strip() and column.strip()):
+            raise SettingError(f"--columns has {key!r}; expected KEY=COLUMN, such as prompt=question,response=answer.")
+    return {key.strip(): column.strip() for key, _, column in pairs}
 
 
 class TerminalReporter:

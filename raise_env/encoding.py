@@ -111,11 +111,6 @@ class EncodedRows:
         """Rows that were cut at the length limit."""
         return int(np.count_nonzero(self.is_cut))
 
-    def counts(self) -> dict[str, int]:
-        """Return how many rows were cut with something left to learn ("truncated"), and with nothing ("left_out")."""
-        truncated = np.count_nonzero(self.is_cut & self.has_labels)
-        return {"truncated": int(truncated), "left_out": int(np.count_nonzero(~self.has_labels))}
-
     def select(self, rows: np.ndarray) -> EncodedRows:
         """Return some of the rows, given by number, as rows of their own."""
         pairs = [self.row(int(row)) for row in rows]

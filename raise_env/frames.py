@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import SettingError
+from .errors import SettingError, excerpt
 from .pool import Instruction
 
 __all__ = ["PLAIN_TEMPLATE", "ChatFrame", "Frame", "FramedRow", "PlainFrame"]
@@ -36,9 +36,6 @@ _STAND_IN = "stand-in-for-a-response"
 
 #: The tag by which a chat template marks what the assistant says, as `transformers` looks for it.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-#: Characters of a conversation that an error shows.
-_NUM_SHOWN = 60
 
 Messages = list[dict[str, str]]
 
@@ -116,7 +113,7 @@ class PlainFrame:
         if row.system and not self._shows_system:
             raise SettingError(
                 f"the template {self.description!r} never shows {{{{ system }}}}, but there are rows with a system "
-                f"text, such as {_shown(row.system)!r}. Add {{% if system %}}{{{{ system }}}}{{% endif %}} to it."
+                f"text, such as {excerpt(row.system)!r}. Add {{% if system %}}{{{{ system }}}}{{% endif %}} to it."
             )
         text, spans, system = "", [], row.system
         for prompt, response in row.exchanges:
@@ -199,7 +196,7 @@ class ChatFrame:
         for row, mask in zip(rows, masks, strict=True):
             if not any(mask):
                 raise SettingError(
-                    f"the chat template marks nothing of the conversation {_shown(row.prompt)!r} as generated. "
+                    f"the chat template marks nothing of the conversation {excerpt(row.prompt)!r} as generated. "
                     "Mend its {% generation %} tags, or give a template: --template."
                 )
         return list(zip(found["input_ids"], masks, strict=True))
@@ -210,15 +207,15 @@ class ChatFrame:
         for number, (before, response) in enumerate(turns, start=1):
             if not whole.startswith(before):
                 raise SettingError(
-                    f"the chat template shows a conversation in another way once it is answered: {_shown(before)!r} "
-                    f"does not begin {_shown(whole)!r}. Mark what is learned by {{% generation %}} in it, or give a "
+                    f"the chat template shows a conversation in another way once it is answered: {excerpt(before)!r} "
+                    f"does not begin {excerpt(whole)!r}. Mark what is learned by {{% generation %}} in it, or give a "
                     "template: --template."
                 )
             start = len(before)
             place = whole.find(shown := response if response in whole[start:] else response.strip(), start)
             if place < 0:
                 raise SettingError(
-                    f"the chat template does not show the response {_shown(response)!r} as it is. Mark what is "
+                    f"the chat template does not show the response {excerpt(response)!r} as it is. Mark what is "
                     "learned by {% generation %} in it, or give a template: --template."
                 )
             end = place + len(shown)
@@ -240,7 +237,7 @@ class ChatFrame:
                 for chat in chats:  # so that the message shows which one it is
                     self._applied([chat], settings)
             raise SettingError(
-                f"the chat template refuses the conversation that begins {_shown(chats[0][0]['content'])!r}, with the "
+                f"the chat template refuses the conversation that begins {excerpt(chats[0][0]['content'])!r}, with the "
                 f"roles {', '.join(message['role'] for message in chats[0])}: {error}. "
                 "Change the rows, or give a template of your own: --template."
             ) from error
@@ -266,8 +263,3 @@ def _compile(template: str) -> Any:
     if "\x00" not in probe:
         raise SettingError(f"the template {template!r} never shows {{{{ prompt }}}}.")
     return compiled
-
-
-def _shown(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _NUM_SHOWN else f"{line[:_NUM_SHOWN]}..."

@@ -146,6 +146,7 @@ class ToyAssets:
     has_test: bool
     pool_tokens: int
     content: dict[str, str]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw the candidates of one step."""

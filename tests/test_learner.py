@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +45,9 @@ def tokens_of(tokenizer, row):
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (frame + row.response, frame)
         )
         ids = [tokenizer.bos_token_id, *whole, tokenizer.eos_token_id]
-        alike = os.path.commonprefix([whole, prompt])
-        is_label = [place > len(alike) for place in range(len(ids))]
+        pairs = enumerate(zip(whole, prompt, strict=False))
+        alike = next((place for place, (one, other) in pairs if one != other), len(prompt))
+        is_label = [place > alike for place in range(len(ids))]
     return ids, [token if learned else -100 for token, learned in zip(ids, is_label, strict=True)]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import numpy as np
@@ -10,8 +11,17 @@ from raise_env.encoding import EncodedRows, Encoder, collate, token_batches
 from raise_env.errors import OutputError, SettingError
 from raise_env.frames import PLAIN_TEMPLATE
 from raise_env.pool import Instruction, Pool, SpilledRows
+from raise_env.tiny.task import generate_task
 
 ROWS = [Instruction("What is 2 + 2?", "4"), Instruction("Größe?", "12 Meter, ß"), Instruction("Say {{ prompt }}", "no")]
+
+
+#: What the embedded task's rows were encoded to when prompt and response were still tokenised apart.
+EMBEDDED = {
+    "pool": ["72476059f0fe7231", "662961fea898e4b1"],
+    "dev": ["4884c4e7a9b03e93", "5a240d28e4add3f8"],
+    "test": ["d442ed7e94fb1961", "32a0df108121b618"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +53,17 @@ def test_encode__chat_template__learns_the_response_and_the_end_token_alone(enco
         assert is_label.tolist() == [bool(bit) for bit in wanted["assistant_masks"]]
         learned = encoder.tokenizer.decode(tokens[is_label])
         assert learned == row.response + encoder.tokenizer.eos_token
+
+
+@pytest.mark.parametrize("name", ["pool", "dev", "test"])
+def test_encode__embedded_task__tokens_and_labels_are_what_they_ever_were(encoder, name):
+    rows = encoder.encode(getattr(generate_task("default", seed=0, pool_size=2000), name))
+    digests = [hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in (rows.tokens, rows.label_counts)]
+    assert digests == EMBEDDED[name]
+    # Learned is the end of each row.
+    wanted = EncodedRows.of_lengths(rows.tokens, rows.lengths, rows.label_counts)
+    np.testing.assert_array_equal(rows.is_label, wanted.is_label)
+    assert not rows.is_cut.any()
 
 
 def test_encode__no_chat_template__puts_the_plain_frame_around_the_prompt(encoder):
@@ -108,6 +129,29 @@ def test_encoded_rows__offsets__cut_the_flat_arrays_into_rows():
     assert ENCODED.row(1)[0].tolist() == [8, 9]
 
 
+def test_encoded_rows__mask_with_gaps_and_empty_rows__is_counted_row_by_row():
+    mask = np.array([0, 1, 0, 1, 0, 0, 0, 1], dtype=bool)
+    rows = EncodedRows.of_mask(np.arange(8, dtype=np.int32), np.array([4, 0, 2, 2, 0]), mask)
+    assert rows.label_counts.tolist() == [2, 0, 0, 1, 0]
+    part = rows.select(np.array([3, 0]))
+    assert part.row(1)[1].tolist() == [False, True, False, True]
+    assert part.label_counts.tolist() == [1, 2]
+    assert (
+        EncodedRows.of_mask(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, bool)).label_counts.tolist() == []
+    )
+
+
+def test_encode__conversation_that_is_cut__keeps_what_was_learned_before(encoder, caplog):
+    row = Instruction("c" * 20, "d" * 20, earlier=(("a", "b"),))
+    whole = encoder.encode([row])
+    for length in (len(whole.tokens) - 5, len(whole.tokens) - 25, 20):
+        cut = Encoder(encoder.tokenizer, length).encode([row])
+        np.testing.assert_array_equal(cut.tokens, whole.tokens[:length])
+        np.testing.assert_array_equal(cut.is_label, whole.is_label[:length])
+        assert cut.is_cut.tolist() == [True]
+    assert cut.label_counts.tolist() == [2], "the first answer and its end are left"
+
+
 def test_select__some_rows__are_rows_of_their_own():
     part = ENCODED.select(np.array([2, 0]))
     assert part.lengths.tolist() == [2, 3]
@@ -138,7 +182,10 @@ def test_token_batches__any_limit__shares_every_row_out_once(max_tokens):
 # Large pools
 
 
-POOL_ROWS = [Instruction(f"What is {i} + {i}?" * (i % 5 + 1), str(2 * i) * (i % 60)) for i in range(30)]
+POOL_ROWS = [
+    Instruction(f"What is {i} + {i}?" * (i % 5 + 1), str(2 * i) * (i % 60), earlier=(("a", "b"),) * (i % 3))
+    for i in range(30)
+]
 
 
 def large(rows=POOL_ROWS):

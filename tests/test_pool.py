@@ -65,6 +65,19 @@ def test_content_hash__of_an_instruction__prompt_nul_response() -> None:
     assert row.content_hash != Instruction("größerj", "a").content_hash
 
 
+def test_content_hash__of_a_conversation__depends_on_all_that_is_said() -> None:
+    rows = [
+        Instruction("c", "d"),
+        Instruction("c", "d", system="s"),
+        Instruction("c", "d", earlier=(("a", "b"),)),
+        Instruction("c", "d", earlier=(("a", "b"), ("a", "b"))),
+        Instruction("c", "d", earlier=(("a", "b"),), system="s"),
+        Instruction("a", "b", earlier=(("c", "d"),)),
+    ]
+    assert len({row.content_hash for row in rows}) == len({row.short_hash for row in rows}) == len(rows)
+    assert len({Pool([row], "here").content_hash for row in rows}) == len(rows)
+
+
 def test_content_hash__of_a_pool__depends_on_texts_choices_and_order_only() -> None:
     first, second = Instruction("a", "b"), Instruction("c", "d")
     same = Pool([Instruction("a", "b", fields={"rating": 5}), second], "elsewhere", num_skipped=3)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import csv
 import datetime
+import gzip
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 from data_files import jsonl, write_rows
 
+from raise_env.config import ColumnSettings
 from raise_env.errors import DataError
-from raise_env.pool import Instruction
-from raise_env.reading import read_pool
+from raise_env.pool import Instruction, sample_rows
+from raise_env.reading import read_pool, stamp
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -385,6 +388,201 @@ def test_read_pool__bad_choices__named(write: Write, choices: object, expected: 
 def test_read_pool__choices_in_a_csv__refused_instead_of_lost(write: Write) -> None:
     path = write("a.csv", "question,answer,choices\nq,two,one|two\n")
     assert "field 'choices': found text; expected a list" in fault(path)
+
+
+# Packed files, folders and the hub
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".json.gz", ".csv.gz", ".JSONL.GZ"])
+def test_read_pool__packed__is_what_is_in_it(tmp_path: Path, ending: str) -> None:
+    plain = write_rows(tmp_path / f"a{ending.lower().removesuffix('.gz')}", ROWS)
+    (tmp_path / f"a{ending}").write_bytes(gzip.compress(plain.read_bytes()))
+    packed = read_pool(tmp_path / f"a{ending}")
+    assert list(packed) == list(read_pool(plain))
+    assert packed.place(1) == read_pool(plain).place(1)
+
+
+def test_read_pool__packed_badly__data_error(write: Write) -> None:
+    whole = gzip.compress(jsonl(*ROWS).encode() * 100)
+    for content in (whole[:-20], b"not packed", whole[:40] + b"x" * 9 + whole[49:]):
+        assert "cannot be unpacked" in fault(write("a.jsonl.gz", content))
+
+
+def test_read_pool__mmlu_without_a_header__every_line_is_a_row(write: Write) -> None:
+    path = write("a.csv", '"One, or two?",0,1,2,3,B\nNext?,a,b,c,d,D\n')
+    assert [(row.prompt, row.response) for row in read_pool(path)] == [("One, or two?", "1"), ("Next?", "d")]
+    assert read_pool(path).place(0) == "line 1"
+    headed = write("b.csv", "question,A,B,C,D,answer\nNext?,a,b,c,d,D\n")
+    assert read_pool(headed)[0].response == "d"
+    assert ", line 2: found 5 cells; expected 6, one for each of question, A, B" in fault(
+        write("c.csv", "q,0,1,2,3,B\n1,2,3,4,A\n")
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of three files of one form, and what else lies about."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name, prompts in {"b.jsonl": "cd", "a.parquet": "ab", "c.csv": "e"}.items():
+        write_rows(folder / name, [{"question": prompt, "answer": "x"} for prompt in prompts])
+    (folder / "README.md").write_text("what this is")
+    (folder / ".hidden.jsonl").write_text("broken")
+    return folder
+
+
+def test_read_pool__folder__its_files_in_the_order_of_their_names(folder: Path) -> None:
+    pool = read_pool(folder)
+    assert [row.prompt for row in pool] == list("abcde")
+    assert [pool.place(index) for index in range(5)] == [
+        *("a.parquet, row 1", "a.parquet, row 2", "b.jsonl, line 1", "b.jsonl, line 2", "c.csv, line 2")
+    ]
+    assert pool.source == str(folder)
+    sample = sample_rows(pool, 3, seed=3)
+    assert [sample.place(i) for i in range(3)] == [pool.place("abcde".index(row.prompt)) for row in sample]
+
+
+def test_read_pool__fault_in_a_folder__names_the_file_in_it(folder: Path) -> None:
+    (folder / "b.jsonl").write_text(jsonl({"question": "q", "answer": "a"}, {"question": "q", "answer": 3}))
+    assert fault(folder).startswith("/b.jsonl, line 2, field 'answer': found 3")
+    (folder / "b.jsonl").write_text(jsonl({"question": "q", "answer": "a"}, {"question": "q", "answer": ""}))
+    assert fault(folder).startswith("/b.jsonl, line 2, field 'answer': found no text")
+    assert "the first in b.jsonl, line 2" in fault(folder)
+    assert read_pool(folder, skip_empty=True).place(3) == "c.csv, line 2"
+    (folder / "b.jsonl").write_text(jsonl({"prompt": "q", "response": "a"}))
+    assert "b.jsonl, line 1: found a row of the form prompt and response; expected question and answer" in fault(folder)
+    (folder / "b.jsonl").write_text("{")
+    assert fault(folder).startswith("/b.jsonl, line 1, column 2: found broken JSON")
+
+
+def test_read_pool__folder_without_files__says_which_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    write_rows(tmp_path / "deeper" / "a.jsonl", ROWS)
+    assert ": is a folder without any file that ends in .jsonl, .json, .csv, .parquet, .jsonl.gz" in fault(tmp_path)
+
+
+def test_stamp__of_a_folder__changes_with_any_of_its_files(folder: Path) -> None:
+    stamps = [stamp(str(folder))]
+    write_rows(folder / "c.csv", [{"question": "longer", "answer": "x"}])
+    stamps.append(stamp(str(folder)))
+    (folder / "b.jsonl").rename(folder / "d.jsonl")
+    stamps.append(stamp(str(folder)))
+    (folder / "d.jsonl").unlink()
+    stamps.append(stamp(str(folder)))
+    assert len(set(stamps)) == 4
+    assert stamp(str(folder)) == stamps[-1]
+    assert stamp(str(folder / "c.csv")) != stamp(str(folder))
+    assert stamp("owner/name") is stamp(None) is stamp("x" * 5000) is None
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A hub with one data set of two splits and one of a single one; returns what is asked of it."""
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def names(path: str, config: str | None = None, revision: str | None = None) -> list[str]:
+        return ["train"] if path == "owner/one" else ["train", "test"]
+
+    def load(path: str, config: str | None = None, *, split: str, revision: str | None = None) -> Any:
+        asked.append((path, config, split, revision))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("owner/one", ("owner/one", None, "train", None)),
+        ("owner/two:test", ("owner/two", None, "test", None)),
+        ("owner/two/config@v1.0:train[:9]", ("owner/two", "config", "train[:9]", "v1.0")),
+        ("owner/one@refs/pr/1", ("owner/one", None, "train", "refs/pr/1")),
+    ],
+)
+def test_read_pool__hub_id__is_asked_for(hub: list[tuple[Any, ...]], source: str, asked: tuple[Any, ...]) -> None:
+    pool = read_pool(source)
+    assert hub == [asked]
+    assert list(pool) == [Instruction(row["question"], row["answer"], (), row) for row in ROWS]
+    assert (pool.source, pool.place(1)) == (source, "row 2")
+
+
+def test_read_pool__hub_id_of_several_splits__lists_them(hub: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(DataError, match=r"^owner/two: found the splits train, test; .* Write owner/two:train\.$"):
+        read_pool("owner/two")
+
+
+def test_read_pool__path_that_exists__is_no_hub_id(
+    hub: list[tuple[Any, ...]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent.parent)
+    name = f"{folder.parent.name}/{folder.name}"
+    assert len(read_pool(name)) == 5
+    assert not hub
+
+
+@pytest.mark.parametrize(
+    "source", ["owner/name.jsonl", "./owner", "/owner/name", "~/name", "owner/name.csv.gz", "pool"]
+)
+def test_read_pool__missing_path__is_not_looked_for_on_the_hub(hub: list[tuple[Any, ...]], source: str) -> None:
+    with pytest.raises(DataError, match="there is no such file"):
+        read_pool(source)
+    assert not hub
+
+
+def test_read_pool__hub_out_of_reach__is_one_sentence() -> None:
+    with pytest.raises(
+        DataError, match=r"^no/such-rows-anywhere: there is no such file, and as a data set .* network\."
+    ):
+        read_pool("no/such-rows-anywhere")
+
+
+# What is counted
+
+
+def test_read_pool__duplicates__are_counted_by_what_is_said(write: Write) -> None:
+    rows = [{"question": "q", "answer": "a", "n": n} for n in range(3)] + [{"question": "q", "answer": "b", "n": 0}]
+    pool = read_pool(write("a.jsonl", jsonl(*rows, {"question": "", "answer": "c", "n": 1})), skip_empty=True)
+    assert (len(pool), pool.num_duplicates, pool.num_skipped, pool.num_read) == (4, 2, 1, 5)
+    assert sample_rows(pool, 1, seed=0).num_read == 5
+    assert sample_rows(pool, 1, seed=0).num_duplicates == 0
+
+
+def test_read_pool__questions_without_answers__are_told_of(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    with caplog.at_level(logging.WARNING, logger="raise_env"):
+        read_pool(write("a.jsonl", jsonl({"messages": chat}, {"messages": chat[:2]}, {"messages": chat})))
+    assert "2 conversations end with a question that has no answer" in caplog.text
+
+
+def test_read_pool__line_of_ten_megabytes__is_read(write: Write) -> None:
+    text = "word " * 2_000_000
+    assert read_pool(write("a.jsonl", jsonl({"question": "q", "answer": text})))[0].response == text
+
+
+def test_read_pool__conversations_in_a_large_pool__come_back_from_disk(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = {"role": "system", "content": "head"}
+    chats = [[head, *({"role": r, "content": f"{r}{n}"} for r in ("user", "assistant") * n)] for n in (1, 2, 3, 4)]
+    path = write("a.jsonl", jsonl(*({"messages": chat} for chat in chats)))
+    small = read_pool(path)
+    monkeypatch.setattr("raise_env.pool.MAX_ROWS_IN_MEMORY", 2)
+    large = read_pool(path)
+    assert large.is_large
+    assert list(large) == list(small)
+    assert large[3].earlier == (("user4", "assistant4"),) * 3
+    assert large.content_hash == small.content_hash
+    assert large.num_duplicates == 0
+
+
+def test_read_pool__named_columns__whether_the_source_has_them(write: Write) -> None:
+    columns = ColumnSettings("q", "a")
+    assert read_pool(write("a.jsonl", jsonl({"q": "x", "a": "y"})), columns=columns).uses_columns
+    assert not read_pool(write("b.jsonl", jsonl(*ROWS)), columns=columns).uses_columns
 
 
 # Real data

@@ -50,7 +50,7 @@ def rows_of_dataset(source: str) -> Generator[tuple[int, Row]]:
         table = datasets.load_dataset(name.repository, name.config, split=split, revision=name.revision)
         for number, row in enumerate(table, start=1):
             yield number, plain(row)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(

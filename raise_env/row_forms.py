@@ -39,7 +39,7 @@ ROLES = {
 _TURN_FIELDS = (("role", "content"), ("from", "value"))
 
 #: How the instructions of LLM-Adapters' multiple-choice data end (Hu et al. 2023, "LLM-Adapters").
-_ANSWER_FORMAT = re.compile(r"Answer format: *(\S+(?:/\S+)+)\s*\Z")
+_ANSWER_FORMAT = re.compile(r"Answer format: *([^\s/]+(?:/[^\s/]+)+)\s*\Z")
 
 #: An instruction, or the name of the field that has no text.
 Reading = Instruction | str

@@ -37,6 +37,9 @@ _STAND_IN = "stand-in-for-a-response"
 #: The tag by which a chat template marks what the assistant says, as `transformers` looks for it.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+#: How `apply_chat_template` is asked for tokens and what is learned of them, without a warning about long ones.
+_WITH_MASK = {"return_dict": True, "return_assistant_tokens_mask": True, "tokenizer_kwargs": {"verbose": False}}
+
 Messages = list[dict[str, str]]
 
 
@@ -188,10 +191,15 @@ class ChatFrame:
         """Return the tokens of each row, and which of them the template marks as the assistant's.
 
         Raises:
-            SettingError: The template refuses a conversation, or marks nothing of it.
+            SettingError: The template refuses a conversation, marks nothing of it, or marks its system text too.
         """
-        settings = {"return_dict": True, "return_assistant_tokens_mask": True, "tokenizer_kwargs": {"verbose": False}}
-        found = self._applied([messages_of(row) for row in rows], settings)
+        headed = next((row for row in rows if row.system), None)
+        if headed is not None and self._marks_system:
+            raise SettingError(
+                f"the chat template marks what is not an answer as generated: system texts, such as "
+                f"{excerpt(headed.system)!r}. Mend its {{% generation %}} tags, or give a template: --template."
+            )
+        found = self._applied([messages_of(row) for row in rows], _WITH_MASK)
         masks = [[bool(bit) for bit in mask] for mask in found["assistant_masks"]]
         for row, mask in zip(rows, masks, strict=True):
             if not any(mask):
@@ -200,6 +208,11 @@ class ChatFrame:
                     "Mend its {% generation %} tags, or give a template: --template."
                 )
         return list(zip(found["input_ids"], masks, strict=True))
+
+    @functools.cached_property
+    def _marks_system(self) -> bool:
+        turns = messages_of(Instruction("question", _STAND_IN, system="system"))[:-1]
+        return any(self._applied([turns], _WITH_MASK)["assistant_masks"][0])
 
     def _spanned(self, whole: str, turns: Sequence[tuple[str, str]]) -> FramedRow:
         """Return the row for its text and, of each response, what the template shows before it, and the response."""

@@ -226,6 +226,13 @@ def test_chat_frame__without_marks__says_once_that_it_falls_back(make_tokenizer,
     ]
 
 
+def test_encode__template_that_marks_the_system_text__is_an_error(base):
+    encoder = Encoder(base.tokenizer, 256)
+    encoder.encode([ONE, TWO])
+    with pytest.raises(SettingError, match=r"not an answer as generated: system texts, such as 'You are short\.'"):
+        encoder.encode([ONE, HEADED])
+
+
 # The plain frame
 
 

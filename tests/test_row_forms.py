@@ -97,6 +97,8 @@ def test_read__named_columns__are_read() -> None:
     assert read(chat, messages="talk", system="s").system == "head"
     own = {"talk": [{"role": "system", "content": "own"}, *turns("a", "b")], "s": "head"}
     assert read(own, messages="talk", system="s").system == "own"
+    blank = {"talk": [{"role": "system", "content": " "}, *turns("a", "b")], "s": "head"}
+    assert read(blank, messages="talk", system="s").system == "head"
 
 
 def test_read__named_columns__decide_between_forms() -> None:

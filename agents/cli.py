@@ -151,6 +151,8 @@ def _parse(name: str, text: Any) -> Any:
         return text
     if name == "lora":
         return _pairs(text, "--lora")
+    if name == "columns":
+        return _columns(text)
     if name == "hide":
         return _names(text)
     kind = str(EnvConfig.__dataclass_fields__[name].type)
@@ -185,6 +187,15 @@ def _pairs(text: str, option: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             values[name.strip()] = value
     return values
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Return KEY=COLUMN,KEY=COLUMN as a dictionary; a column's name is text, whatever it looks like."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    for key, equals, column in pairs:
+        if not (equals and key.strip() and column.strip()):
+            raise SettingError(f"--columns has {key!r}; expected KEY=COLUMN, such as prompt=question,response=answer.")
+    return {key.strip(): column.strip() for key, _, column in pairs}
 
 
 class TerminalReporter:
@@ -462,6 +473,9 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a row, instead of the model's positions.", min=1, show_default=False)
     ] = None,
+    columns: Annotated[str, typer.Option(help=_setting_help()["columns"], show_default=False)] = "",
+    choice_form: Annotated[str, typer.Option(help=_setting_help()["choice_form"])] = EnvConfig().choice_form,
+    skip_empty: Annotated[bool, typer.Option("--skip-empty", help=_setting_help()["skip_empty"])] = False,
     num_rows: Annotated[
         int | None, typer.Option(help="Score a fixed random part of so many rows.", min=1, show_default=False)
     ] = None,
@@ -476,9 +490,21 @@ def evaluate(
 
     from .evaluate import ScorePlan, score_lines, score_model
 
-    EnvConfig(device=device, dtype=dtype, template=template)  # which checks them
-    metrics = _names(metric)
-    report = score_model(ScorePlan(model, data, adapter, metrics, template, max_length, num_rows, device, dtype))
+    plan = ScorePlan(
+        model=model,
+        data=data,
+        adapter=adapter,
+        metrics=_names(metric),
+        template=template,
+        max_length=max_length,
+        columns=_columns(columns),
+        choice_form=choice_form,
+        skip_empty=skip_empty,
+        num_rows=num_rows,
+        device=device,
+        dtype=dtype,
+    )
+    report = score_model(plan)
     for line in score_lines(report):
         typer.echo(line)
     if out is not None:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raise_env import Evaluation
+from raise_env import EnvConfig, Evaluation
 from raise_env.config import REWARDS, LoraSettings
 from raise_env.errors import ModelError, SettingError, suggestion
-from raise_env.pool import Instruction, Pool, read_pool, sample_rows
+from raise_env.pool import Instruction, Pool, sample_rows
+from raise_env.reading import read_pool
 from raise_env.record import versions
 from raise_env.rewards import missing_need, needs_generation
 
@@ -43,6 +44,9 @@ class ScorePlan:
         metrics: By the names of rewards; empty: the loss, and what the rows allow.
         template: As the environment's keyword.
         max_length: Tokens of a row; None: as many as the model has positions.
+        columns: As the environment's keyword.
+        choice_form: As the environment's keyword.
+        skip_empty: As the environment's keyword.
         num_rows: A fixed random part of so many rows, the same as with the environment's `num_test`; None: all.
         device: As the environment's keyword.
         dtype: As the environment's keyword.
@@ -54,6 +58,9 @@ class ScorePlan:
     metrics: tuple[str, ...] = ()
     template: str | None = None
     max_length: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    choice_form: str = "text"
+    skip_empty: bool = False
     num_rows: int | None = None
     device: str = "auto"
     dtype: str = "float32"
@@ -65,9 +72,11 @@ def score_model(plan: ScorePlan) -> dict[str, Any]:
     Raises:
         DataError: The file cannot be read, a row is at fault, or no response fits into the length.
         ModelError: The model cannot be loaded, the adapter does not fit it, or a loss is not finite.
-        SettingError: A metric is unknown, or the rows lack what it needs.
+        SettingError: A metric or a setting is unknown, or the rows lack what it needs.
     """
-    rows = read_pool(plan.data)
+    own = ("template", "columns", "choice_form", "skip_empty", "device", "dtype")
+    config = EnvConfig.from_kwargs({"pool": plan.data, "dev": plan.data, **{name: getattr(plan, name) for name in own}})
+    rows = read_pool(plan.data, skip_empty=config.skip_empty, columns=config.columns, choice_form=config.choice_form)
     rows = rows if plan.num_rows is None else sample_rows(rows, plan.num_rows, seed=0)
     names = _checked(plan.metrics, rows, plan.data) or _allowed(rows)
     evaluation, content = _evaluated(plan, rows, any(map(needs_generation, names)))

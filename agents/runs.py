@@ -154,7 +154,8 @@ def train(
         show(1)
     run.check_content(env.assets.content)
     with run:
-        run.note(content=env.assets.content, device=env.assets.learner.base.device.type)  # type: ignore[attr-defined]
+        device = env.assets.learner.base.device.type  # type: ignore[attr-defined]
+        run.note(content=env.assets.content, data=env.assets.counts, device=device)
         learned = _learn(run, plan, env, agents[plan.agent], reporter)
         for name in plan.names:
             agent = learned if name == plan.agent else agents[name]

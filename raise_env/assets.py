@@ -13,7 +13,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,9 +42,9 @@ from .pool import (
     kmeans_centres,
     kmeans_classes,
     nearest_centres,
-    read_pool,
     sample_rows,
 )
+from .reading import Stamp, read_pool, stamp
 from .rewards import Evaluation, check_reward
 from .store import Block, Column, TableForm, cache_folder, stored_table
 
@@ -69,11 +68,11 @@ FEATURE_SEED = 0
 #: What pool, dev and test depend on, and where a large pool is kept.
 _DATA_SETTINGS = (
     *("pool", "dev", "test", "task", "task_seed", "pool_size", "num_dev", "num_test", "allow_overlap", "skip_empty"),
-    "cache_dir",
+    *("columns", "choice_form", "cache_dir"),
 )
 
-#: When each file of a configuration was written, and its size.
-Stamps = tuple[tuple[int, int] | None, ...]
+#: What changes with the files of pool, dev and test.
+Stamps = tuple[Stamp | None, ...]
 
 #: The base models in use. Weak: one that no assets hold is let go, and two assets never hold two of a kind.
 _BASES: weakref.WeakValueDictionary[tuple[str, LoraSettings, str, str, bool], BaseModel] = weakref.WeakValueDictionary()
@@ -103,6 +102,8 @@ class Assets:
         pool_tokens: Tokens of the whole pool, each row once.
         content: Content hashes by the names "model", "pool", "dev", "test".
         auxiliary: What computed the features: "model", its content hash, and "updates", its updates before.
+        counts: By the names "pool", "dev", "test": "rows" that there are, and of the source those "skipped" for want of
+            text; "duplicates" of others; "truncated" at `max_length`, and "left_out" because nothing is left to learn.
     """
 
     data: Data
@@ -114,6 +115,7 @@ class Assets:
     pool_tokens: int
     content: dict[str, str]
     auxiliary: dict[str, str | int]
+    counts: dict[str, dict[str, int]]
 
     @functools.cached_property
     def members(self) -> tuple[np.ndarray, ...]:
@@ -211,15 +213,7 @@ def _data_part(config: EnvConfig) -> EnvConfig:
 
 
 def _stamps(config: EnvConfig) -> Stamps:
-    return tuple(_stamp(path) for path in (config.pool, config.dev, config.test))
-
-
-def _stamp(path: str | None) -> tuple[int, int] | None:
-    """Return what changes when a file does."""
-    if path is None or not Path(path).is_file():
-        return None
-    status = Path(path).stat()
-    return status.st_mtime_ns, status.st_size
+    return tuple(stamp(source) for source in (config.pool, config.dev, config.test))
 
 
 @functools.lru_cache(maxsize=1)
@@ -238,6 +232,10 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
         splits["test"] = EvaluationSet.build(data.test, encoder, "test")
     if not pool.has_labels.any():
         raise DataError(f"{data.pool.source}: no response fits into max_length={encoder.max_length}; raise it.")
+    num_left_out = int((~pool.has_labels).sum())
+    if num_left_out:
+        message = "%d of %d pool rows are never offered: nothing of their response fits into max_length=%d"
+        logger.warning(message, num_left_out, len(pool), encoder.max_length)
     auxiliary = _auxiliary(config, data.pool, encoder, pool, base, watcher)
     features = _features(auxiliary)
     classes = _classes(auxiliary, features, pool.has_labels)
@@ -252,6 +250,7 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
         pool_tokens=int(pool.lengths[pool.has_labels].sum()),
         content=_content(base, data),
         auxiliary={"model": auxiliary.model.content_hash, "updates": config.num_auxiliary_updates},
+        counts=_counts(data, pool, splits),
     )
 
 
@@ -288,11 +287,19 @@ def _embedded_data(config: EnvConfig) -> Data:
 def _read_data(config: EnvConfig) -> Data:
     assert config.pool is not None
     assert config.dev is not None
-    pool = read_pool(config.pool, skip_empty=config.skip_empty, folder=cache_folder(config.cache_dir))
-    dev = _sampled(read_pool(config.dev, skip_empty=config.skip_empty), config.num_dev)
-    test = None
-    if config.test is not None:
-        test = _sampled(read_pool(config.test, skip_empty=config.skip_empty), config.num_test)
+    read = functools.partial(
+        read_pool, skip_empty=config.skip_empty, columns=config.columns, choice_form=config.choice_form
+    )
+    pool, dev = read(config.pool, folder=cache_folder(config.cache_dir)), read(config.dev)
+    test = None if config.test is None else read(config.test)
+    if config.columns.named() and not any(rows.uses_columns for rows in (pool, dev, test) if rows is not None):
+        names = ", ".join(config.columns.named().values())
+        raise SettingError(
+            f"columns names {names}, but no first row of pool, dev or test has all of these; found "
+            f"{', '.join(pool[0].fields)} in {pool.source}. Mend the names, or leave columns out."
+        )
+    dev = _sampled(dev, config.num_dev)
+    test = None if test is None else _sampled(test, config.num_test)
     if not config.allow_overlap:
         check_disjoint(pool, dev, test)
     return Data(pool, dev, test)
@@ -309,6 +316,24 @@ def _max_length(config: EnvConfig, base: BaseModel) -> int:
 def _content(base: BaseModel, data: Data) -> dict[str, str]:
     content = {"model": base.content_hash, "pool": data.pool.content_hash, "dev": data.dev.content_hash}
     return content if data.test is None else {**content, "test": data.test.content_hash}
+
+
+def _counts(data: Data, pool: EncodedRows, splits: dict[Split, EvaluationSet]) -> dict[str, dict[str, int]]:
+    """Return what became of the rows on their way into tokens; see `Assets.counts`."""
+    sources = {"pool": (data.pool, pool), "dev": (data.dev, splits["dev"].rows)}
+    if data.test is not None:
+        sources["test"] = (data.test, splits["test"].rows)
+    counts = {}
+    for name, (rows, encoded) in sources.items():
+        num_left = int(encoded.has_labels.sum())  # an evaluation set holds no others
+        counts[name] = {
+            "rows": len(rows),
+            "skipped": rows.num_skipped,
+            "duplicates": rows.num_duplicates,
+            "truncated": int((encoded.is_cut & encoded.has_labels).sum()),
+            "left_out": len(rows) - num_left,
+        }
+    return counts
 
 
 def _classes(auxiliary: _Auxiliary, features: StaticFeatures, offered: np.ndarray) -> np.ndarray:
@@ -377,7 +402,7 @@ class _Auxiliary:
         return {
             "auxiliary": self.model.content_hash,
             "pool": self.pool.content_hash,
-            "template": self.encoder.description,
+            **self.encoder.key,
             "max_length": self.encoder.max_length,
             "updates": self.config.num_auxiliary_updates,
             "lora": str(self.config.lora),

@@ -10,18 +10,20 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .errors import SettingError, suggestion
 
 __all__ = [
     "AUXILIARY_UPDATES",
+    "CHOICE_FORMS",
     "DTYPES",
     "OBSERVATION_BLOCKS",
     "OWN_SETTINGS",
     "RENDER_MODES",
     "REWARDS",
     "TINY",
+    "ColumnSettings",
     "EnvConfig",
     "LoraSettings",
 ]
@@ -33,6 +35,9 @@ TINY = "tiny"
 REWARDS = ("loss", "accuracy", "accuracy_norm", "choice_probability", "exact_match", "flexible_match")
 
 DTYPES = ("float32", "bfloat16")
+
+#: How multiple-choice rows are asked: for a choice's text, or for its letter in a list that the prompt ends with.
+CHOICE_FORMS = ("text", "letter")
 
 RENDER_MODES = ("ansi", "rgb_array")
 
@@ -78,6 +83,49 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ColumnSettings:
+    """Which columns of a file hold what; none named: they are recognised.
+
+    Attributes:
+        prompt: What is asked.
+        response: What is to be answered.
+        input: What follows the prompt after an empty line, where it is not blank.
+        system: The text that a conversation is headed by.
+        messages: Whole conversations, in place of prompt and response.
+        choices: The answers to choose among.
+        answer: Which of them is right, in place of the response: its text, letter or number from 0.
+
+    Raises:
+        SettingError: A name is no text, or the names do not make a row.
+    """
+
+    prompt: str | None = None
+    response: str | None = None
+    input: str | None = None
+    system: str | None = None
+    messages: str | None = None
+    choices: str | None = None
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, column in self.named().items():
+            _require(isinstance(column, str) and column != "", f"columns {key}", column, "the name of a column")
+        if not self.named():
+            return
+        keys = set(self.named())
+        is_chat = "messages" in keys and keys <= {"messages", "system"}
+        has_answer = ("response" in keys) != ("answer" in keys) and ("answer" not in keys or "choices" in keys)
+        is_pair = "prompt" in keys and "messages" not in keys and has_answer
+        expected = "prompt with response, or with choices and answer; or messages; input and system as there are any"
+        _require(is_chat or is_pair, "columns", self.named(), expected)
+
+    def named(self) -> dict[str, str]:
+        """Return the columns that have a name."""
+        pairs = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return {key: column for key, column in pairs.items() if column is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class EnvConfig:
     """What `gym.make("RaiseSelect-v0", ...)` takes. Units and meaning are in `RaiseSelectEnv`'s docstring.
 
@@ -97,6 +145,8 @@ class EnvConfig:
     num_test: int | None = None
     allow_overlap: bool = False
     skip_empty: bool = False
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
+    choice_form: str = "text"
 
     # The decision process.
     num_candidates: int | Literal["all"] = 64
@@ -132,7 +182,13 @@ class EnvConfig:
     def __post_init__(self) -> None:
         lora: Any = self.lora  # from gym.make it comes as plain data
         if not isinstance(lora, LoraSettings):
-            object.__setattr__(self, "lora", _lora_settings(lora))
+            object.__setattr__(self, "lora", _part(LoraSettings, "lora", lora, "PEFT's names, such as {'r': 8}"))
+        columns: Any = self.columns
+        if not isinstance(columns, ColumnSettings):
+            expected = "what columns hold, such as {'prompt': 'q', 'response': 'a'}"
+            object.__setattr__(
+                self, "columns", _part(ColumnSettings, "columns", {} if columns is None else columns, expected)
+            )
         self._check_kinds()
         object.__setattr__(self, "hide", _hidden_blocks(self.hide))
         self._check_sizes()
@@ -243,26 +299,34 @@ class EnvConfig:
         known = self.reward in REWARDS or _is_reference(self.reward)
         _require(known, "reward", self.reward, f'one of {", ".join(REWARDS)}, or "module:function"')
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        form = self.choice_form
+        _require(form in CHOICE_FORMS, "choice_form", form, f"one of {', '.join(CHOICE_FORMS)}")
         mode = self.render_mode
         _require(mode is None or mode in RENDER_MODES, "render_mode", mode, f"one of {', '.join(RENDER_MODES)}")
 
     def _check_data(self) -> None:
         if self.is_embedded and (self.dev or self.test):
             raise SettingError("dev and test belong to a pool: give pool=FILE too, or none of the three.")
+        if self.is_embedded and self.columns.named():
+            raise SettingError("columns names those of a file: give pool=FILE too, or leave columns out.")
         if not self.is_embedded and self.dev is None:
             raise SettingError(
                 "a pool without a dev set gives no reward: add dev=FILE (rows that are not in the pool)."
             )
 
 
-def _lora_settings(value: Any) -> LoraSettings:
+Part = TypeVar("Part", LoraSettings, ColumnSettings)
+
+
+def _part(kind: type[Part], name: str, value: Any, expected: str) -> Part:
+    """Return settings that come together under one keyword."""
     if not isinstance(value, Mapping):
-        raise SettingError(f"lora is {value!r}; expected settings by PEFT's names, such as {{'r': 8}}.")
-    known = {entry.name for entry in dataclasses.fields(LoraSettings)}
-    for name in value:
-        if name not in known:
-            raise SettingError(f"unknown lora setting {name!r}: {suggestion(str(name), known)}")
-    return LoraSettings(**value)
+        raise SettingError(f"{name} is {value!r}; expected settings by {expected}.")
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    for key in value:
+        if key not in known:
+            raise SettingError(f"unknown {name} setting {key!r}: {suggestion(str(key), known)}")
+    return kind(**value)
 
 
 def _hidden_blocks(value: Any) -> tuple[str, ...]:
@@ -304,4 +368,6 @@ def _plain(value: Any) -> Any:
         default = LoraSettings()
         pairs = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
         return {name: _plain(item) for name, item in pairs.items() if item != getattr(default, name)}
+    if isinstance(value, ColumnSettings):
+        return value.named()
     return list(value) if isinstance(value, tuple) else value

@@ -113,6 +113,8 @@ class EnvAssets(Protocol):
     def content(self) -> dict[str, str]: ...  # noqa: D102
     @property
     def auxiliary(self) -> dict[str, str | int]: ...  # noqa: D102
+    @property
+    def counts(self) -> dict[str, dict[str, int]]: ...  # noqa: D102
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...  # noqa: D102
 
 
@@ -178,9 +180,9 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | keyword | default | meaning |
     |---|---|---|
     | model | "tiny" | what is fine-tuned: "tiny" is the embedded model; else a folder or a hub id of a causal LM |
-    | pool | None | file of instructions to choose from (.jsonl .json .csv .parquet), instead of the embedded task's |
-    | dev | None | file of rows that the reward is measured on; it goes with a pool |
-    | test | None | file of rows that are scored at the end of an episode, for the report alone |
+    | pool | None | instructions to choose from instead of the embedded task's: a file, a folder of files, or a hub id |
+    | dev | None | rows that the reward is measured on, of a file, folder or hub id; it goes with a pool |
+    | test | None | rows of a file, folder or hub id that are scored at the end of an episode, for the report alone |
     | task | "default" | which embedded task, where no pool is given |
     | task_seed | 0 | what the embedded task is drawn from |
     | pool_size | 2000 | rows of the embedded task's pool |
@@ -188,6 +190,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | num_test | None | score on a fixed random part of so many test rows, instead of all |
     | allow_overlap | False | let dev or test rows be in the pool too |
     | skip_empty | False | leave out rows without prompt or response, instead of refusing the file |
+    | columns | {} | what a file's columns hold, where it is not seen by their names: {"prompt": "q", "response": "a"} |
+    | choice_form | "text" | what answers a multiple-choice row: the "text" of a choice, or its "letter" in a list |
     | num_candidates | 64 | rows offered at each step, as many of each class; "all" offers the whole pool |
     | num_classes | 4 | K-means classes that the pool is put into |
     | batch_size | 8 | rows that a step is meant to take: the wrappers and the budget are made for it |
@@ -200,7 +204,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | weight_decay | 0.0 | AdamW's weight decay |
     | max_grad_norm | 1.0 | norm that the gradient is clipped to; 0 turns clipping off |
     | max_length | 256 | tokens that a row may have; a longer one loses its end |
-    | template | None | Jinja text around `prompt`, instead of the tokenizer's chat template or a plain frame |
+    | template | None | Jinja text of `prompt` and `system`, instead of the tokenizer's chat template or a plain frame |
     | micro_batch_tokens | 16384 | tokens that an update puts through the model at once, to fit into memory |
     | seed_model | 0 | what the first adapter is drawn from |
     | activation_checkpointing | False | keep less for the backward pass and compute it again: less memory, more time |
@@ -575,10 +579,12 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             return len(self._assets.pool)
         if self.config.is_embedded:
             return self.config.pool_size
-        from .pool import read_pool
+        from .reading import read_pool
 
-        assert self.config.pool is not None
-        return len(read_pool(self.config.pool, skip_empty=self.config.skip_empty))
+        config = self.config
+        assert config.pool is not None
+        settings: dict[str, Any] = {"columns": config.columns, "choice_form": config.choice_form}
+        return len(read_pool(config.pool, skip_empty=config.skip_empty, **settings))
 
     def _require_reset(self) -> None:
         if self._learner is None or self._round is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "RecordError",
     "RewardError",
     "SettingError",
+    "describe",
+    "excerpt",
     "suggestion",
 ]
 
@@ -62,3 +65,16 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     near = sorted((entry for entry in names if entry.lower() in matches), key=lambda n: matches.index(n.lower()))
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}Known: {', '.join([*near, *(entry for entry in names if entry not in near)])}."
+
+
+def describe(value: object) -> str:
+    """Return the kind of a JSON value, and the value itself where it is short."""
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    return {str: "text", list: "a list", type(None): "null"}.get(type(value), "an object")
+
+
+def excerpt(text: str, length: int = 60) -> str:
+    """Return the beginning of a text on one line, so many characters of it."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length]}..."

@@ -36,9 +36,6 @@ LossFunction = Callable[[Batch], tuple[Tensor, Tensor]]
 #: From prompts as tokens to generated answers, and how many tokens that took.
 AnswerFunction = Callable[[Sequence[np.ndarray]], tuple[list[str], int]]
 
-#: Longer than any row: prompts are not cut for the length of what is learned.
-_UNCUT = 1 << 30
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EvaluationSet:
@@ -186,10 +183,7 @@ def _questions(instructions: Sequence[Instruction], encoder: Encoder) -> dict[in
     wanted = [place for place, row in enumerate(instructions) if has_final_number(row.response)]
     if not wanted:
         return {}
-    uncut = Encoder(encoder.tokenizer, _UNCUT, None if encoder.uses_chat_template else encoder.template)
-    encoded = uncut.encode([instructions[place] for place in wanted])
-    rows = (encoded.row(line) for line in range(len(wanted)))
-    return {place: tokens[~is_label] for place, (tokens, is_label) in zip(wanted, rows, strict=True)}
+    return dict(zip(wanted, encoder.encode_prompts([instructions[place] for place in wanted]), strict=True))
 
 
 @torch.no_grad()

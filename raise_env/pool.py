@@ -1,17 +1,10 @@
-"""Instructions: read from a file, kept apart from dev and test, put into classes, drawn as candidates.
+"""Instructions: kept apart from dev and test, put into classes, drawn as candidates.
 
 Decisions:
-    A row is its text. Two rows with the same prompt and response are the same instruction wherever they stand,
-    so splits are compared by content hash, never by position or file.
-
-    Nothing is guessed. The first row says which columns hold prompt and response; a later row that differs, or a
-    value that is not text, is an error that names file, line and field. A wrong pool would otherwise train well
-    and mean nothing.
+    A row is its text. Two rows in which the same is said are the same instruction wherever they stand, so splits are
+    compared by content hash, never by position or file.
 
     A row keeps every column it came with, so that what was selected can be written back as it was.
-
-    Columns that match several forms are read by the first form of `FORMS`: `instruction` with `output` names its
-    purpose, whereas `answer` or `response` are often a second column beside them.
 
     A large pool is not held in memory. From `MAX_ROWS_IN_MEMORY` on its rows go into a temporary file as they are
     read, and come back from there one by one, when they are asked for.
@@ -19,19 +12,16 @@ Decisions:
 
 from __future__ import annotations
 
-import contextlib
-import csv
+import bisect
 import hashlib
 import itertools
 import json
-import math
 import os
-import sys
 import tempfile
 import warnings
 import weakref
 from array import array
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,16 +30,14 @@ from typing import IO, Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import DataError, OutputError, SettingError
+from .errors import DataError, OutputError, SettingError, excerpt
 from .store import ADVICE
 
 __all__ = [
-    "FORMS",
     "MAX_ROWS_IN_MEMORY",
     "Instruction",
     "Pool",
     "SpilledRows",
-    "read_pool",
     "sample_rows",
     "check_disjoint",
     "check_enough",
@@ -65,20 +53,11 @@ MAX_ROWS_IN_MEMORY = 50_000
 #: Rows that are read from a temporary file at once.
 _ROWS_AT_ONCE = 1024
 
-#: Columns of prompt and response, in the order in which they are looked for.
-FORMS = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
-
-#: How the rows of each kind of file are counted, from 1: by line where an editor can go to it.
-UNITS = {".jsonl": "line", ".json": "row", ".csv": "line", ".parquet": "row"}
-
 #: K-means starts this often and the best end is kept: a single start often ends in a poor split.
 KMEANS_STARTS = 4
 
-#: An overlap names so many rows, each with so many characters of its prompt.
+#: An overlap names so many rows.
 NUM_NAMED = 5
-NUM_SHOWN_CHARACTERS = 60
-
-_Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +69,38 @@ class Instruction:
         response: What is trained on, or what the answer is compared with.
         choices: The answers to choose among, `response` one of them; empty where the answer is open.
         fields: The row as it was read, every column of it: plain JSON data.
+        system: What the conversation is headed by; empty where there is no such text.
+        earlier: The exchanges before, each what the user said and what was answered; they are trained on too.
     """
 
     prompt: str
     response: str
     choices: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+    system: str = ""
+    earlier: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def exchanges(self) -> tuple[tuple[str, str], ...]:
+        """All exchanges, the last one being prompt and response."""
+        return (*self.earlier, (self.prompt, self.response))
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of prompt and response, hexadecimal: equal if and only if the texts are."""
-        return hashlib.sha256(f"{self.prompt}\x00{self.response}".encode()).hexdigest()
+        """SHA-256 of all that is said, hexadecimal: equal if and only if the texts are."""
+        return self._digest().hex()
+
+    @property
+    def short_hash(self) -> int:
+        """The content hash's first 64 bits: enough to tell a million rows apart."""
+        return int.from_bytes(self._digest()[:8], "little")
+
+    def _digest(self) -> bytes:
+        text = f"{self.prompt}\x00{self.response}"
+        if self.system or self.earlier:
+            # JSON never holds a bare \x00: such a text is never that of a row with prompt and response alone.
+            text = json.dumps([self.system, self.exchanges])
+        return hashlib.sha256(text.encode()).digest()
 
 
 class SpilledRows(Sequence[Instruction]):
@@ -176,8 +176,10 @@ class SpilledRows(Sequence[Instruction]):
         first, last = int(self._offsets[start]), int(self._offsets[max(start, stop)])
         lines = os.pread(self._file.fileno(), last - first, first).split(b"\n")
         for content, fields in zip(lines[0:-1:2], lines[1::2], strict=True):
-            prompt, response, choices = json.loads(content)
-            yield Instruction(prompt, response, tuple(choices), json.loads(fields))
+            prompt, response, choices, *context = json.loads(content)
+            system, earlier = context or ("", [])
+            exchanges = tuple((said, answered) for said, answered in earlier)
+            yield Instruction(prompt, response, tuple(choices), json.loads(fields), system, exchanges)
 
 
 def _temporary_file(folder: Path | None) -> tuple[IO[bytes], str]:
@@ -194,17 +196,27 @@ def _temporary_file(folder: Path | None) -> tuple[IO[bytes], str]:
 
 def _content(row: Instruction) -> bytes:
     """Return what a model can be taught by a row; JSON keeps the boundaries: ("ab", "c") and ("a", "bc") differ."""
-    return json.dumps([row.prompt, row.response, row.choices]).encode()
+    context = [row.system, row.earlier] if row.system or row.earlier else []
+    return json.dumps([row.prompt, row.response, row.choices, *context]).encode()
 
 
-def _kept(rows: Iterable[Instruction], folder: Path | None) -> tuple[Instruction, ...] | SpilledRows:
-    """Return the rows in memory, or in a temporary file where they are many."""
+def _kept(
+    rows: Iterable[Instruction], hashes: array[int], folder: Path | None
+) -> tuple[Instruction, ...] | SpilledRows:
+    """Return the rows in memory, or in a temporary file where they are many, and note a hash of each."""
     if isinstance(rows, SpilledRows):
+        hashes.extend(row.short_hash for row in rows)
         return rows
-    left = iter(rows)
+    left = _hashed(rows, hashes)
     first = tuple(itertools.islice(left, MAX_ROWS_IN_MEMORY))
     following = next(left, None)
     return first if following is None else SpilledRows(itertools.chain(first, [following], left), folder)
+
+
+def _hashed(rows: Iterable[Instruction], hashes: array[int]) -> Iterator[Instruction]:
+    for row in rows:
+        hashes.append(row.short_hash)
+        yield row
 
 
 class Pool(Sequence[Instruction]):
@@ -212,10 +224,12 @@ class Pool(Sequence[Instruction]):
 
     Args:
         instructions: The rows, gone through once; of more than `MAX_ROWS_IN_MEMORY` none stays in memory.
-        source: The file that they were read from, or a name such as "embedded:default".
-        numbers: Each row's line or row number in the source, from 1; None counts them in order.
+        source: Where they were read from, or a name such as "embedded:default".
+        numbers: Each row's line or row number in its file, from 1; None counts them in order.
         unit: What `numbers` counts, "line" or "row".
+        parts: Of a folder, for each file the index of its first row, its name, and its unit.
         num_skipped: Rows of the source that were left out for want of a prompt or response.
+        num_read: Rows of the source; None: those given and those left out.
         folder: Where the temporary file of a large pool is; None: where temporary files go.
 
     Raises:
@@ -229,14 +243,24 @@ class Pool(Sequence[Instruction]):
         *,
         numbers: Sequence[int] | None = None,
         unit: str = "row",
+        parts: Sequence[tuple[int, str, str]] = (),
         num_skipped: int = 0,
+        num_read: int | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.instructions = _kept(instructions, folder)
+        hashes = array("Q")
+        self.instructions = _kept(instructions, hashes, folder)
         self.source = source
+        self.parts = parts
+        #: Rows that say what an earlier one has said.
+        self.num_duplicates = len(hashes) - len(np.unique(np.array(hashes, dtype=np.uint64)))
+        #: Rows that the source has, those included that were left out.
+        self.num_read = len(self.instructions) + num_skipped if num_read is None else num_read
         self.numbers = range(1, len(self.instructions) + 1) if numbers is None else numbers
         self.unit = unit
         self.num_skipped = num_skipped
+        #: Whether the source has the columns that were named for it.
+        self.uses_columns = False
 
     @cached_property
     def content_hash(self) -> str:
@@ -254,8 +278,11 @@ class Pool(Sequence[Instruction]):
         return isinstance(self.instructions, SpilledRows)
 
     def place(self, index: int) -> str:
-        """Return where a row stands in the source, in words: "line 214" or "row 3"."""
-        return f"{self.unit} {self.numbers[index]}"
+        """Return where a row stands in the source, in words: "line 214", or "b.parquet, row 3" in a folder."""
+        if not self.parts:
+            return f"{self.unit} {self.numbers[index]}"
+        _, name, unit = self.parts[bisect.bisect(self.parts, index, key=lambda part: part[0]) - 1]
+        return f"{name}, {unit} {self.numbers[index]}"
 
     @overload
     def __getitem__(self, index: int) -> Instruction: ...
@@ -274,317 +301,6 @@ class Pool(Sequence[Instruction]):
 
     def __repr__(self) -> str:
         return f"Pool({len(self)} rows, source={self.source!r})"
-
-
-# Reading
-
-
-def read_pool(path: str | os.PathLike[str], *, skip_empty: bool = False, folder: Path | None = None) -> Pool:
-    """Read instructions from a .jsonl, .json, .csv or .parquet file.
-
-    The columns are one of `FORMS`. With Alpaca's, a column `input` that is not blank follows the instruction after
-    an empty line. A column `choices`, a list of texts, makes a row a multiple-choice question; a .csv cannot hold one.
-    Text is UTF-8, with or without a byte-order mark, and is kept exactly as it is written. In `fields`, what JSON
-    cannot say becomes what it can: NaN and infinity become None, a date its usual text.
-
-    Rows are checked and put away one by one; only a .json file, being one value, has to fit into memory.
-
-    Args:
-        path: The file.
-        skip_empty: Whether rows with an empty or blank prompt or response are left out, and counted in
-            `Pool.num_skipped`, instead of being an error.
-        folder: As for `Pool`.
-
-    Raises:
-        DataError: The file cannot be read.
-        DataError: Its ending, its columns or one of its rows is not as above.
-        DataError: Rows have an empty prompt or response, and `skip_empty` is off. This is said only when the
-            rest of the file is in order, since it counts them all.
-        DataError: There are no rows, or none is left.
-        OutputError: As for `Pool`.
-    """
-    source = os.fspath(path)
-    try:
-        return _read(source, skip_empty, folder)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise DataError(
-            f"{source}: cannot be read ({error.strerror or error}). Check its name, its rights and its disk."
-        ) from error
-
-
-def _read(source: str, skip_empty: bool, folder: Path | None) -> Pool:
-    unit = _check_file(source)
-    numbers = array("q")
-    blanks: list[tuple[int, str]] = []
-    with contextlib.closing(_instructions(source, unit, numbers, blanks)) as rows:
-        pool = Pool(rows, source, numbers=numbers, unit=unit, folder=folder)
-    if blanks and not skip_empty:
-        raise _blank_error(source, unit, blanks)
-    if not len(pool):
-        left = f"none of its {len(blanks)} rows has both prompt and response" if blanks else "it has no rows"
-        raise DataError(f"{source}: {left}; expected at least one instruction. Is this the right file?")
-    pool.num_skipped = len(blanks)
-    return pool
-
-
-def _instructions(source: str, unit: str, numbers: array[int], blanks: list[tuple[int, str]]) -> Generator[Instruction]:
-    """Yield a file's instructions, and note the number of each, and number and column of those that are blank."""
-    columns: tuple[str, str] | None = None
-    with contextlib.closing(_rows(source)) as rows:
-        for number, row in rows:
-            where = f"{source}, {unit} {number}"
-            columns = columns or _find_columns(row, where)
-            blank = next((column for column in columns if not _text(row, column, where).strip()), None)
-            if blank is None:
-                numbers.append(number)
-                yield _instruction(row, columns, where)
-            else:
-                blanks.append((number, blank))
-
-
-def _check_file(source: str) -> str:
-    """Return what the rows of this file are counted in."""
-    path = Path(source)
-    if path.is_dir():
-        raise DataError(f"{source}: is a folder; expected one file. Name a file in it.")
-    if not path.exists():
-        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-        raise DataError(f"{source}: there is no such file{looked}. Check the path.")
-    # A pipe could be read only once, and would block where nobody writes into it.
-    if not path.is_file():
-        raise DataError(f"{source}: is not a regular file. Write its content to a file first.")
-    if path.suffix.lower() not in UNITS:
-        raise DataError(
-            f"{source}: found the ending {path.suffix!r}; expected one of {', '.join(UNITS)}. "
-            "Convert the file, or give it the ending that its content has."
-        )
-    return UNITS[path.suffix.lower()]
-
-
-def _blank_error(source: str, unit: str, blanks: list[tuple[int, str]]) -> DataError:
-    number, column = blanks[0]
-    count = sum(other == column for _, other in blanks)
-    rows = "1 row has" if count == 1 else f"{count} rows have"
-    return DataError(
-        f"{source}, {unit} {number}, field {column!r}: found no text; expected some. {rows} an empty {column!r}, "
-        f"the first in {unit} {number}. Fill or remove such rows, or leave them out: skip_empty=True (--skip-empty)."
-    )
-
-
-# From a row to an instruction
-
-
-def _find_columns(row: _Row, where: str) -> tuple[str, str]:
-    for columns in FORMS:
-        if all(column in row for column in columns):
-            return columns
-    seen = ", ".join(repr(column) for column in row) or "none"
-    forms = "; ".join(" and ".join(form) for form in FORMS)
-    raise DataError(
-        f"{where}: found the columns {_excerpt(seen, 300)}; expected one of these pairs: {forms} "
-        "(instruction may have an input beside it). Rename the columns of the prompt and of its response."
-    )
-
-
-def _instruction(row: _Row, columns: tuple[str, str], where: str) -> Instruction:
-    prompt, response = _text(row, columns[0], where), _text(row, columns[1], where)
-    if columns == FORMS[0] and "input" in row:
-        extra = _text(row, "input", where)
-        prompt += f"\n\n{extra}" if extra.strip() else ""
-    return Instruction(prompt, response, _choices(row, columns[1], where), row)
-
-
-def _text(row: _Row, column: str, where: str) -> str:
-    """Return the text in a column; a null, which is how tables say that there is none, is an empty one."""
-    if column not in row:
-        seen = ", ".join(repr(name) for name in row) or "none"
-        raise DataError(
-            f"{where}: found no field {column!r} among {_excerpt(seen, 300)}; expected it, as in the first row. "
-            "Give every row the same columns."
-        )
-    value = row[column]
-    if value is None:
-        return ""
-    _check_text(value, f"{where}, field {column!r}")
-    return str(value)
-
-
-def _check_text(value: object, where: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: found {_describe(value)}; expected text. Write the value in quotes.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # JSON's escapes can spell one half of a character beyond U+FFFF; no tokenizer takes it.
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise DataError(
-            f"{where}: found {half} at character {error.start + 1}, one half of a pair; expected whole characters. "
-            "Write the pair, or the character itself."
-        ) from error
-
-
-def _choices(row: _Row, response_column: str, where: str) -> tuple[str, ...]:
-    choices = row.get("choices")
-    if choices is None or choices == []:
-        return ()
-    where = f"{where}, field 'choices'"
-    if not isinstance(choices, list):
-        raise DataError(
-            f"{where}: found {_describe(choices)}; expected a list of texts. "
-            "Store such rows as .jsonl, or rename the column if it is not meant to be read."
-        )
-    for index, choice in enumerate(choices, start=1):
-        _check_text(choice, f"{where}, item {index}")
-    if row[response_column] not in choices:
-        raise DataError(
-            f"{where}: found {_excerpt(', '.join(map(repr, choices)), 200)}; expected the row's {response_column!r} "
-            f"among them, which is {_excerpt(repr(row[response_column]))}. Write both alike, letter for letter."
-        )
-    return tuple(choices)
-
-
-def _describe(value: object) -> str:
-    """Return the kind of a JSON value, and the value itself where it is short."""
-    if isinstance(value, (bool, int, float)):
-        return json.dumps(value)
-    return {str: "text", list: "a list", type(None): "null"}.get(type(value), "an object")
-
-
-def _excerpt(text: str, length: int = NUM_SHOWN_CHARACTERS) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[:length]}..."
-
-
-# From a file to rows: each reader yields the number of a row, from 1, and its columns
-
-
-def _rows(source: str) -> Generator[tuple[int, _Row]]:
-    readers = {".jsonl": _rows_of_jsonl, ".json": _rows_of_json, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}
-    return readers[Path(source).suffix.lower()](source)
-
-
-def _rows_of_jsonl(source: str) -> Generator[tuple[int, _Row]]:
-    advice = "Expected one JSON object a line. A file that is one JSON list ends in .json."
-    with contextlib.closing(_lines(source)) as lines:
-        for number, line in enumerate(lines, start=1):
-            # Without its newline, or a line that breaks off would be reported as the next one.
-            text = line.rstrip("\r\n")
-            if text.strip():
-                row = _check_object(_parse(text, source, number, advice), f"{source}, line {number}", advice)
-                # One copy of each column's name instead of one a row.
-                yield number, {sys.intern(name): value for name, value in row.items()}
-
-
-def _rows_of_json(source: str) -> Generator[tuple[int, _Row]]:
-    advice = "Expected one JSON list of objects. A file with one JSON object a line ends in .jsonl."
-    text = "".join(_lines(source))
-    rows = _parse(text, source, 1, advice) if text.strip() else []
-    if not isinstance(rows, list):
-        raise DataError(f"{source}: found {_describe(rows)} at the top. {advice}")
-    for number, row in enumerate(rows, start=1):
-        yield number, _check_object(row, f"{source}, row {number}", advice)
-
-
-def _rows_of_csv(source: str) -> Generator[tuple[int, _Row]]:
-    columns: list[str] = []
-    number = 1
-    try:
-        with contextlib.closing(_lines(source)) as lines:
-            # Strict: a quote that is never closed would otherwise swallow the rest of the file as one answer.
-            reader = csv.reader(lines, strict=True)
-            for cells in reader:
-                if cells and not columns:
-                    columns = _check_columns(cells, source)
-                elif cells:
-                    yield number, _csv_row(columns, cells, f"{source}, line {number}")
-                # A quoted cell may run over many lines: a row is named by its first.
-                number = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{source}, line {number}: found a broken row ({error}); expected cells between commas, those that hold "
-            'commas, quotes or line breaks in "quotes" and quotes in them doubled. Mend the row, or use .jsonl.'
-        ) from error
-
-
-def _csv_row(columns: list[str], cells: list[str], where: str) -> _Row:
-    if len(cells) != len(columns):
-        raise DataError(
-            f"{where}: found {len(cells)} cells; expected {len(columns)}, one for each of "
-            f"{_excerpt(', '.join(columns), 300)}. Put cells that hold commas in quotes."
-        )
-    return dict(zip(columns, cells, strict=True))
-
-
-def _rows_of_parquet(source: str) -> Generator[tuple[int, _Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(source) as table:
-            _check_columns(table.schema_arrow.names, source)
-            rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield number, _plain(row)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(
-            f"{source}: cannot be read as parquet ({_excerpt(str(error), 200)}). "
-            "Write the file again, or give it the ending that its content has."
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    """Return a table's value as JSON can hold it."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
-
-
-def _check_columns(columns: list[str], source: str) -> list[str]:
-    twice = next((column for column in columns if columns.count(column) > 1), None)
-    if twice is not None:
-        raise DataError(f"{source}: found the column {twice!r} twice; expected each once. Rename or remove one.")
-    return columns
-
-
-def _check_object(row: Any, where: str, advice: str) -> _Row:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: found {_describe(row)}. {advice}")
-    return row
-
-
-def _parse(text: str, source: str, line: int, advice: str) -> Any:
-    """Return what a JSON text says; its first line is number `line` of the file."""
-    try:
-        # NaN and Infinity are Python's, not JSON's; what is selected must be writable as JSON again.
-        return json.loads(text, parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{source}, line {line + error.lineno - 1}, column {error.colno}: found broken JSON ({error.msg}). {advice}"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{source}, line {line}: found brackets nested too deeply to be data. {advice}") from error
-    except ValueError as error:
-        # The only other one: Python refuses whole numbers of more than 4,300 digits.
-        raise DataError(f"{source}, line {line}: found a number too long to read ({error}). {advice}") from error
-
-
-def _lines(source: str) -> Generator[str]:
-    """Yield a text file's lines with their endings, decoded one by one so that an error knows its line."""
-    with open(source, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{source}, line {number}: found the byte 0x{line[error.start]:02x}; expected UTF-8. "
-                    "Save the file again with the encoding UTF-8."
-                ) from error
 
 
 # Splits
@@ -607,12 +323,15 @@ def sample_rows(pool: Pool, count: int, seed: int) -> Pool:
             f"ask for a number from 1 to {len(pool)}, or leave it out to take all."
         )
     kept = np.sort(np.random.default_rng(seed).choice(len(pool), size=count, replace=False))
+    parts = [(int(np.searchsorted(kept, first)), name, unit) for first, name, unit in pool.parts]
     return Pool(
         [pool[index] for index in kept],
         pool.source,
         numbers=[pool.numbers[index] for index in kept],
         unit=pool.unit,
+        parts=parts,
         num_skipped=pool.num_skipped,
+        num_read=pool.num_read,
     )
 
 
@@ -655,7 +374,7 @@ def _describe_overlap(name: str, rows: Pool, other_name: str, others: Pool, firs
     count, verb = ("1 row", "is") if len(shared) == 1 else (f"{len(shared)} rows", "are")
     lines = [f"{count} of the {name} ({rows.source}) {verb} also in the {other_name} ({others.source}):"]
     for index, other_index in shared[:NUM_NAMED]:
-        lines.append(f"  {rows.place(index)}, there {others.place(other_index)}: {_excerpt(rows[index].prompt)}")
+        lines.append(f"  {rows.place(index)}, there {others.place(other_index)}: {excerpt(rows[index].prompt)}")
     if len(shared) > NUM_NAMED:
         lines.append(f"  and {len(shared) - NUM_NAMED} more")
     return "\n".join(lines)

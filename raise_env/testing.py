@@ -156,6 +156,7 @@ class ToyAssets:
     pool_tokens: int
     content: dict[str, str]
     auxiliary: dict[str, str | int]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def base_answers(self) -> Evaluation:

@@ -54,6 +54,18 @@ def embedded_env(small_settings: dict[str, Any]) -> EmbeddedEnv:
     return make
 
 
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """Return a function that writes a file, byte by byte as given, and returns its path."""
+
+    def write_file(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write_file
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models and data."""

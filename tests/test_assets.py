@@ -11,6 +11,7 @@ from raise_env.assets import _cached_data, load_assets, load_data
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
 from raise_env.errors import DataError, OutputError, RewardError, SettingError
+from raise_env.frames import PLAIN_TEMPLATE
 
 
 def rows(first, count, extra=""):
@@ -131,6 +132,112 @@ def test_assets__dev_rows_that_do_not_fit__are_left_out_and_said(files, caplog):
     with caplog.at_level(logging.WARNING, logger="raise_env"):
         assert env.assets.num_dev == 5
     assert "1 of 6 dev rows are left out" in caplog.text
+
+
+def test_assets__counts__say_what_became_of_the_rows(files, caplog):
+    long = {"instruction": "a" * 300, "output": "b"}
+    cut = {"instruction": "a" * 30, "output": "b" * 300}
+    empty = {"instruction": "", "output": "b"}
+    pool = [*rows(0, 20), *rows(0, 2), {**long, "n": 1}, cut, empty]
+    settings = files(
+        pool=pool, dev=[*rows(100, 6), cut | {"output": "c" * 300}, long | {"output": "c"}], skip_empty=True
+    )
+    del settings["test"]
+    with caplog.at_level(logging.WARNING, logger="raise_env"):
+        counts = load_assets(EnvConfig.from_kwargs(settings)).counts
+    assert counts == {
+        "pool": {"rows": 24, "skipped": 1, "duplicates": 2, "truncated": 1, "left_out": 1},
+        "dev": {"rows": 8, "skipped": 0, "duplicates": 0, "truncated": 1, "left_out": 1},
+    }
+    assert [record.message for record in caplog.records] == [
+        "1 of 8 dev rows are left out: nothing of their response fits into max_length=256",
+        "1 of 24 pool rows are never offered: nothing of their response fits into max_length=256",
+    ]
+
+
+def forms_of(lines):
+    """The same rows in each form."""
+    chats = [
+        [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+        for row in lines
+    ]
+    pairs = [("instruction", "response"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response")]
+    forms = [
+        [{asked: row["instruction"], given: row["output"]} for row in lines] for asked, given in [*pairs, ("q", "a")]
+    ]
+    forms.append([{"messages": chat} for chat in chats])
+    names = {"user": "human", "assistant": "gpt"}
+    forms.append(
+        [
+            {"conversations": [{"from": names[turn["role"]], "value": turn["content"]} for turn in chat]}
+            for chat in chats
+        ]
+    )
+    return forms
+
+
+@pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE])
+def test_assets__same_rows_in_each_form__same_tokens(files, template):
+    """The pool in one form after the other, dev and test in Alpaca's."""
+    settings = files(template=template)
+    wanted = load_assets(EnvConfig.from_kwargs(settings))
+    for form in forms_of(rows(0, 24)):
+        columns = {"prompt": "q", "response": "a"} if "q" in form[0] else {}
+        found = load_assets(EnvConfig.from_kwargs(files(pool=form, template=template, columns=columns)))
+        for name in ("tokens", "offsets", "is_label"):
+            np.testing.assert_array_equal(getattr(found.learner.pool, name), getattr(wanted.learner.pool, name))
+        assert found.content == wanted.content
+        assert found.pool[3].fields == form[3]
+
+
+def test_env__conversations__are_trained_and_scored_on(files):
+    def chats(first, count):
+        return [
+            {
+                "messages": [
+                    {"role": role, "content": f"{n}{role}{t}"}
+                    for t in range(n % 3 + 1)
+                    for role in ("user", "assistant")
+                ]
+            }
+            for n in range(first, first + count)
+        ]
+
+    env = RaiseSelectEnv(**files(pool=chats(0, 24), dev=chats(100, 6), test=chats(200, 6)))
+    env.reset(seed=0)
+    assert env.step([1, 0] * 4)[1] != 0
+    assert env.assets.learner.pool.label_counts[2] > 2 * env.assets.learner.pool.label_counts[0]
+
+
+def test_load_data__columns_that_no_file_has__are_refused(files):
+    settings = files(columns={"prompt": "instruction", "response": "answer"})
+    with pytest.raises(
+        SettingError, match=r"columns names instruction, answer, .* found instruction, output in .*pool"
+    ):
+        load_data(EnvConfig.from_kwargs(settings))
+    dev = [{"instruction": "x", "answer": "y", "output": "z"}]
+    data = load_data(EnvConfig.from_kwargs({**files(dev=dev), "columns": settings["columns"]}))
+    assert (data.dev[0].response, data.pool[0].response) == ("y", "0"), "each file by its own first row"
+
+
+def test_load_data__folder_that_changes__is_read_again(files, tmp_path):
+    settings = files()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "pool.jsonl").rename(folder / "a.jsonl")
+    config = EnvConfig.from_kwargs({**settings, "pool": str(folder)})
+    first = load_data(config)
+    assert load_data(config) is first
+    (folder / "b.jsonl").write_text(json.dumps(rows(50, 1)[0]))
+    assert len(load_data(config).pool) == 25
+
+
+def test_load_data__choice_form__is_that_of_all_sets(files):
+    asked = [{"question": f"Which {n}?", "choices": ["one", "two"], "answer": n % 2} for n in range(40)]
+    settings = files(pool=asked[:24], dev=asked[24:30], test=asked[30:36], choice_form="letter")
+    data = load_data(EnvConfig.from_kwargs(settings))
+    assert {row.choices for part in (data.pool, data.dev, data.test) for row in part} == {("A", "B")}
+    assert RaiseSelectEnv(**{**settings, "num_candidates": "all"}).action_space.n == 24
 
 
 def test_assets__nothing_fits__says_what_to_raise(files):

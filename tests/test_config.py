@@ -60,6 +60,8 @@ BAD = {
     "render_mode": ["human", 1],
     "allow_overlap": ["yes", None],
     "skip_empty": [1],
+    "choice_form": ["number", None],
+    "columns": [5, "prompt=q", {"prompt": 3}, {"prompt": ""}],
     "hide": ["stage", 3, None, ["stage", 1]],
     "lora": [5, "r=8", {"r": 0}, {"r": 1.5}, {"r": "8"}, {"lora_dropout": 1.0}, {"lora_dropout": "x"}],
 }
@@ -72,6 +74,42 @@ def test_from_kwargs__bad_value__is_named_with_what_is_expected(name, value):
     shown = next(iter(value.values())) if isinstance(value, dict) else value
     assert repr(shown) in str(caught.value)
     assert "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "q"},
+        {"response": "a"},
+        {"prompt": "q", "answer": "a"},
+        {"prompt": "q", "response": "a", "answer": "b", "choices": "c"},
+        {"prompt": "q", "choices": "c"},
+        {"messages": "m", "prompt": "q"},
+        {"messages": "m", "input": "i"},
+        {"system": "s"},
+    ],
+)
+def test_columns__names_that_make_no_row__are_refused(columns):
+    with pytest.raises(SettingError, match=r"columns is .* expected prompt with response"):
+        EnvConfig(columns=columns, pool="p", dev="d")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "q", "response": "a", "input": "i", "system": "s"},
+        {"prompt": "q", "choices": "c", "answer": "a"},
+        {"prompt": "q", "choices": "c", "response": "a"},
+        {"messages": "m", "system": "s"},
+    ],
+)
+def test_columns__names_that_make_a_row__come_back_as_plain_data(columns):
+    config = EnvConfig(columns=columns, pool="p", dev="d")
+    assert config.to_kwargs()["columns"] == columns
+    assert EnvConfig.from_kwargs(config.to_kwargs()) == config
+    assert hash(config.shared_part()) == hash(config.shared_part())
+    with pytest.raises(SettingError, match="columns names those of a file"):
+        EnvConfig(columns=columns)
 
 
 @pytest.mark.parametrize("settings", [{"bias": "all"}, {"lora_alpha": -1}, {"use_dora": "yes"}, {"use_rslora": 1}])
@@ -160,7 +198,7 @@ def test_suggestion__nothing_near__lists_what_is_known():
 def test_errors__every_one__is_caught_by_the_base():
     import raise_env.errors as errors
 
-    kinds = [getattr(errors, name) for name in errors.__all__ if name != "suggestion"]
+    kinds = [getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)]
     assert all(issubclass(kind, RaiseEnvError) for kind in kinds)
 
 

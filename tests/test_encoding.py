@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import numpy as np
 import pytest
 import torch
 
-from raise_env.encoding import PLAIN_TEMPLATE, EncodedRows, Encoder, collate, token_batches
+from raise_env.encoding import EncodedRows, Encoder, collate, token_batches
 from raise_env.errors import OutputError, SettingError
+from raise_env.frames import PLAIN_TEMPLATE
 from raise_env.pool import Instruction, Pool, SpilledRows
+from raise_env.tiny.task import generate_task
 
 ROWS = [Instruction("What is 2 + 2?", "4"), Instruction("Größe?", "12 Meter, ß"), Instruction("Say {{ prompt }}", "no")]
+
+
+#: What the embedded task's rows were encoded to when prompt and response were still tokenised apart.
+EMBEDDED = {
+    "pool": ["72476059f0fe7231", "662961fea898e4b1"],
+    "dev": ["4884c4e7a9b03e93", "5a240d28e4add3f8"],
+    "test": ["d442ed7e94fb1961", "32a0df108121b618"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +55,17 @@ def test_encode__chat_template__learns_the_response_and_the_end_token_alone(enco
         assert learned == row.response + encoder.tokenizer.eos_token
 
 
+@pytest.mark.parametrize("name", ["pool", "dev", "test"])
+def test_encode__embedded_task__tokens_and_labels_are_what_they_ever_were(encoder, name):
+    rows = encoder.encode(getattr(generate_task("default", seed=0, pool_size=2000), name))
+    digests = [hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in (rows.tokens, rows.label_counts)]
+    assert digests == EMBEDDED[name]
+    # Learned is the end of each row.
+    wanted = EncodedRows.of_lengths(rows.tokens, rows.lengths, rows.label_counts)
+    np.testing.assert_array_equal(rows.is_label, wanted.is_label)
+    assert not rows.is_cut.any()
+
+
 def test_encode__no_chat_template__puts_the_plain_frame_around_the_prompt(encoder):
     rows = plain(encoder).encode(ROWS[:1])
     tokens, is_label = rows.row(0)
@@ -54,7 +76,7 @@ def test_encode__no_chat_template__puts_the_plain_frame_around_the_prompt(encode
 
 def test_encode__template_of_ones_own__replaces_the_chat_template(encoder):
     own = Encoder(encoder.tokenizer, 256, "Q: {{ prompt }}\nA: ")
-    assert own.prompt_text("why {{ x }}?") == "Q: why {{ x }}?\nA: "
+    assert own.prompt_text(Instruction("why {{ x }}?", "so")) == "Q: why {{ x }}?\nA: "
     assert encoder.tokenizer.decode(own.encode(ROWS[:1]).row(0)[0]) == "<s>Q: What is 2 + 2?\nA: 4</s>"
 
 
@@ -94,10 +116,8 @@ def test_encode_responses__a_row__starts_with_the_start_token_alone(encoder):
     assert is_label.tolist() == [False, True, True]
 
 
-ENCODED = EncodedRows(
-    tokens=np.array([5, 6, 7, 8, 9, 4, 3], dtype=np.int32),
-    offsets=np.array([0, 3, 5, 7]),
-    label_counts=np.array([2, 1, 0]),
+ENCODED = EncodedRows.of_lengths(
+    np.array([5, 6, 7, 8, 9, 4, 3], dtype=np.int32), lengths=np.array([3, 2, 2]), label_counts=np.array([2, 1, 0])
 )
 
 
@@ -107,6 +127,29 @@ def test_encoded_rows__offsets__cut_the_flat_arrays_into_rows():
     assert ENCODED.label_counts.tolist() == [2, 1, 0]
     assert ENCODED.has_labels.tolist() == [True, True, False]
     assert ENCODED.row(1)[0].tolist() == [8, 9]
+
+
+def test_encoded_rows__mask_with_gaps_and_empty_rows__is_counted_row_by_row():
+    mask = np.array([0, 1, 0, 1, 0, 0, 0, 1], dtype=bool)
+    rows = EncodedRows.of_mask(np.arange(8, dtype=np.int32), np.array([4, 0, 2, 2, 0]), mask)
+    assert rows.label_counts.tolist() == [2, 0, 0, 1, 0]
+    part = rows.select(np.array([3, 0]))
+    assert part.row(1)[1].tolist() == [False, True, False, True]
+    assert part.label_counts.tolist() == [1, 2]
+    assert (
+        EncodedRows.of_mask(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, bool)).label_counts.tolist() == []
+    )
+
+
+def test_encode__conversation_that_is_cut__keeps_what_was_learned_before(encoder, caplog):
+    row = Instruction("c" * 20, "d" * 20, earlier=(("a", "b"),))
+    whole = encoder.encode([row])
+    for length in (len(whole.tokens) - 5, len(whole.tokens) - 25, 20):
+        cut = Encoder(encoder.tokenizer, length).encode([row])
+        np.testing.assert_array_equal(cut.tokens, whole.tokens[:length])
+        np.testing.assert_array_equal(cut.is_label, whole.is_label[:length])
+        assert cut.is_cut.tolist() == [True]
+    assert cut.label_counts.tolist() == [2], "the first answer and its end are left"
 
 
 def test_select__some_rows__are_rows_of_their_own():
@@ -139,7 +182,10 @@ def test_token_batches__any_limit__shares_every_row_out_once(max_tokens):
 # Large pools
 
 
-POOL_ROWS = [Instruction(f"What is {i} + {i}?" * (i % 5 + 1), str(2 * i) * (i % 60)) for i in range(30)]
+POOL_ROWS = [
+    Instruction(f"What is {i} + {i}?" * (i % 5 + 1), str(2 * i) * (i % 60), earlier=(("a", "b"),) * (i % 3))
+    for i in range(30)
+]
 
 
 def large(rows=POOL_ROWS):
@@ -157,7 +203,7 @@ def test_encode_pool__large__is_what_fits_into_memory_to_the_bit(encoder, tmp_pa
         mapped = short.encode_pool(large(), "key", tmp_path, lambda *progress: seen.append(progress))
         assert not mapped.tokens.flags.owndata
         for rows in (whole, mapped):
-            for name in ("tokens", "offsets", "label_counts", "lengths", "has_labels"):
+            for name in ("tokens", "offsets", "is_label", "is_cut", "label_counts", "lengths", "has_labels"):
                 np.testing.assert_array_equal(getattr(rows, name), getattr(wanted, name))
             assert rows.num_truncated == wanted.num_truncated > 0
             np.testing.assert_array_equal(rows.row(7)[1], wanted.row(7)[1])
@@ -188,7 +234,7 @@ def test_encode_choices__chat_template__gives_the_space_to_the_choice_and_no_end
     decode = encoder.tokenizer.decode
     for index, (row, choice) in enumerate([(rows[0], "no"), (rows[0], "yes"), (rows[2], "you")]):
         tokens, is_label = encoded.row(index)
-        assert decode(tokens) == encoder.prompt_text(row.prompt) + choice
+        assert decode(tokens) == encoder.prompt_text(row) + choice
         assert decode(tokens[is_label]) == f" {choice}"
         assert decode(tokens[~is_label]).endswith("Answer:")
 

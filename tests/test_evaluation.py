@@ -92,7 +92,7 @@ def test_exact_match__real_model__is_what_greedy_decoding_gives(embedded_env):
         evaluation = evaluate(lambda batch: base.token_losses(batch, None), rows)
         decoded = []
         for row in env.assets.pool[:4]:
-            prompt = Encoder(tokenizer, 256).prompt_text(row.prompt)
+            prompt = Encoder(tokenizer, 256).prompt_text(row)
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
             out = base._causal.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
             decoded.append(tokenizer.decode(out[0, ids.shape[1] :]) == row.response + tokenizer.eos_token)
@@ -136,7 +136,7 @@ def test_evaluate__rows_that_end_in_a_number__count_by_what_is_generated(encoder
     answer, asked = answers_of("#### 2", "It is 37")
     evaluation = evaluate(by_letter, data, answer=answer)
     decoded = [encoder.tokenizer.decode(tokens) for tokens in asked]
-    assert decoded == [encoder.prompt_text(row.prompt) for row in (NUMBERS[0], NUMBERS[2])]
+    assert decoded == [encoder.prompt_text(row) for row in (NUMBERS[0], NUMBERS[2])]
     np.testing.assert_array_equal(evaluation.strict_matches, [1, np.nan, 0, np.nan])
     np.testing.assert_array_equal(evaluation.flexible_matches, [1, np.nan, 1, np.nan])
     assert evaluation.row_exact_matches.tolist() == [1, 1, 0, 1], "the others by the whole response, as ever"
@@ -202,7 +202,9 @@ def test_build__response_does_not_fit__is_scored_by_choices_or_number_alone(enco
     assert data.answers.tolist() == [-1, 0, -1, -1]
     answer, asked = answers_of("#### 4")
     evaluation = evaluate(by_letter, data, answer=answer)
-    assert encoder.tokenizer.decode(asked[0]) == encoder.prompt_text(long), "which is not cut for training's length"
+    assert encoder.tokenizer.decode(asked[0]) == encoder.prompt_text(Instruction(long, "")), (
+        "which is not cut for training's length"
+    )
     assert evaluation.row_tokens.tolist() == [3, 0, 0, 2]
     assert evaluation.loss == 1.0
     assert evaluation.accuracy == 1.0

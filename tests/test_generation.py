@@ -10,6 +10,7 @@ from raise_env.base_model import BaseModel, model_folder
 from raise_env.config import LoraSettings
 from raise_env.encoding import Encoder
 from raise_env.generation import answer
+from raise_env.pool import Instruction
 
 QUESTIONS = ["What is the capital of Ruritania?", "2 + 2?", "Name a colour that is not blue, and one that is."]
 
@@ -24,7 +25,7 @@ def own_base(request):
 @pytest.fixture(scope="module")
 def prompts(base):
     encoder = Encoder(base.tokenizer, 256)
-    texts = [encoder.prompt_text(question) for question in QUESTIONS]
+    texts = [encoder.prompt_text(Instruction(question, "")) for question in QUESTIONS]
     return [np.array(tokens) for tokens in base.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from raise_env.base_model import BaseModel, model_folder
 from raise_env.config import LoraSettings
-from raise_env.encoding import collate
+from raise_env.encoding import EncodedRows, Encoder, collate
 from raise_env.env import RaiseSelectEnv
 from raise_env.evaluation import evaluate
 from raise_env.learner import LoraLearner, TrainingState, UpdateSettings, _adamw
@@ -34,14 +34,20 @@ def take(env, *places):
 def tokens_of(tokenizer, row):
     """A row's tokens and labels, by the chat template's own mask of what the assistant says, or the plain frame."""
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}]
+        messages = []
+        for said, answered in row.exchanges:
+            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, is_label = encoded["input_ids"], encoded["assistant_masks"]
     else:
         frame = f"### Instruction:\n{row.prompt}\n\n### Response:\n"
-        prompt = [tokenizer.bos_token_id, *tokenizer(frame, add_special_tokens=False)["input_ids"]]
-        response = [*tokenizer(row.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        ids, is_label = prompt + response, [0] * len(prompt) + [1] * len(response)
+        whole, prompt = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (frame + row.response, frame)
+        )
+        ids = [tokenizer.bos_token_id, *whole, tokenizer.eos_token_id]
+        pairs = enumerate(zip(whole, prompt, strict=False))
+        alike = next((place for place, (one, other) in pairs if one != other), len(prompt))
+        is_label = [place > alike for place in range(len(ids))]
     return ids, [token if learned else -100 for token, learned in zip(ids, is_label, strict=True)]
 
 
@@ -243,6 +249,38 @@ def test_row_gradients__embedded_model__are_those_of_plain_peft_row_by_row(embed
     assert relative_errors(env.row_gradients(dev_rows, "dev"), expected).max() < 1e-5
 
 
+def test_learner__conversations__losses_gradients_and_updates_of_plain_peft(embedded_env, tmp_path):
+    env = embedded_env(auxiliary_updates=0)
+    env.reset(seed=0)
+    env.step(take(env, 0, 1, 2, 3))
+    rows = [
+        dataclasses.replace(
+            env.assets.pool[i], earlier=tuple((r.prompt, r.response) for r in env.assets.pool[i + 1 : i + n])
+        )
+        for i, n in [(0, 1), (1, 3), (5, 2), (9, 4)]
+    ]
+    learner = env._running_learner.copy()
+    learner.pool = Encoder(learner.base.tokenizer, 256).encode(rows)
+    _, mask = learner.pool.row(1)
+    assert (np.diff(mask.astype(int)) == 1).sum() == 3, "labels in three places"
+    places = np.arange(4)
+    expected, losses = plain_gradients(env, rows, tmp_path / "rows")
+    assert relative_errors(learner.row_gradients(places), expected).max() < 1e-5
+    np.testing.assert_allclose(learner.row_losses(places), losses, rtol=1e-5)
+    # All of them in one update: the mean over all labels, packed or not, in one pass or several.
+    model, tokenizer = plain_model(env, tmp_path / "batch")
+    loss = model(**padded(tokenizer, rows)).loss
+    loss.backward()
+    wanted = torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad]).numpy()
+    for limit, packs in [(16_384, True), (16_384, False), (200, True)]:
+        learner.settings = dataclasses.replace(learner.settings, micro_batch_tokens=limit)
+        learner.base._packs = packs
+        gradients, found = learner._gradients([learner.state], [places], [0])
+        learner.base._packs = True
+        assert found[0] == pytest.approx(loss.item(), rel=1e-5)
+        assert relative_errors(gradients.numpy(), wanted[None]).max() < 1e-5
+
+
 @pytest.mark.parametrize("num_updates", [0, 2])
 def test_row_gradients__adam__are_the_steps_that_torch_makes_from_the_same_moments(embedded_env, tmp_path, num_updates):
     env = embedded_env(auxiliary_updates=0)
@@ -283,7 +321,7 @@ def test_row_gradients__rows_without_labels__are_zero_and_their_losses_nan(learn
     bare = ROWS[1:4]
     label_counts = learner.pool.label_counts.copy()
     label_counts[bare] = 0
-    learner.pool = dataclasses.replace(learner.pool, label_counts=label_counts)
+    learner.pool = EncodedRows.of_lengths(learner.pool.tokens, learner.pool.lengths, label_counts)
     for part in (ROWS, bare):
         has_labels = ~np.isin(part, bare)
         np.testing.assert_array_equal(learner.row_gradients(part).any(axis=1), has_labels)

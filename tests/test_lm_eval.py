@@ -25,6 +25,7 @@ from raise_env.final_number import MAX_NEW_TOKENS
 from raise_env.generation import answer
 from raise_env.learner import LoraLearner, TrainingState, UpdateSettings
 from raise_env.pool import Instruction
+from raise_env.reading import read_pool
 
 pytestmark = [
     pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'raise-env[eval]'"),
@@ -67,9 +68,7 @@ def arc(folder):
 
 
 def commonsenseqa(folder):
-    for line in (folder / "commonsenseqa" / "dev.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        yield instruction(row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
+    return read_pool(folder / "commonsenseqa" / "dev.jsonl")
 
 
 def mmlu(folder):
@@ -83,9 +82,7 @@ def mmlu(folder):
 
 
 def gsm8k(folder):
-    for line in (folder / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        yield Instruction(row["question"], row["answer"])
+    return read_pool(folder / "gsm8k" / "test.jsonl")
 
 
 MODELS = {"stories260K": lambda shared: shared / "models" / "stories260K-hf", "embedded": lambda shared: TINY}
@@ -97,10 +94,6 @@ def model(request, shared):
     """The model's folder, and the model as we load it."""
     folder = str(MODELS[request.param](shared))
     return request.param, folder, BaseModel(folder, LoraSettings(), device="cpu")
-
-
-def prompt_text(encoder, row):
-    return encoder.prompt_text(row.prompt)
 
 
 def lm_evals(task, docs, folder, model, **settings):
@@ -139,7 +132,7 @@ def test_choices__real_rows__score_as_in_lm_eval(name, model, shared, tmp_path):
     ours = evaluate(lambda batch: base.token_losses(batch, None), EvaluationSet.build(rows, encoder, "test"))
     between = time.perf_counter()
     docs = [
-        {"text": prompt_text(encoder, row), "choices": row.choices, "answer": row.choices.index(row.response)}
+        {"text": encoder.prompt_text(row), "choices": row.choices, "answer": row.choices.index(row.response)}
         for row in rows
     ]
     theirs, samples = lm_evals(CHOICE_TASK, docs, tmp_path, folder)
@@ -185,7 +178,7 @@ def compare_numbers(rows, base, folder, tmp_path, adapter=None, **settings):
     start = time.perf_counter()
     ours = evaluate(lambda batch: base.token_losses(batch, adapter), data, answer=noted)
     between = time.perf_counter()
-    docs = [{"text": prompt_text(encoder, row), "answer": row.response} for row in rows]
+    docs = [{"text": encoder.prompt_text(row), "answer": row.response} for row in rows]
     names = {"most": min(MAX_NEW_TOKENS, base.max_positions // 2)}
     theirs, samples = lm_evals(number_task(), docs, tmp_path, folder, names=names, **settings)
     seconds = between - start, time.perf_counter() - between
@@ -236,7 +229,7 @@ def test_choices__adapter__score_as_in_lm_eval(by_heart, base, tmp_path):
     encoder = Encoder(base.tokenizer, 32)  # so that prompts lose their beginning
     with base.merged(adapter):
         ours = evaluate(lambda batch: base.token_losses(batch, None), EvaluationSet.build(rows, encoder, "test"))
-    docs = [{"text": prompt_text(encoder, row), "choices": row.choices, "answer": 4} for row in rows]
+    docs = [{"text": encoder.prompt_text(row), "choices": row.choices, "answer": 4} for row in rows]
     theirs, samples = lm_evals(CHOICE_TASK, docs, tmp_path, TINY, peft=str(folder), max_length=32)
     for scores, sample in zip(ours.choice_scores, samples, strict=True):
         np.testing.assert_allclose(scores, their_scores(sample), rtol=0, atol=1e-4)

@@ -58,6 +58,41 @@ def model(request):
     return BaseModel("tiny", LoraSettings(r=4), device="cpu", activation_checkpointing=request.param)
 
 
+def in_the_middle(batch, places):
+    """The same batch with more labels, before others: what stands in the middle of a conversation."""
+    is_label = batch.is_label.clone()
+    for row, start, end in places:
+        is_label[row, start:end] = True
+    return Batch(batch.input_ids, is_label)
+
+
+def test_pack__labels_in_the_middle__what_is_shared_ends_before_the_first_of_any_row():
+    batch = batch_of([[7, 8, 9, 3, 5], [7, 8, 9, 3, 4, 6]], [1, 1])
+    assert pack(batch).layout.num_shared == 3
+    packed = pack(in_the_middle(batch, [(0, 2, 3)]))
+    assert packed.layout.num_shared == 1
+    assert packed.input_ids[0].tolist() == [7, 8, 9, 3, 5, 8, 9, 3, 4, 6]
+    assert packed.keep[0].tolist() == [bool(x) for x in (0, 1, 0, 1, 0, 0, 0, 0, 1, 0)]
+
+
+def test_base_model__packed_with_labels_in_the_middle__losses_of_the_padded_batch(model):
+    batch = in_the_middle(
+        batch_of(random_rows(9, [40, 12, 5, 5]), [4, 2, 1, 5]), [(0, 12, 20), (0, 25, 27), (1, 11, 15)]
+    )
+    adapter = torch.randn(1, model.num_parameters, generator=torch.Generator().manual_seed(1)) * 0.1
+    results = []
+    for packs in (True, False):
+        model._packs = packs
+        own = adapter.clone().requires_grad_()
+        losses, _ = model.token_losses(batch, own)
+        (gradient,) = torch.autograd.grad(losses.sum(), own)
+        results.append([losses.detach(), gradient / gradient.abs().max()])
+    model._packs = True
+    assert len(results[0][0]) == int(batch.is_label.sum()) == 12 + 14
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("num_shared", "lengths", "num_labels"),
     [

@@ -1,23 +1,21 @@
 from __future__ import annotations
 
-import csv
-import datetime
 import errno
 import hashlib
-import json
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_files import jsonl, write_rows
 
 from raise_env.errors import DataError, OutputError, SettingError
 from raise_env.pool import (
@@ -30,9 +28,9 @@ from raise_env.pool import (
     kmeans_centres,
     kmeans_classes,
     nearest_centres,
-    read_pool,
     sample_rows,
 )
+from raise_env.reading import read_pool
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -42,40 +40,6 @@ ROWS = [
 ]
 
 Write = Callable[[str, "str | bytes"], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Return a function that writes a file, byte by byte as given, and returns its path."""
-
-    def write_file(name: str, content: str | bytes) -> Path:
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write_file
-
-
-def jsonl(*rows: Any) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    if path.suffix == ".jsonl":
-        path.write_text(jsonl(*rows), encoding="utf-8")
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    elif path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
 
 
 def pool_of(*prompts: str, source: str = "pool.jsonl", **kwargs: Any) -> Pool:
@@ -91,373 +55,6 @@ def fault(path: Path, **kwargs: Any) -> str:
     return message.removeprefix(str(path))
 
 
-# Good files
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet", ".JSONL"])
-def test_read_pool__same_rows_in_each_format__same_instructions(tmp_path: Path, ending: str) -> None:
-    path = write_rows(tmp_path / f"rows{ending.lower()}", ROWS)
-    path = path.rename(tmp_path / f"Rows{ending}")
-    pool = read_pool(path)
-    assert list(pool) == [Instruction(row["question"], row["answer"], (), row) for row in ROWS]
-    assert pool.source == str(path)
-    assert pool.num_skipped == 0
-
-
-@pytest.mark.parametrize(
-    ("row", "prompt", "response"),
-    [
-        ({"instruction": "a", "output": "b"}, "a", "b"),
-        ({"instruction": "a", "input": "", "output": "b"}, "a", "b"),
-        ({"instruction": "a", "input": " \n", "output": "b"}, "a", "b"),
-        ({"instruction": "a", "input": None, "output": "b"}, "a", "b"),
-        ({"instruction": "a", "input": "c", "output": "b"}, "a\n\nc", "b"),
-        ({"question": "a", "answer": "b"}, "a", "b"),
-        ({"question": "a", "answer": "b", "input": "c"}, "a", "b"),
-        ({"prompt": "a", "completion": "b"}, "a", "b"),
-        ({"prompt": "a", "response": "b"}, "a", "b"),
-        ({"prompt": " a\n", "response": "\tb "}, " a\n", "\tb "),
-    ],
-)
-def test_read_pool__each_column_form__prompt_and_response(
-    write: Write, row: dict[str, Any], prompt: str, response: str
-) -> None:
-    (instruction,) = read_pool(write("a.jsonl", jsonl(row)))
-    assert (instruction.prompt, instruction.response) == (prompt, response)
-    assert instruction.fields == row
-
-
-def test_read_pool__columns_match_several_forms__the_first_listed_is_taken(write: Write) -> None:
-    row = {
-        "response": "r",
-        "completion": "c",
-        "prompt": "p",
-        "answer": "a",
-        "question": "q",
-        "output": "o",
-        "instruction": "i",
-    }
-    for prompt, response in [("i", "o"), ("q", "a"), ("p", "c"), ("p", "r")]:
-        (instruction,) = read_pool(write("a.jsonl", jsonl(row)))
-        assert (instruction.prompt, instruction.response) == (prompt, response)
-        row = {name: value for name, value in row.items() if value != response}
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
-def test_read_pool__choices__kept_in_order(tmp_path: Path, ending: str) -> None:
-    rows: list[dict[str, Any]] = [
-        {"question": "Which?", "answer": "two", "choices": ["one", "two"]},
-        {"question": "Why?", "answer": "So.", "choices": None},
-        {"question": "How?", "answer": "Like this.", "choices": []},
-    ]
-    pool = read_pool(write_rows(tmp_path / f"a{ending}", rows))
-    assert [row.choices for row in pool] == [("one", "two"), (), ()]
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv"])
-def test_read_pool__byte_order_mark_and_crlf__neither_reaches_the_rows(tmp_path: Path, ending: str) -> None:
-    path = write_rows(tmp_path / f"a{ending}", [{"question": "é", "answer": "a"}, {"question": "q", "answer": "b"}])
-    text = path.read_text(encoding="utf-8").replace("\n", "\r\n")
-    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [(row.prompt, row.response) for row in read_pool(path)] == [("é", "a"), ("q", "b")]
-
-
-def test_read_pool__blank_lines__passed_over_but_counted(write: Write) -> None:
-    row = {"question": "q", "answer": "a"}
-    assert read_pool(write("a.jsonl", f"\n{json.dumps(row)}\n  \n{json.dumps(row)}")).place(1) == "line 4"
-    assert read_pool(write("a.csv", "\nquestion,answer\n\nq,a\n\nq,a\n\n")).place(1) == "line 6"
-
-
-def test_read_pool__line_separator_inside_a_text__is_no_line_break(write: Write) -> None:
-    line = json.dumps({"question": "a\u2028b\x85c", "answer": "d"}, ensure_ascii=False)
-    (row,) = read_pool(write("a.jsonl", line))
-    assert row.prompt == "a\u2028b\x85c"
-
-
-def test_read_pool__values_that_json_cannot_hold__become_plain(tmp_path: Path, write: Write) -> None:
-    path = write_rows(
-        tmp_path / "a.parquet",
-        [
-            {
-                "prompt": "p",
-                "response": "r",
-                "rating": float("nan"),
-                "seen": datetime.date(2026, 1, 2),
-                "nested": {"scores": [1.5, float("inf")], "raw": b"x"},
-                "count": 3,
-                "good": True,
-            }
-        ],
-    )
-    expected = {"rating": None, "seen": "2026-01-02", "nested": {"scores": [1.5, None], "raw": "b'x'"}}
-    assert read_pool(path)[0].fields == {"prompt": "p", "response": "r", **expected, "count": 3, "good": True}
-    row = read_pool(write("a.jsonl", '{"prompt": "p", "response": "r", "rating": NaN, "low": -Infinity}'))[0]
-    assert row.fields == {"prompt": "p", "response": "r", "rating": None, "low": None}
-
-
-def test_read_pool__relative_path__source_is_as_given(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write("a.jsonl", jsonl(*ROWS))
-    monkeypatch.chdir(path.parent)
-    assert read_pool("a.jsonl").source == "a.jsonl"
-    with pytest.raises(DataError, match=r"^b\.jsonl: there is no such file \(looked in .*\)\."):
-        read_pool("b.jsonl")
-
-
-# Bad files
-
-
-def test_read_pool__missing_file__says_so(tmp_path: Path) -> None:
-    assert "there is no such file" in fault(tmp_path / "a.jsonl")
-
-
-def test_read_pool__folder__says_so(tmp_path: Path) -> None:
-    assert "is a folder" in fault(tmp_path)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="devices are files on POSIX only")
-def test_read_pool__device__refused(tmp_path: Path) -> None:
-    # Stands for pipes too, which would not fail here but wait.
-    (tmp_path / "a.jsonl").symlink_to(os.devnull)
-    assert "not a regular file" in fault(tmp_path / "a.jsonl")
-
-
-def test_read_pool__file_the_system_refuses__data_error(tmp_path: Path) -> None:
-    assert "cannot be read" in fault(tmp_path / ("a" * 5000 + ".jsonl"))
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a", "a.jsonl.gz"])
-def test_read_pool__unknown_ending__lists_the_known(write: Write, name: str) -> None:
-    assert "expected one of .jsonl, .json, .csv, .parquet" in fault(write(name, "x"))
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
-def test_read_pool__wrong_columns__lists_seen_and_accepted(tmp_path: Path, ending: str) -> None:
-    message = fault(write_rows(tmp_path / f"a{ending}", [{"question": "q", "solution": "a"}]))
-    assert "found the columns 'question', 'solution'" in message
-    assert "instruction and output; question and answer; prompt and completion; prompt and response" in message
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", ""),
-        ("a.jsonl", "\n\n"),
-        ("a.json", ""),
-        ("a.json", "\ufeff"),
-        ("a.json", "[]"),
-        ("a.csv", ""),
-        ("a.csv", "question,answer\n"),
-    ],
-)
-def test_read_pool__no_rows__says_so(write: Write, name: str, content: str) -> None:
-    assert "it has no rows" in fault(write(name, content))
-
-
-def test_read_pool__parquet_without_rows__says_so(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"question": [], "answer": []}), tmp_path / "a.parquet")
-    assert "it has no rows" in fault(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize("empty", ["", " \t\n", "\u00a0", None])
-@pytest.mark.parametrize(("ending", "place"), [(".jsonl", "line 2"), (".json", "row 2"), (".parquet", "row 2")])
-def test_read_pool__empty_answers__first_named_and_all_counted(
-    tmp_path: Path, ending: str, place: str, empty: str | None
-) -> None:
-    answers = ["a", empty, "b", empty, empty]
-    rows = [{"question": f"q{index}", "answer": answer} for index, answer in enumerate(answers)]
-    path = write_rows(tmp_path / f"a{ending}", rows)
-    message = fault(path)
-    assert message.startswith(f", {place}, field 'answer'")
-    assert f"3 rows have an empty 'answer', the first in {place}" in message
-    assert "skip_empty=True" in message
-    pool = read_pool(path, skip_empty=True)
-    assert [row.prompt for row in pool] == ["q0", "q2"]
-    assert pool.num_skipped == 3
-    assert pool.place(1).endswith(" 3")
-
-
-def test_read_pool__empty_prompt__named_and_can_be_skipped(write: Write) -> None:
-    path = write("a.csv", "instruction,input,output\n,input alone,o\ni,,o\n")
-    assert "line 2, field 'instruction'" in (message := fault(path))
-    assert "1 row has an empty 'instruction'" in message
-    assert [row.prompt for row in read_pool(path, skip_empty=True)] == ["i"]
-
-
-def test_read_pool__empty_prompts_and_answers__only_the_first_kind_is_counted(write: Write) -> None:
-    rows = [{"question": "", "answer": "a"}, {"question": "q", "answer": ""}, {"question": "", "answer": ""}]
-    assert "2 rows have an empty 'question', the first in line 1" in fault(write("a.jsonl", jsonl(*rows)))
-
-
-def test_read_pool__all_rows_skipped__says_that_none_is_left(write: Write) -> None:
-    path = write("a.jsonl", jsonl({"question": "q", "answer": ""}))
-    assert "none of its 1 rows has both" in fault(path, skip_empty=True)
-
-
-def test_read_pool__skip_empty__other_faults_stay_errors(write: Write) -> None:
-    path = write("a.jsonl", jsonl({"question": "q", "answer": ""}, {"question": "q", "answer": 3}))
-    assert ", line 2, field 'answer': found 3; expected text" in fault(path, skip_empty=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"), [(42, "42"), (1.5, "1.5"), (True, "true"), (["a"], "a list"), ({"a": "b"}, "an object")]
-)
-@pytest.mark.parametrize("column", ["instruction", "input", "output"])
-def test_read_pool__value_that_is_not_text__named(write: Write, column: str, value: object, shown: str) -> None:
-    good = {"instruction": "i", "input": "x", "output": "o"}
-    message = fault(write("a.jsonl", jsonl(good, good | {column: value})))
-    assert message.startswith(f", line 2, field {column!r}: found {shown}; expected text.")
-
-
-def test_read_pool__number_in_a_parquet_column__named(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.parquet", [{"question": "q", "answer": 3}])
-    assert ", row 1, field 'answer': found 3; expected text." in fault(path)
-
-
-def test_read_pool__numbers_in_a_csv__are_text(write: Write) -> None:
-    assert read_pool(write("a.csv", "question,answer\n1,2\n"))[0].response == "2"
-
-
-def test_read_pool__half_a_character__named(write: Write) -> None:
-    path = write("a.jsonl", '{"question": "q", "answer": "ab\\ud83d"}')
-    assert r"field 'answer': found \ud83d at character 3" in fault(path)
-    assert read_pool(write("b.jsonl", '{"question": "q", "answer": "\\ud83d\\ude00"}'))[0].response == "😀"
-
-
-def test_read_pool__later_row_without_a_column__named(write: Write) -> None:
-    path = write("a.jsonl", jsonl(ROWS[0], {"question": "q", "Answer": "a"}))
-    assert ", line 2: found no field 'answer' among 'question', 'Answer'" in fault(path)
-
-
-@pytest.mark.parametrize("broken", ['{"question": "q", "answer": "a"', '{"question": "q",}', "question", "{} {}"])
-def test_read_pool__broken_json_line__names_that_line(write: Write, broken: str) -> None:
-    message = fault(write("a.jsonl", f"{jsonl(*ROWS)}\n{broken}\n{jsonl(*ROWS)}"))
-    assert message.startswith(", line 4, column ")
-    assert "broken JSON" in message
-
-
-def test_read_pool__broken_json_file__names_line_and_column(write: Write) -> None:
-    message = fault(write("a.json", '[\n  {"question": "q",\n   "answer" "a"}\n]'))
-    assert message.startswith(", line 3, column 13: found broken JSON")
-
-
-def test_read_pool__json_lines_named_json__says_which_ending_they_have(write: Write) -> None:
-    assert "one JSON object a line ends in .jsonl" in fault(write("a.json", jsonl(*ROWS)))
-
-
-def test_read_pool__json_list_named_jsonl__says_which_ending_it_has(write: Write) -> None:
-    assert "one JSON list ends in .json" in fault(write("a.jsonl", json.dumps(ROWS)))
-
-
-@pytest.mark.parametrize(("value", "shown"), [("text", "text"), (7, "7"), ([1], "a list"), (None, "null")])
-def test_read_pool__row_that_is_no_object__named(write: Write, value: object, shown: str) -> None:
-    assert f", line 3: found {shown}. Expected one JSON object" in fault(write("a.jsonl", jsonl(*ROWS, value)))
-    assert f", row 3: found {shown}. Expected one JSON list of" in fault(write("a.json", json.dumps([*ROWS, value])))
-
-
-def test_read_pool__json_object_at_the_top__says_list_expected(write: Write) -> None:
-    assert "found an object at the top. Expected one JSON list" in fault(write("a.json", json.dumps({"data": ROWS})))
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_read_pool__brackets_nested_deeply__data_error(write: Write, name: str) -> None:
-    assert "nested too deeply" in fault(write(name, "[" * 100_000 + "]" * 100_000))
-
-
-def test_read_pool__number_with_too_many_digits__data_error(write: Write) -> None:
-    assert ", line 1: found a number too long" in fault(write("a.jsonl", '{"question": ' + "9" * 5000 + "}"))
-
-
-@pytest.mark.parametrize(("row", "found"), [("only one", 1), ("a,b,c", 3)])
-def test_read_pool__csv_row_with_wrong_number_of_cells__names_physical_line(write: Write, row: str, found: int) -> None:
-    path = write("a.csv", f'question,answer\n"over\ntwo lines",a\n\n{row}\nq,a\n')
-    assert f", line 5: found {found} cells; expected 2" in fault(path)
-
-
-def test_read_pool__csv_cell_over_several_lines__row_named_by_its_first(write: Write) -> None:
-    path = write("a.csv", 'question,answer\nq,a\n"over\ntwo lines",\n')
-    assert ", line 3, field 'answer'" in fault(path)
-
-
-def test_read_pool__csv_quote_never_closed__named_where_it_opens(write: Write) -> None:
-    path = write("a.csv", 'question,answer\nq,a\nq,"never closed\nq,a\nq,a\n')
-    assert ", line 3: found a broken row (unexpected end of data)" in fault(path)
-
-
-def test_read_pool__csv_cell_beyond_the_readers_limit__data_error(write: Write) -> None:
-    path = write("a.csv", f"question,answer\nq,{'a' * (csv.field_size_limit() + 1)}\n")
-    assert ", line 2: found a broken row (field larger than field limit" in fault(path)
-
-
-@pytest.mark.parametrize("ending", [".csv", ".parquet"])
-def test_read_pool__column_twice__refused(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"a{ending}"
-    if ending == ".csv":
-        path.write_text("question,answer,answer\nq,a,b\n")
-    else:
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        columns = [pyarrow.array(["q"]), pyarrow.array(["a"]), pyarrow.array(["b"])]
-        parquet.write_table(pyarrow.Table.from_arrays(columns, ["question", "answer", "answer"]), path)
-    assert "found the column 'answer' twice" in fault(path)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_read_pool__not_utf8__names_line_and_byte(write: Write, name: str) -> None:
-    # Far enough into the file that a reader that decodes in blocks would name another line.
-    content = b"question,answer\n" + b"q,a\n" * 3000 + "q,Größe\n".encode("latin-1") + b"q,a\n" * 3000
-    if name != "a.csv":
-        content = content.replace(b"question,answer", b"").replace(b"q,a", b'{"question": "q", "answer": "a"}')
-    assert ", line 3002: found the byte 0xf6; expected UTF-8" in fault(write(name, content))
-
-
-def test_read_pool__utf16__says_utf8_expected(write: Write) -> None:
-    assert ", line 1: found the byte 0xff; expected UTF-8" in fault(write("a.csv", "question,answer".encode("utf-16")))
-
-
-def test_read_pool__file_that_is_no_parquet__data_error(write: Write) -> None:
-    pytest.importorskip("pyarrow")
-    assert "cannot be read as parquet" in fault(write("a.parquet", jsonl(*ROWS)))
-    assert "cannot be read as parquet" in fault(write("b.parquet", b""))
-
-
-def test_read_pool__parquet_cut_off__data_error(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.parquet", ROWS)
-    path.write_bytes(path.read_bytes()[:-10])
-    assert "cannot be read as parquet" in fault(path)
-
-
-def test_read_pool__parquet_text_that_is_not_utf8__data_error(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    bad = pyarrow.array([b"\xf6"]).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({"question": ["q"], "answer": bad}), tmp_path / "a.parquet")
-    assert "cannot be read as parquet" in fault(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize(
-    ("choices", "expected"),
-    [
-        (["one", "Two"], "field 'choices': found 'one', 'Two'; expected the row's 'answer' among them, which is 'two'"),
-        ("one|two", "field 'choices': found text; expected a list of texts"),
-        ({"text": ["one", "two"]}, "field 'choices': found an object; expected a list of texts"),
-        (["two", 2], "field 'choices', item 2: found 2; expected text"),
-    ],
-)
-def test_read_pool__bad_choices__named(write: Write, choices: object, expected: str) -> None:
-    row = {"question": "q", "answer": "two", "choices": choices}
-    assert f", line 1, {expected}" in fault(write("a.jsonl", jsonl(row)))
-
-
-def test_read_pool__choices_in_a_csv__refused_instead_of_lost(write: Write) -> None:
-    path = write("a.csv", "question,answer,choices\nq,two,one|two\n")
-    assert "field 'choices': found text; expected a list" in fault(path)
-
-
 # Instruction and Pool
 
 
@@ -466,6 +63,19 @@ def test_content_hash__of_an_instruction__prompt_nul_response() -> None:
     assert row.content_hash == hashlib.sha256("größer\x00ja".encode()).hexdigest()
     assert row.content_hash == Instruction("größer", "ja", ("ja", "nein"), {"x": 1}).content_hash
     assert row.content_hash != Instruction("größerj", "a").content_hash
+
+
+def test_content_hash__of_a_conversation__depends_on_all_that_is_said() -> None:
+    rows = [
+        Instruction("c", "d"),
+        Instruction("c", "d", system="s"),
+        Instruction("c", "d", earlier=(("a", "b"),)),
+        Instruction("c", "d", earlier=(("a", "b"), ("a", "b"))),
+        Instruction("c", "d", earlier=(("a", "b"),), system="s"),
+        Instruction("a", "b", earlier=(("c", "d"),)),
+    ]
+    assert len({row.content_hash for row in rows}) == len({row.short_hash for row in rows}) == len(rows)
+    assert len({Pool([row], "here").content_hash for row in rows}) == len(rows)
 
 
 def test_content_hash__of_a_pool__depends_on_texts_choices_and_order_only() -> None:
@@ -883,34 +493,6 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real data: {SHARED} does not exist")
     return SHARED
-
-
-@pytest.mark.real
-def test_read_pool__alpaca__all_rows_but_ten_without_an_answer(shared: Path) -> None:
-    path = shared / "alpaca" / "alpaca.jsonl"
-    assert "10 rows have an empty 'output', the first in line 1462" in fault(path)
-    pool = read_pool(path, skip_empty=True)
-    assert (len(pool), pool.num_skipped) == (20_678 - 10, 10)
-    assert pool[1].prompt == (
-        "Read this block of text and identify all verbs:\n\nThey spoke of the pending threat with a sense of urgency."
-    )
-    assert pool[1].fields["in"] == ["random_9k"]
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("gsm8k/train.jsonl", 7473), ("gsm8k/test.jsonl", 1319), ("arc_challenge/train.json", 1119)],
-)
-def test_read_pool__other_real_files__all_rows(shared: Path, name: str, count: int) -> None:
-    assert len(read_pool(shared / name)) == count
-
-
-@pytest.mark.real
-def test_read_pool__arc__answers_by_alpacas_columns(shared: Path) -> None:
-    row = read_pool(shared / "arc_challenge" / "test.json")[0]
-    assert row.response == "the correct answer is answer3"
-    assert row.fields["answer"] == "answer3"
 
 
 @pytest.mark.real

@@ -137,6 +137,8 @@ def test_train__run_json__settings_versions_content_and_times(finished, plan):
     assert run["plan"] == plan.to_json()
     assert set(run["content"]) == {"model", "pool", "dev", "test"}
     assert all(len(digest) == 64 for digest in run["content"].values())
+    assert set(run["data"]) == {"pool", "dev", "test"}
+    assert set(run["data"]["pool"]) == {"rows", "skipped", "duplicates", "truncated", "left_out"}
     assert {"python", "torch", "raise-env"} <= set(run["versions"])
     assert run["start"] <= run["end"]
 

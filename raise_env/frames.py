@@ -1,0 +1,278 @@
+"""The text that a model sees of a conversation, and which part of it the assistant says.
+
+Decisions:
+    A conversation becomes one text. What is trained on is then, character by character, what the model is shown when
+    it is asked: prompt and response put together from two renderings would not always be.
+
+    A chat template that marks what is generated is believed. One without marks is asked twice: what it adds between
+    an open conversation and the answered one is the assistant's. Where the two do not agree, it is an error, for the
+    mask would be wrong and the loss would look fine.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .errors import SettingError, excerpt
+from .pool import Instruction
+
+__all__ = ["PLAIN_TEMPLATE", "ChatFrame", "Frame", "FramedRow", "PlainFrame"]
+
+logger = logging.getLogger(__name__)
+
+#: The frame for base models whose tokenizer has no chat template.
+PLAIN_TEMPLATE = "{% if system %}{{ system }}\n\n{% endif %}### Instruction:\n{{ prompt }}\n\n### Response:\n"
+
+#: Stands in for a response where a template is tried out; no template holds it, and none would change it.
+_STAND_IN = "stand-in-for-a-response"
+
+#: The tag by which a chat template marks what the assistant says, as `transformers` looks for it.
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+#: How `apply_chat_template` is asked for tokens and what is learned of them, without a warning about long ones.
+_WITH_MASK = {"return_dict": True, "return_assistant_tokens_mask": True, "tokenizer_kwargs": {"verbose": False}}
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class FramedRow:
+    """A conversation as one text.
+
+    Attributes:
+        text: All of it.
+        spans: What the assistant says, each as its first character and the one after its last.
+        is_ended: Whether the text ends the last response itself; if not, the end token follows, and is learned.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    is_ended: bool
+
+
+class Frame(Protocol):
+    """What stands around prompts and responses."""
+
+    @property
+    def description(self) -> str:
+        """The frame as text: equal for frames that give equal texts."""
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the text begins with the start token where the model has one."""
+
+    def prompt_text(self, row: Instruction) -> str:
+        """Return what stands before the last response."""
+
+    def framed(self, rows: Sequence[Instruction]) -> list[FramedRow]:
+        """Return each row as one text."""
+
+
+class PlainFrame:
+    """A frame around each prompt, one exchange after the other, each response ended by the end token.
+
+    Args:
+        template: Jinja over `prompt` and `system`; the latter is empty from the second exchange on.
+        end: The end token as text.
+
+    Raises:
+        SettingError: The template does not compile, or does not contain the prompt.
+    """
+
+    has_start = False
+
+    def __init__(self, template: str, end: str) -> None:
+        self.description = template
+        self._end = end
+        self._template = _compile(template)
+        self._shows_system = "\x01" in self._template.render(prompt="\x00", system="\x01")
+
+    def prompt_text(self, row: Instruction) -> str:
+        """Return the frame of the last prompt, and all exchanges before it.
+
+        Raises:
+            SettingError: As `framed`.
+        """
+        (framed,) = self.framed([row])
+        return framed.text[: framed.spans[-1][0]]
+
+    def framed(self, rows: Sequence[Instruction]) -> list[FramedRow]:
+        """Return each row as one text.
+
+        Raises:
+            SettingError: A row has a system text, and the template never shows it.
+        """
+        return [self._framed(row) for row in rows]
+
+    def _framed(self, row: Instruction) -> FramedRow:
+        if row.system and not self._shows_system:
+            raise SettingError(
+                f"the template {self.description!r} never shows {{{{ system }}}}, but there are rows with a system "
+                f"text, such as {excerpt(row.system)!r}. Add {{% if system %}}{{{{ system }}}}{{% endif %}} to it."
+            )
+        text, spans, system = "", [], row.system
+        for prompt, response in row.exchanges:
+            text += str(self._template.render(prompt=prompt, system=system))
+            spans.append((len(text), len(text) + len(response) + len(self._end)))
+            text += response + self._end
+            system = ""
+        # The last end token is put there as a token: as text it is one only if the tokenizer takes it for one.
+        text = text.removesuffix(self._end)
+        spans[-1] = (spans[-1][0], len(text))
+        return FramedRow(text, tuple(spans), is_ended=False)
+
+
+class ChatFrame:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: A `transformers` tokenizer that has one.
+    """
+
+    has_start = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.description = str(tokenizer.chat_template)
+        #: Whether the template itself tells what is learned; which characters a token stands for, fast ones alone know.
+        self.has_marks = bool(_MARK.search(self.description)) and bool(tokenizer.is_fast)
+        if not self.has_marks:
+            logger.info(
+                "the chat template has no {% generation %} mark: learned is what it adds between an open "
+                "conversation and the answered one"
+            )
+
+    @functools.cached_property
+    def end(self) -> str:
+        """What the template puts behind a response to end it, without white space; empty where it puts nothing there.
+
+        Raises:
+            SettingError: The template cannot be used.
+        """
+        (text,) = self._rendered([messages_of(Instruction("question", _STAND_IN))], is_open=False)
+        if _STAND_IN not in text:
+            raise SettingError("the chat template does not show what the assistant says. Give a template: --template.")
+        return text.rpartition(_STAND_IN)[2].rstrip()
+
+    def prompt_text(self, row: Instruction) -> str:
+        """Return the conversation up to the last response.
+
+        Raises:
+            SettingError: The template refuses it.
+        """
+        return self._rendered([messages_of(row)[:-1]], is_open=True)[0]
+
+    def framed(self, rows: Sequence[Instruction]) -> list[FramedRow]:
+        """Return each row as one text, by what the template adds for each response.
+
+        Raises:
+            SettingError: The template refuses a conversation, shows its beginning in another way once it is answered,
+                or does not show a response.
+        """
+        chats = [messages_of(row) for row in rows]
+        wholes = self._rendered(chats, is_open=False)
+        cuts = [[place for place, message in enumerate(chat) if message["role"] == "assistant"] for chat in chats]
+        opens = [chat[:place] for chat, places in zip(chats, cuts, strict=True) for place in places]
+        beginnings = iter(self._rendered(opens, is_open=True))
+        return [
+            self._spanned(whole, [(next(beginnings), chat[place]["content"]) for place in places])
+            for chat, whole, places in zip(chats, wholes, cuts, strict=True)
+        ]
+
+    def marked(self, rows: Sequence[Instruction]) -> list[tuple[list[int], list[bool]]]:
+        """Return the tokens of each row, and which of them the template marks as the assistant's.
+
+        Raises:
+            SettingError: The template refuses a conversation, marks nothing of it, or marks its system text too.
+        """
+        headed = next((row for row in rows if row.system), None)
+        if headed is not None and self._marks_system:
+            raise SettingError(
+                f"the chat template marks what is not an answer as generated: system texts, such as "
+                f"{excerpt(headed.system)!r}. Mend its {{% generation %}} tags, or give a template: --template."
+            )
+        found = self._applied([messages_of(row) for row in rows], _WITH_MASK)
+        masks = [[bool(bit) for bit in mask] for mask in found["assistant_masks"]]
+        for row, mask in zip(rows, masks, strict=True):
+            if not any(mask):
+                raise SettingError(
+                    f"the chat template marks nothing of the conversation {excerpt(row.prompt)!r} as generated. "
+                    "Mend its {% generation %} tags, or give a template: --template."
+                )
+        return list(zip(found["input_ids"], masks, strict=True))
+
+    @functools.cached_property
+    def _marks_system(self) -> bool:
+        turns = messages_of(Instruction("question", _STAND_IN, system="system"))[:-1]
+        return any(self._applied([turns], _WITH_MASK)["assistant_masks"][0])
+
+    def _spanned(self, whole: str, turns: Sequence[tuple[str, str]]) -> FramedRow:
+        """Return the row for its text and, of each response, what the template shows before it, and the response."""
+        spans = []
+        for number, (before, response) in enumerate(turns, start=1):
+            if not whole.startswith(before):
+                raise SettingError(
+                    f"the chat template shows a conversation in another way once it is answered: {excerpt(before)!r} "
+                    f"does not begin {excerpt(whole)!r}. Mark what is learned by {{% generation %}} in it, or give a "
+                    "template: --template."
+                )
+            start = len(before)
+            place = whole.find(shown := response if response in whole[start:] else response.strip(), start)
+            if place < 0:
+                raise SettingError(
+                    f"the chat template does not show the response {excerpt(response)!r} as it is. Mark what is "
+                    "learned by {% generation %} in it, or give a template: --template."
+                )
+            end = place + len(shown)
+            if number == len(turns):
+                end = len(whole.rstrip()) if self.end else len(whole)
+            elif self.end and whole.startswith(self.end, end):
+                end += len(self.end)
+            spans.append((start, end))
+        return FramedRow(whole, tuple(spans), is_ended=bool(self.end))
+
+    def _rendered(self, chats: list[Messages], *, is_open: bool) -> list[str]:
+        return list(self._applied(chats, {"tokenize": False, "add_generation_prompt": is_open}))
+
+    def _applied(self, chats: list[Messages], settings: dict[str, Any]) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(chats, **settings)
+        except (TemplateError, TypeError) as error:
+            if len(chats) > 1:
+                for chat in chats:  # so that the message shows which one it is
+                    self._applied([chat], settings)
+            raise SettingError(
+                f"the chat template refuses the conversation that begins {excerpt(chats[0][0]['content'])!r}, with the "
+                f"roles {', '.join(message['role'] for message in chats[0])}: {error}. "
+                "Change the rows, or give a template of your own: --template."
+            ) from error
+
+
+def messages_of(row: Instruction) -> Messages:
+    """Return a row as a chat template takes it."""
+    messages = [{"role": "system", "content": row.system}] if row.system else []
+    for said, answered in row.exchanges:
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
+    return messages
+
+
+def _compile(template: str) -> Any:
+    # A template may come from a stranger's file: the sandbox lets it format text and nothing else.
+    try:
+        compiled = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(template)
+        probe = compiled.render(prompt="\x00", system="")
+    except TemplateError as error:
+        raise SettingError(
+            f"the template does not compile: {error}. Expected Jinja over {{{{ prompt }}}} and {{{{ system }}}}."
+        ) from error
+    if "\x00" not in probe:
+        raise SettingError(f"the template {template!r} never shows {{{{ prompt }}}}.")
+    return compiled

@@ -1,0 +1,216 @@
+"""From a file to rows, each a mapping of columns to plain JSON data, with its number in the file.
+
+A fault is named by file, line and column. Rows are read one by one; only a .json file, being one value, has to fit into
+memory. What JSON cannot say becomes what it can: NaN and infinity become None, a date its usual text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import json
+import math
+import sys
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, describe, excerpt
+
+__all__ = ["ENDINGS", "UNITS", "Row", "check_file", "is_readable", "plain", "rows_of_file", "unit_of"]
+
+#: How the rows of each kind of file are counted, from 1: by line where an editor can go to it.
+UNITS = {".jsonl": "line", ".json": "row", ".csv": "line", ".parquet": "row"}
+
+#: What a file may end in.
+ENDINGS = (*UNITS, *(f"{ending}.gz" for ending in UNITS if ending != ".parquet"))
+
+#: The columns of MMLU's files, which have no header (Hendrycks et al. 2021).
+MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
+
+Row = dict[str, Any]
+
+
+def is_readable(path: Path) -> bool:
+    """Return whether a file of this name is one of those that can be read."""
+    return path.name.lower().endswith(ENDINGS)
+
+
+def unit_of(path: str) -> str:
+    """Return what the rows of a file are counted in."""
+    return UNITS[_kind(path)]
+
+
+def check_file(source: str) -> None:
+    """Check that there is such a file, and that its ending is one of `ENDINGS`.
+
+    Raises:
+        DataError: It is not so.
+    """
+    path = Path(source)
+    if not path.exists():
+        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        raise DataError(f"{source}: there is no such file{looked}. Check the path.")
+    # A pipe could be read only once, and would block where nobody writes into it.
+    if not path.is_file():
+        raise DataError(f"{source}: is not a regular file. Write its content to a file first.")
+    if not is_readable(path):
+        raise DataError(
+            f"{source}: found the ending {path.suffix!r}; expected one of {', '.join(ENDINGS)}. "
+            "Convert the file, or give it the ending that its content has."
+        )
+
+
+def _kind(source: str) -> str:
+    return Path(source.lower().removesuffix(".gz")).suffix
+
+
+def rows_of_file(source: str) -> Generator[tuple[int, Row]]:
+    """Yield each row's number in the file, from 1, and the row.
+
+    Args:
+        source: A file that `check_file` has nothing against.
+
+    Raises:
+        DataError: It cannot be read, or a row is at fault.
+    """
+    readers = {".jsonl": _rows_of_jsonl, ".json": _rows_of_json, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}
+    try:
+        yield from readers[_kind(source)](source)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{source}: cannot be unpacked ({error}). Is it whole, and made by gzip?") from error
+    except OSError as error:
+        raise DataError(
+            f"{source}: cannot be read ({error.strerror or error}). Check its name, its rights and its disk."
+        ) from error
+
+
+def _rows_of_jsonl(source: str) -> Generator[tuple[int, Row]]:
+    advice = "Expected one JSON object a line. A file that is one JSON list ends in .json."
+    with contextlib.closing(_lines(source)) as lines:
+        for number, line in enumerate(lines, start=1):
+            # Without its newline, or a line that breaks off would be reported as the next one.
+            text = line.rstrip("\r\n")
+            if text.strip():
+                row = _check_object(_parse(text, source, number, advice), f"{source}, line {number}", advice)
+                # One copy of each column's name instead of one a row.
+                yield number, {sys.intern(name): value for name, value in row.items()}
+
+
+def _rows_of_json(source: str) -> Generator[tuple[int, Row]]:
+    advice = "Expected one JSON list of objects. A file with one JSON object a line ends in .jsonl."
+    text = "".join(_lines(source))
+    rows = _parse(text, source, 1, advice) if text.strip() else []
+    if not isinstance(rows, list):
+        raise DataError(f"{source}: found {describe(rows)} at the top. {advice}")
+    for number, row in enumerate(rows, start=1):
+        yield number, _check_object(row, f"{source}, row {number}", advice)
+
+
+def _rows_of_csv(source: str) -> Generator[tuple[int, Row]]:
+    columns: list[str] = []
+    number = 1
+    try:
+        with contextlib.closing(_lines(source)) as lines:
+            # Strict: a quote that is never closed would otherwise swallow the rest of the file as one answer.
+            reader = csv.reader(lines, strict=True)
+            for cells in reader:
+                if cells and not columns:
+                    has_header = not _is_mmlu(cells)
+                    columns = _check_columns(cells, source) if has_header else MMLU_COLUMNS
+                    cells = [] if has_header else cells
+                if cells:
+                    yield number, _csv_row(columns, cells, f"{source}, line {number}")
+                # A quoted cell may run over many lines: a row is named by its first.
+                number = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{source}, line {number}: found a broken row ({error}); expected cells between commas, those that hold "
+            'commas, quotes or line breaks in "quotes" and quotes in them doubled. Mend the row, or use .jsonl.'
+        ) from error
+
+
+def _is_mmlu(cells: list[str]) -> bool:
+    """Return whether a file's first row is a question with four choices and a letter, as in MMLU's files."""
+    return len(cells) == len(MMLU_COLUMNS) and cells[-1] in MMLU_COLUMNS[1:-1]
+
+
+def _csv_row(columns: list[str], cells: list[str], where: str) -> Row:
+    if len(cells) != len(columns):
+        raise DataError(
+            f"{where}: found {len(cells)} cells; expected {len(columns)}, one for each of "
+            f"{excerpt(', '.join(columns), 300)}. Put cells that hold commas in quotes."
+        )
+    return dict(zip(columns, cells, strict=True))
+
+
+def _rows_of_parquet(source: str) -> Generator[tuple[int, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source) as table:
+            _check_columns(table.schema_arrow.names, source)
+            rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield number, plain(row)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise DataError(
+            f"{source}: cannot be read as parquet ({excerpt(str(error), 200)}). "
+            "Write the file again, or give it the ending that its content has."
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """Return a table's value as JSON can hold it."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)
+
+
+def _check_columns(columns: list[str], source: str) -> list[str]:
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{source}: found the column {twice!r} twice; expected each once. Rename or remove one.")
+    return columns
+
+
+def _check_object(row: Any, where: str, advice: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found {describe(row)}. {advice}")
+    return row
+
+
+def _parse(text: str, source: str, line: int, advice: str) -> Any:
+    """Return what a JSON text says; its first line is number `line` of the file."""
+    try:
+        # NaN and Infinity are Python's, not JSON's; what is selected must be writable as JSON again.
+        return json.loads(text, parse_constant=lambda _: None)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{source}, line {line + error.lineno - 1}, column {error.colno}: found broken JSON ({error.msg}). {advice}"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{source}, line {line}: found brackets nested too deeply to be data. {advice}") from error
+    except ValueError as error:
+        # The only other one: Python refuses whole numbers of more than 4,300 digits.
+        raise DataError(f"{source}, line {line}: found a number too long to read ({error}). {advice}") from error
+
+
+def _lines(source: str) -> Generator[str]:
+    """Yield a text file's lines with their endings, decoded one by one so that an error knows its line."""
+    with gzip.open(source) if source.lower().endswith(".gz") else open(source, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{source}, line {number}: found the byte 0x{line[error.start]:02x}; expected UTF-8. "
+                    "Save the file again with the encoding UTF-8."
+                ) from error

@@ -1,0 +1,409 @@
+"""From a row to an instruction, in the forms in which data sets come.
+
+Decisions:
+    Nothing is guessed. The first row says which form a file has; a later row that differs, or a value that is not
+    text, is an error that names file, line and field. A wrong pool would otherwise train well and mean nothing.
+
+    Columns that match several forms are an error too, unless one form is another with more to it: those are named as
+    `RowForm.instead_of`. A column that belongs to no whole form, such as `answer` beside `instruction` and `output`,
+    is one of the extra columns that every row may have.
+
+    A choice is looked for by its text, then by its letter, then by its number. Where choices stand in columns A, B,
+    C, D the letter comes first, for there it names a column.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .config import ColumnSettings
+from .errors import DataError, describe, excerpt
+from .pool import Instruction
+from .row_files import Row
+
+__all__ = ["RowForm", "RowReader"]
+
+#: Who speaks, by the names of ShareGPT, OpenAI and those who came after them.
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+}
+
+#: By which names a turn says who speaks, and what.
+_TURN_FIELDS = (("role", "content"), ("from", "value"))
+
+#: How the instructions of LLM-Adapters' multiple-choice data end (Hu et al. 2023, "LLM-Adapters").
+_ANSWER_FORMAT = re.compile(r"Answer format: *([^\s/]+(?:/[^\s/]+)+)\s*\Z")
+
+#: An instruction, or the name of the field that has no text.
+Reading = Instruction | str
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """A form of rows.
+
+    Attributes:
+        name: Its columns in words, for messages.
+        columns: Those that every row has.
+        read: Makes an instruction of a row, given where it stands.
+        fits: Whether a row that has the columns is of this form.
+        instead_of: Names of forms whose columns are among these: such rows are of this form.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Row, str], Reading]
+    fits: Callable[[Row], bool] = lambda _: True
+    instead_of: tuple[str, ...] = ()
+
+    def matches(self, row: Row) -> bool:
+        """Return whether a row is of this form."""
+        return all(column in row for column in self.columns) and self.fits(row)
+
+
+class RowReader:
+    """Makes instructions of a source's rows, in the form that its first row has.
+
+    Args:
+        columns: Which columns to read; used if the first row has all of them.
+        choice_form: One of `config.CHOICE_FORMS`.
+    """
+
+    def __init__(self, columns: ColumnSettings, choice_form: str) -> None:
+        self._columns = columns
+        self._with_letters = choice_form == "letter"
+        self._forms = self._known_forms()
+        self._form: RowForm | None = None
+        self._narrower: tuple[RowForm, ...] = ()
+        #: Conversations that ended with a question, which was left out.
+        self.num_unanswered = 0
+        #: Whether the source has the columns that were named.
+        self.uses_columns = False
+
+    def read(self, row: Row, where: str) -> Reading:
+        """Return a row as an instruction, or the name of a field of it that has no text.
+
+        Args:
+            row: Its columns; the first row that is given decides on the form.
+            where: Where it stands, for messages.
+
+        Raises:
+            DataError: It has no known form, or several, or another than the first row; or a value is at fault.
+        """
+        if self._form is None:
+            self._form = self._chosen(row, where)
+            self._narrower = tuple(form for form in self._forms if self._form.name in form.instead_of)
+        elif not self._form.matches(row) or any(form.matches(row) for form in self._narrower):
+            raise self._other_form(row, where)
+        return self._form.read(row, where)
+
+    def _known_forms(self) -> tuple[RowForm, ...]:
+        pairs = [
+            ("instruction", "output", "input"),
+            ("instruction", "response", "context"),
+            ("question", "answer", None),
+            ("prompt", "completion", None),
+            ("prompt", "response", None),
+        ]
+        return (
+            *(self._pair(prompt, response, extra) for prompt, response, extra in pairs),
+            *(_chat(self, column) for column in ("messages", "conversations")),
+            RowForm(
+                "question and choices with answerKey",
+                ("question", "choices", "answerKey"),
+                partial(self._read_pair, ColumnSettings("question", "answerKey", choices="choices")),
+            ),
+            RowForm(
+                "question, A, B and so on with answer",
+                ("question", "A", "B", "answer"),
+                self._read_lettered,
+                instead_of=("question and answer",),
+            ),
+            RowForm(
+                "instruction and output with answer, the instruction ending in 'Answer format: ...'",
+                ("instruction", "output", "answer"),
+                self._read_alternatives,
+                lambda row: bool(_ANSWER_FORMAT.search(str(row["instruction"]))),
+                instead_of=("instruction and output",),
+            ),
+        )
+
+    def _pair(self, prompt: str, response: str, extra: str | None) -> RowForm:
+        columns = ColumnSettings(prompt, response, extra, choices="choices")
+        return RowForm(f"{prompt} and {response}", (prompt, response), partial(self._read_pair, columns))
+
+    def _chosen(self, row: Row, where: str) -> RowForm:
+        """Return the form of the first row."""
+        named = self._columns.named()
+        if named and all(column in row for column in named.values()):
+            self.uses_columns = True
+            names = ", ".join(f"{key} in {column!r}" for key, column in named.items())
+            if self._columns.messages is not None:
+                return _chat(self, self._columns.messages, self._columns.system, name=names)
+            return RowForm(names, tuple(named.values()), partial(self._read_pair, self._columns))
+        found = _matching(self._forms, row)
+        if len(found) == 1:
+            return found[0]
+        seen = excerpt(", ".join(repr(column) for column in row) or "none", 300)
+        advice = "Say which hold what: columns (--columns prompt=NAME,response=NAME), or rename them."
+        if found:
+            several = "; ".join(form.name for form in found)
+            raise DataError(f"{where}: found the columns {seen}, which are of several forms: {several}. {advice}")
+        forms = "; ".join(form.name for form in self._forms)
+        raise DataError(f"{where}: found the columns {seen}; expected one of these forms: {forms}. {advice}")
+
+    def _other_form(self, row: Row, where: str) -> DataError:
+        """Return what is wrong with a later row that has not the form of the first."""
+        form = self._form
+        assert form is not None
+        others = [other.name for other in _matching(self._forms, row) if other != form]
+        if others:
+            return DataError(
+                f"{where}: found a row of the form {others[0]}; expected {form.name}, as in the first row. "
+                "Give all rows of a pool, dev or test set one form."
+            )
+        missing = next((column for column in form.columns if column not in row), None)
+        if missing is None:
+            return DataError(f"{where}: found something other than {form.name}; expected it, as in the first row.")
+        seen = ", ".join(repr(name) for name in row) or "none"
+        return DataError(
+            f"{where}: found no field {missing!r} among {excerpt(seen, 300)}; expected it, as in the first row. "
+            "Give every row the same columns."
+        )
+
+    # The forms' readers
+
+    def _read_pair(self, columns: ColumnSettings, row: Row, where: str) -> Reading:
+        """Read a prompt and its response, with choices where there are any."""
+        response_column = columns.response or columns.answer
+        assert columns.prompt is not None
+        assert response_column is not None
+        prompt = _text(row, columns.prompt, where)
+        if not prompt.strip():
+            return columns.prompt
+        extra = _text(row, columns.input, where) if columns.input in row else ""
+        prompt += f"\n\n{extra}" if extra.strip() else ""
+        system = _text(row, columns.system, where) if columns.system in row else ""
+        choices = _choices(row.get(columns.choices) if columns.choices else None, f"{where}, field {columns.choices!r}")
+        answer = row[response_column]
+        if choices and answer is not None and answer != "":
+            texts, labels = choices
+            right = _right(texts, labels, answer, response_column, f"{where}, field {columns.choices!r}")
+            if not texts[right].strip():
+                return str(columns.choices)
+            return self._choice(prompt, texts, right, row, system)
+        response = _text(row, response_column, where)
+        if not response.strip():
+            return response_column
+        return Instruction(prompt, response, (), row, "" if not system.strip() else system)
+
+    def _read_lettered(self, row: Row, where: str) -> Reading:
+        """Read a question whose choices stand in columns A, B, C, ..."""
+        prompt, answer = _text(row, "question", where), _text(row, "answer", where).strip()
+        for column, text in (("question", prompt), ("answer", answer)):
+            if not text.strip():
+                return column
+        letters = [letter for letter in string.ascii_uppercase if row.get(letter) is not None]
+        texts = [_text(row, letter, where) for letter in letters]
+        if answer not in [*letters, *texts]:
+            raise DataError(
+                f"{where}, field 'answer': found {excerpt(repr(answer))}; expected one of the letters "
+                f"{', '.join(letters)}, or the text of that choice."
+            )
+        right = letters.index(answer) if answer in letters else texts.index(answer)
+        return self._choice(prompt, texts, right, row) if texts[right].strip() else letters[right]
+
+    def _read_alternatives(self, row: Row, where: str) -> Reading:
+        """Read an instruction that lists its alternatives, one of which stands in the output."""
+        prompt, output, answer = (_text(row, column, where) for column in ("instruction", "output", "answer"))
+        for column, text in (("output", output), ("answer", answer)):
+            if not text.strip():
+                return column
+        found = _ANSWER_FORMAT.search(prompt)
+        assert found is not None  # or the row would not be of this form
+        alternatives = found[1].split("/")
+        before, is_there, after = output.rpartition(answer)
+        if answer not in alternatives or not is_there:
+            raise DataError(
+                f"{where}, field 'answer': found {excerpt(repr(answer))}; expected one of "
+                f"{', '.join(alternatives)}, which is also in the output {excerpt(repr(output))}."
+            )
+        extra = _text(row, "input", where) if "input" in row else ""
+        prompt += f"\n\n{extra}" if extra.strip() else ""
+        # The prompt lists them already: `choice_form` has nothing to add.
+        return Instruction(prompt, output, tuple(before + other + after for other in alternatives), row)
+
+    def _choice(self, prompt: str, texts: Sequence[str], right: int, row: Row, system: str = "") -> Instruction:
+        """Return a multiple-choice row in the form that was asked for."""
+        if not self._with_letters:
+            return Instruction(prompt, texts[right], tuple(texts), row, system if system.strip() else "")
+        letters = string.ascii_uppercase[: len(texts)]
+        lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
+        asked = "\n".join([prompt, *lines])
+        return Instruction(asked, letters[right], tuple(letters), row, system if system.strip() else "")
+
+
+def _matching(forms: Sequence[RowForm], row: Row) -> list[RowForm]:
+    """Return the forms that a row has, without those that another of them stands in for."""
+    found = [form for form in forms if form.matches(row)]
+    covered = {name for form in found for name in form.instead_of}
+    return [form for form in found if form.name not in covered]
+
+
+# Texts and choices
+
+
+def _text(row: Row, column: str | None, where: str) -> str:
+    """Return the text in a column; a null, which is how tables say that there is none, is an empty one."""
+    assert column is not None
+    value = row[column]
+    if value is None:
+        return ""
+    _check_text(value, f"{where}, field {column!r}")
+    return str(value)
+
+
+def _check_text(value: object, where: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: found {describe(value)}; expected text. Write the value in quotes.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON's escapes can spell one half of a character beyond U+FFFF; no tokenizer takes it.
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise DataError(
+            f"{where}: found {half} at character {error.start + 1}, one half of a pair; expected whole characters. "
+            "Write the pair, or the character itself."
+        ) from error
+
+
+def _choices(value: Any, where: str) -> tuple[list[str], list[str]] | None:
+    """Return the texts to choose among, and their labels where they have any; None where there are no choices."""
+    if value is None or value == []:
+        return None
+    labels: Any = []
+    texts = value
+    if isinstance(value, dict):
+        texts, labels = value.get("text"), value.get("label")
+    elif isinstance(value, list) and all(isinstance(choice, dict) for choice in value):
+        texts, labels = [c.get("text") for c in value], [c.get("label") for c in value]
+    if not isinstance(texts, list) or not isinstance(labels, list) or len(labels) not in (0, len(texts)):
+        raise DataError(
+            f"{where}: found {describe(value)}; expected a list of texts, or the lists label and text of one length. "
+            "Store such rows as .jsonl, or rename the column if it is not meant to be read."
+        )
+    for index, choice in enumerate(texts, start=1):
+        _check_text(choice, f"{where}, item {index}")
+    if len(texts) > len(string.ascii_uppercase):
+        raise DataError(f"{where}: found {len(texts)} choices; expected at most {len(string.ascii_uppercase)}.")
+    return texts, [str(label) for label in labels]
+
+
+def _right(texts: list[str], labels: list[str], answer: Any, column: str, where: str) -> int:
+    """Return which of the choices an answer means: a label, a text, a letter, or a number."""
+    letters = list(string.ascii_uppercase[: len(texts)])
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(texts):
+            return answer
+    elif isinstance(answer, str):
+        # Labels count from 1 where they are numbers; what has none is named by its text.
+        numbers = [str(number) for number in range(1, len(texts) + 1)] if labels else []
+        for names in (labels, texts, letters, numbers):
+            if answer in names:
+                return names.index(answer)
+    else:
+        raise DataError(f"{where}: found the row's {column!r} to be {describe(answer)}; expected text or a number.")
+    among = labels or texts
+    raise DataError(
+        f"{where}: found {excerpt(', '.join(map(repr, among)), 200)}; expected the row's {column!r} "
+        f"among them, which is {excerpt(repr(answer))}. Write both alike, letter for letter."
+    )
+
+
+# Conversations
+
+
+def _chat(reader: RowReader, column: str, system: str | None = None, name: str | None = None) -> RowForm:
+    columns = (column,) if system is None else (column, system)
+
+    def read(row: Row, where: str) -> Reading:
+        turns = _turns(row[column], f"{where}, field {column!r}")
+        head = _text(row, system, where) if system is not None else ""
+        if turns[0][0] == "system":
+            head = turns[0][1] if turns[0][1].strip() else head
+            turns = turns[1:]
+        if turns[-1][0] == "user":
+            reader.num_unanswered += 1
+            turns = turns[:-1]
+        if any(not text.strip() for _, text in turns):
+            return column
+        said, answered = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
+        exchanges = list(zip(said, answered, strict=True))
+        return Instruction(*exchanges[-1], (), row, head if head.strip() else "", tuple(exchanges[:-1]))
+
+    return RowForm(name or column, columns, read, lambda row: name is not None or isinstance(row[column], list))
+
+
+def _turns(value: Any, where: str) -> list[tuple[str, str]]:
+    """Return who says what, in an order that a conversation can have."""
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else describe(value)
+        raise DataError(f"{where}: found {found}; expected the turns of a conversation, each with role and content.")
+    turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value, start=1)]
+    expected = "user"
+    for number, (role, _) in enumerate(turns, start=1):
+        if role == "system" and number == 1:
+            continue
+        if role != expected:
+            raise DataError(f"{where}, turn {number}: {_disorder(turns, number)} Mend the row, or remove it.")
+        expected = "assistant" if role == "user" else "user"
+    if not any(role == "assistant" for role, _ in turns):
+        raise DataError(f"{where}: found no turn of the assistant; expected one to learn from. Remove the row.")
+    return turns
+
+
+def _disorder(turns: list[tuple[str, str]], number: int) -> str:
+    role = turns[number - 1][0]
+    if role == "system":
+        return "found a system text; expected it in the first turn alone."
+    if number > 1 and turns[number - 2][0] == role:
+        return f"found a second turn of the {role} in a row; expected user and assistant in turns."
+    return f"found that the {role} begins; expected the user."
+
+
+def _turn(turn: Any, where: str) -> tuple[str, str]:
+    """Return the role and the text of a turn."""
+    fields = next((pair for pair in _TURN_FIELDS if isinstance(turn, dict) and pair[0] in turn), None)
+    if fields is None:
+        raise DataError(
+            f"{where}: found {describe(turn)}; expected an object with role and content, or from and value."
+        )
+    name, content = turn[fields[0]], turn.get(fields[1])
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        shown = repr(name) if isinstance(name, str) else describe(name)
+        raise DataError(
+            f"{where}: found the {fields[0]} {excerpt(shown)}; expected one of {', '.join(ROLES)}. "
+            "Such turns cannot be learned from: remove them, or rename who speaks."
+        )
+    where = f"{where}, {fields[1]}"
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{where}, part {number}") for number, part in enumerate(content, start=1))
+    _check_text(content, where)
+    return role, content
+
+
+def _part(part: Any, where: str) -> str:
+    """Return the text of a part of a turn; pictures and the like cannot be learned from."""
+    if not isinstance(part, dict) or part.get("type") != "text":
+        kind = repr(part.get("type")) if isinstance(part, dict) else describe(part)
+        raise DataError(f"{where}: found {excerpt(kind)}; expected parts of the type 'text' alone. Remove the row.")
+    _check_text(part.get("text"), where)
+    return str(part["text"])

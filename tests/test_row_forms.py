@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raise_env.config import ColumnSettings
+from raise_env.errors import DataError
+from raise_env.pool import Instruction
+from raise_env.row_forms import RowReader
+
+
+def read(*rows: dict[str, Any], choice_form: str = "text", **columns: str) -> Any:
+    """Read rows as those of one file, and return the last as an instruction, or the field that has no text."""
+    reader = RowReader(ColumnSettings(**columns), choice_form)
+    return [reader.read(row, f"f, line {number}") for number, row in enumerate(rows, start=1)][-1]
+
+
+def fault(*rows: dict[str, Any], **settings: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read(*rows, **settings)
+    message = str(caught.value)
+    assert message.startswith(f"f, line {len(rows)}")
+    return message.removeprefix(f"f, line {len(rows)}")
+
+
+def turns(*texts: str, first: str = "user") -> list[dict[str, str]]:
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+def sharegpt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[turn["role"]], "value": turn["content"]} for turn in messages]
+
+
+# Pairs of columns
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "response"),
+    [
+        ({"instruction": "a", "input": "c", "output": "b", "text": "all"}, "a\n\nc", "b"),
+        ({"instruction": "a", "context": "c", "response": "b", "category": "qa"}, "a\n\nc", "b"),
+        ({"instruction": "a", "context": "", "response": "b", "category": "qa"}, "a", "b"),
+        ({"instruction": "a", "response": "b"}, "a", "b"),
+        ({"instruction": "a", "output": "b", "answer": "c"}, "a", "b"),
+        ({"prompt": "a", "prompt_id": "9", "completion": "b", "answer": "c"}, "a", "b"),
+    ],
+)
+def test_read__pair_of_columns__prompt_and_response(row: dict[str, Any], prompt: str, response: str) -> None:
+    assert read(row) == Instruction(prompt, response, (), row)
+
+
+@pytest.mark.parametrize(
+    ("row", "forms"),
+    [
+        ({"instruction": "i", "output": "o", "response": "r"}, "instruction and output; instruction and response"),
+        ({"question": "q", "answer": "a", "prompt": "p", "response": "r"}, "question and answer; prompt and response"),
+        ({"messages": turns("a", "b"), "prompt": "p", "completion": "c"}, "prompt and completion; messages"),
+        ({"messages": turns("a", "b"), "conversations": turns("a", "b")}, "messages; conversations"),
+    ],
+)
+def test_read__several_forms__are_named_with_how_to_choose(row: dict[str, Any], forms: str) -> None:
+    message = fault(row)
+    assert f"which are of several forms: {forms}." in message
+    assert "--columns prompt=NAME,response=NAME" in message
+    assert all(repr(column) in message for column in row)
+
+
+def test_read__later_row_of_another_form__names_both() -> None:
+    first = {"question": "q", "answer": "a"}
+    message = fault(first, {"prompt": "p", "response": "r"})
+    assert (
+        ": found a row of the form prompt and response; expected question and answer, as in the first row." in message
+    )
+    assert "form messages; expected question and answer" in fault(first, {"messages": turns("a", "b")})
+    assert "found no field 'answer' among 'question'" in fault(first, {"question": "q"})
+    # What all of the first form's rows have may be there beside what makes another form.
+    alpaca = {"instruction": "i", "output": "the answer is yes", "answer": "yes"}
+    listed = {**alpaca, "instruction": "i? Answer format: yes/no"}
+    assert "'Answer format: ...'; expected instruction and output," in fault(alpaca, listed)
+    assert "form instruction and output; expected instruction and output with answer" in fault(listed, alpaca)
+
+
+# Columns of one's own
+
+
+def test_read__named_columns__are_read() -> None:
+    row = {"q": "a", "a": "b", "i": "c", "s": "head", "question": "x", "answer": "y"}
+    assert read(row, prompt="q", response="a") == Instruction("a", "b", (), row)
+    assert read(row, prompt="q", response="a", input="i", system="s") == Instruction("a\n\nc", "b", (), row, "head")
+    assert read(row | {"s": " "}, prompt="q", response="a", system="s").system == ""
+    chat = {"talk": turns("a", "b"), "s": "head"}
+    assert read(chat, messages="talk") == Instruction("a", "b", (), chat)
+    assert read(chat, messages="talk", system="s").system == "head"
+    own = {"talk": [{"role": "system", "content": "own"}, *turns("a", "b")], "s": "head"}
+    assert read(own, messages="talk", system="s").system == "own"
+    blank = {"talk": [{"role": "system", "content": " "}, *turns("a", "b")], "s": "head"}
+    assert read(blank, messages="talk", system="s").system == "head"
+
+
+def test_read__named_columns__decide_between_forms() -> None:
+    row = {"instruction": "i", "output": "o", "response": "r"}
+    assert read(row, prompt="instruction", response="response").response == "r"
+
+
+def test_read__file_without_the_named_columns__is_recognised_by_itself() -> None:
+    row = {"question": "q", "answer": "a"}
+    reader = RowReader(ColumnSettings("q", "a"), "text")
+    assert reader.read(row, "f") == Instruction("q", "a", (), row)
+    assert not reader.uses_columns
+
+
+def test_read__later_row_without_a_named_column__is_an_error() -> None:
+    message = fault({"q": "a", "a": "b", "i": ""}, {"q": "a", "a": "b"}, prompt="q", response="a", input="i")
+    assert ": found no field 'i' among 'q', 'a'" in message
+
+
+def test_read__named_choices__of_any_form() -> None:
+    row = {"ask": "Which?", "among": ["one", "two"], "right": 1}
+    assert read(row, prompt="ask", choices="among", answer="right") == Instruction("Which?", "two", ("one", "two"), row)
+
+
+# Multiple choice
+
+
+TEXTS = ["bank", "library", "mall"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"choices": {"label": ["A", "B", "C"], "text": TEXTS}, "answerKey": "B"},
+        {"choices": {"label": ["1", "2", "3"], "text": TEXTS}, "answerKey": "2"},
+        {"choices": {"label": ["A", "B", "C"], "text": TEXTS}, "answerKey": "2"},
+        {"choices": {"label": ["1", "2", "3"], "text": TEXTS}, "answerKey": "B"},
+        {
+            "choices": [{"label": label, "text": text} for label, text in zip("ABC", TEXTS, strict=True)],
+            "answerKey": "B",
+        },
+        {"choices": TEXTS, "answer": "library"},
+        {"choices": TEXTS, "answer": "B"},
+        {"choices": TEXTS, "answer": 1, "subject": "places"},
+        {"A": "bank", "B": "library", "C": "mall", "answer": "B"},
+        {"A": "bank", "B": "library", "C": "mall", "D": None, "answer": "library"},
+    ],
+)
+def test_read__choices__in_each_form_found(row: dict[str, Any]) -> None:
+    row = {"question": "Where?", **row}
+    assert read(row) == Instruction("Where?", "library", tuple(TEXTS), row)
+    asked = "Where?\nA. bank\nB. library\nC. mall"
+    assert read(row, choice_form="letter") == Instruction(asked, "B", ("A", "B", "C"), row)
+
+
+def test_read__choices_that_are_letters_themselves__text_first_but_in_columns() -> None:
+    assert read({"question": "q", "choices": ["B", "A"], "answer": "A"}).response == "A"
+    row = {"question": "q", "A": "B", "B": "A", "C": "x", "D": "y", "answer": "A"}
+    assert read(row).response == "B"
+
+
+def test_read__choices_that_are_numbers__text_before_number() -> None:
+    assert read({"question": "q", "choices": ["2", "1", "0"], "answer": "1"}).response == "1"
+    assert read({"question": "q", "choices": ["2", "1", "0"], "answer": 0}).response == "2"
+
+
+def test_read__rows_without_choices_among_others__are_open_questions() -> None:
+    first = {"question": "q", "choices": TEXTS, "answer": 1}
+    for choices in (None, []):
+        assert read(first, {"question": "q", "choices": choices, "answer": "So."}).choices == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"choices": TEXTS, "answer": 3},
+            "field 'choices': found 'bank', 'library', 'mall'; expected the row's 'answer'",
+        ),
+        ({"choices": TEXTS, "answer": "D"}, "among them, which is 'D'"),
+        ({"choices": TEXTS, "answer": "2"}, "among them, which is '2'"),
+        ({"choices": TEXTS, "answer": True}, "found the row's 'answer' to be true; expected text or a number"),
+        ({"choices": TEXTS, "answer": 1.0}, "found the row's 'answer' to be 1.0"),
+        ({"choices": {"label": ["A"], "text": TEXTS}, "answerKey": "A"}, "found an object; expected a list of texts"),
+        ({"choices": {"label": list("ABC"), "text": TEXTS}, "answerKey": "D"}, "found 'A', 'B', 'C'; expected"),
+        ({"choices": ["a"] * 27, "answer": 1}, "found 27 choices; expected at most 26"),
+        ({"A": "a", "B": "b", "answer": "C"}, "field 'answer': found 'C'; expected one of the letters A, B"),
+    ],
+)
+def test_read__bad_choices__are_named(row: dict[str, Any], expected: str) -> None:
+    assert expected in fault({"question": "Where?", **row})
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"choices": TEXTS, "answer": None}, "answer"),
+        ({"choices": {"label": list("ABC"), "text": TEXTS}, "answerKey": ""}, "answerKey"),
+        ({"choices": ["", "a"], "answer": 0}, "choices"),
+        ({"A": " ", "B": "b", "answer": "A"}, "A"),
+        ({"A": "a", "B": "b", "answer": None}, "answer"),
+    ],
+)
+def test_read__no_answer__is_a_blank_field(row: dict[str, Any], field: str) -> None:
+    assert read({"question": "Where?", **row}) == field
+    assert read({**row, "question": ""}) == "question"
+
+
+def test_read__alternatives_in_the_instruction__each_in_the_outputs_place() -> None:
+    row = {
+        "instruction": "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2",
+        "input": "",
+        "output": "the correct answer is answer2",
+        "answer": "answer2",
+    }
+    choices = ("the correct answer is answer1", "the correct answer is answer2")
+    for form in ("text", "letter"):
+        assert read(row, choice_form=form) == Instruction(row["instruction"], choices[1], choices, row)
+    yes = {"instruction": "Is it? Answer format: true/false", "output": "it is true: true.", "answer": "true"}
+    assert read(yes).choices == ("it is true: true.", "it is true: false."), "the last place is the answer's"
+    assert "found 'answer3'; expected one of answer1, answer2" in fault(row | {"answer": "answer3"})
+    assert "which is also in the output 'no'" in fault(row | {"output": "no"})
+    assert read(row | {"answer": ""}) == "answer"
+
+
+# Conversations
+
+
+@pytest.mark.parametrize("as_row", [lambda chat: {"messages": chat}, lambda chat: {"conversations": sharegpt(chat)}])
+def test_read__conversation__last_exchange_and_those_before(as_row: Any) -> None:
+    row = as_row(turns("a", "b"))
+    assert read(row) == Instruction("a", "b", (), row)
+    row = as_row([{"role": "system", "content": "head"}, *turns("a", "b", "c", "d", "e", "f")])
+    assert read(row) == Instruction("e", "f", (), row, "head", (("a", "b"), ("c", "d")))
+
+
+def test_read__other_names_of_roles__are_known() -> None:
+    chat = [("developer", "head"), ("human", "a"), ("ChatGPT", "b"), ("user", "c"), ("model", "d")]
+    row = {"messages": [{"role": role, "content": text} for role, text in chat]}
+    assert read(row) == Instruction("c", "d", (), row, "head", (("a", "b"),))
+    assert read({"conversations": turns("a", "b")}).response == "b", "a column's name does not decide on its turns'"
+
+
+def test_read__content_of_text_parts__is_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert read({"messages": [{"role": "user", "content": parts}, *turns("c", first="assistant")]}).prompt == "ab"
+
+
+def test_read__question_without_an_answer_at_the_end__is_left_out_and_counted() -> None:
+    reader = RowReader(ColumnSettings(), "text")
+    row = {"messages": turns("a", "b", "c")}
+    assert reader.read(row, "f") == Instruction("a", "b", (), row)
+    assert reader.num_unanswered == 1
+
+
+@pytest.mark.parametrize(
+    ("chat", "expected"),
+    [
+        (turns("a", "b", first="assistant"), ", turn 1: found that the assistant begins; expected the user."),
+        (
+            [{"role": "system", "content": "s"}, *turns("a", first="assistant")],
+            ", turn 2: found that the assistant begi",
+        ),
+        (turns("a"), ": found no turn of the assistant; expected one to learn from."),
+        ([*turns("a", "b"), *turns("c", first="assistant")], ", turn 3: found a second turn of the assistant in a row"),
+        ([*turns("a"), *turns("c", "d")], ", turn 2: found a second turn of the user in a row"),
+        (
+            [*turns("a", "b"), {"role": "system", "content": "s"}],
+            ", turn 3: found a system text; expected it in the first",
+        ),
+        ([{"role": "system", "content": "s"}] * 2, ", turn 2: found a system text"),
+        ([*turns("a"), {"role": "tool", "content": "x"}], ", turn 2: found the role 'tool'; expected one of system,"),
+        ([*turns("a"), {"role": None, "content": "x"}], ", turn 2: found the role null"),
+        ([*turns("a"), {"role": "assistant", "content": None}], ", turn 2, content: found null; expected text"),
+        ([*turns("a"), {"role": "assistant"}], ", turn 2, content: found null; expected text"),
+        ([*turns("a"), {"role": "assistant", "content": 3}], ", turn 2, content: found 3; expected text"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            ", turn 1, content, part 1: found 'image_url'; expected parts of the type 'text' alone",
+        ),
+        (["hello"], ", turn 1: found text; expected an object with role and content, or from and value"),
+        ([], ": found an empty list; expected the turns of a conversation"),
+    ],
+)
+def test_read__conversation_out_of_order__is_named_by_its_turn(chat: Any, expected: str) -> None:
+    message = fault({"messages": chat})
+    assert message.startswith(f", field 'messages'{expected}")
+
+
+def test_read__turn_without_text__is_a_blank_field() -> None:
+    assert read({"messages": turns("a", " ")}) == "messages"
+    assert read({"messages": turns("a", "", "c", "d")}) == "messages"
+    assert read({"messages": [{"role": "system", "content": " "}, *turns("a", "b")]}).system == ""
+
+
+# Real data
+
+
+@pytest.mark.real
+def test_read__real_multiple_choice__has_its_choices(shared: Path, tmp_path: Path) -> None:
+    import zipfile
+
+    from raise_env.reading import read_pool
+
+    pool = read_pool(shared / "data" / "commonsenseqa" / "dev.jsonl")
+    assert len(pool) == 1221
+    assert pool[0].response == "bank"
+    assert pool[0].choices == ("bank", "library", "department store", "mall", "new york")
+    pool = read_pool(shared / "data" / "arc_challenge" / "test.json")
+    assert pool[0].response == "the correct answer is answer3"
+    assert {len(row.choices) for row in pool} == {3, 4, 5}
+    with zipfile.ZipFile(shared / "data" / "mmlu" / "mmlu.zip") as archive:
+        archive.extractall(tmp_path)
+    pool = read_pool(tmp_path / "data" / "test", choice_form="letter")
+    assert len(pool) == 14_042
+    assert pool.place(0) == "abstract_algebra_test.csv, line 1"
+    assert pool[0].prompt.endswith("\nA. 0\nB. 4\nC. 2\nD. 6")
+    assert pool[0].response == "B"
+    assert all(len(row.choices) == 4 for row in pool)
+    assert len(read_pool(tmp_path / "data" / "dev" / "anatomy_dev.csv")) == 5

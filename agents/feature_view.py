@@ -111,7 +111,7 @@ class FeatureView:
 
     def _check(self, world: RaiseSelectEnv) -> None:
         here = world.assets.auxiliary
-        if here["model"] != self.auxiliary.get("model"):
+        if any(here.get(part) != self.auxiliary.get(part) for part in ("model", "adapter")):
             name = world.config.auxiliary_model or world.config.model
             raise SettingError(
                 f"the selector was learned on features of another auxiliary model than {name!r} (content "

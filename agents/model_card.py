@@ -67,7 +67,7 @@ def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv
         "phi": report["cost"]["phi"]["total"],
         "num_runs": settings["num_runs"],
         "table": _markdown(*results_table(report)),
-        "lora": ", ".join(f"{name}={value}" for name, value in asdict(config.lora).items()),
+        "lora": ", ".join(f"{name}={value}" for name, value in asdict(_base(env).lora).items()),
         "learning_rate": config.learning_rate,
         "batch_size": config.batch_size,
         "max_length": config.max_length,
@@ -85,10 +85,12 @@ def _is_hub_id(config: EnvConfig) -> bool:
 def _frame(config: EnvConfig, env: RaiseSelectEnv) -> str:
     if config.template is not None:
         return f"`{config.template!r}`"
-    tokenizer = env.assets.learner.base.tokenizer  # type: ignore[attr-defined]
-    return (
-        "the tokenizer's chat template" if getattr(tokenizer, "chat_template", None) else "raise-env's plain template"
-    )
+    has_own = bool(getattr(_base(env).tokenizer, "chat_template", None))
+    return "the tokenizer's chat template" if has_own else "raise-env's plain template"
+
+
+def _base(env: RaiseSelectEnv) -> Any:
+    return env.assets.learner.base  # type: ignore[attr-defined]
 
 
 def _markdown(rows: list[list[str]], header: list[str]) -> str:

@@ -225,11 +225,13 @@ def check_inputs(config: EnvConfig) -> None:
     Raises:
         RaiseEnvError: A model's folder or a data file cannot be used.
     """
+    from raise_env.adapter_files import starting_form
     from raise_env.assets import load_data
     from raise_env.base_model import load_config
 
     for model in {config.model, config.auxiliary_model or config.model}:
         load_config(model)
+    starting_form(config)
     load_data(config)
 
 

@@ -7,6 +7,7 @@ refused by name: scored without it, it would be another model. Weights come from
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .base_model import BaseModel
-from .config import LoraSettings
-from .errors import ModelError
+from .config import EnvConfig, LoraSettings
+from .errors import ModelError, SettingError
 
-__all__ = ["adapter_settings", "read_adapter"]
+__all__ = ["adapter_settings", "content_hash", "read_adapter", "starting_form"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -56,6 +57,41 @@ def adapter_settings(folder: Path) -> LoraSettings:
     _check_known(found, path)
     own = {entry.name for entry in dataclasses.fields(LoraSettings)} - {"lora_dropout"}
     return LoraSettings(**{name: value for name, value in found.items() if name in own})
+
+
+def content_hash(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's form and weights as they lie in their folder.
+
+    Raises:
+        ModelError: A file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in (_CONFIG, _WEIGHTS):
+        try:
+            digest.update((folder / name).read_bytes())
+        except OSError as error:
+            raise ModelError(f"the adapter {str(folder)!r} cannot be loaded: {name}: {error}.") from error
+    return digest.hexdigest()
+
+
+def starting_form(config: EnvConfig) -> LoraSettings:
+    """Return the form of an environment's adapter: of the one to go on from, or else as its settings have it.
+
+    Raises:
+        ModelError: As `adapter_settings`.
+        SettingError: The settings ask for another form.
+    """
+    if config.adapter is None:
+        return config.lora
+    stored = dataclasses.replace(adapter_settings(Path(config.adapter)), lora_dropout=config.lora.lora_dropout)
+    asked = dataclasses.replace(config.lora, target_modules=stored.target_modules)
+    plain = LoraSettings(lora_dropout=config.lora.lora_dropout)
+    if config.lora != plain and asked != stored:
+        raise SettingError(
+            f"lora asks for {_told(config.lora)}, and the adapter to go on from, {config.adapter!r}, has "
+            f"{_told(stored)}: leave lora out."
+        )
+    return stored
 
 
 def read_adapter(folder: Path, base: BaseModel) -> torch.Tensor:
@@ -95,6 +131,10 @@ def read_adapter(folder: Path, base: BaseModel) -> torch.Tensor:
     return torch.cat([weights[name].flatten().float() for name in shapes]).to(base.device)
 
 
+def _told(lora: LoraSettings) -> str:
+    return ", ".join(f"{entry.name}={getattr(lora, entry.name)}" for entry in dataclasses.fields(lora))
+
+
 def _check_known(found: dict[str, Any], path: Path) -> None:
     """Refuse a setting that differs from PEFT's default and that scoring would leave out."""
     known = {entry.name for entry in dataclasses.fields(LoraSettings)} | _HARMLESS
@@ -106,5 +146,5 @@ def _check_known(found: dict[str, Any], path: Path) -> None:
             continue
         raise ModelError(
             f"{path}: {name} is {value!r}, which raise-env does not compute; expected a LoRA adapter without it. "
-            "Merge the adapter into its model with PEFT's merge_and_unload, save that, and score it as a model."
+            "Merge the adapter into its model with PEFT's merge_and_unload, save that, and name it as the model."
         )

@@ -13,10 +13,12 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from .adapter_files import content_hash, read_adapter, starting_form
 from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings
 from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
@@ -100,8 +102,9 @@ class Assets:
         learner: A learner at its initial state; each environment takes a copy.
         base_evaluation: Dev scores before any update.
         pool_tokens: Tokens of the whole pool, each row once.
-        content: Content hashes by the names "model", "pool", "dev", "test".
-        auxiliary: What computed the features: "model", its content hash, and "updates", its updates before.
+        content: Content hashes by the names "model", "pool", "dev", and where there are such "test" and "adapter".
+        auxiliary: What computed the features: content hashes of "model" and, where it began with one, "adapter"; and
+            "updates", its updates before.
         counts: By the names "pool", "dev", "test": "rows" that there are, and of the source those "skipped" for want of
             text; "duplicates" of others; "truncated" at `max_length`, and "left_out" because nothing is left to learn.
     """
@@ -213,7 +216,8 @@ def _data_part(config: EnvConfig) -> EnvConfig:
 
 
 def _stamps(config: EnvConfig) -> Stamps:
-    return tuple(stamp(source) for source in (config.pool, config.dev, config.test))
+    sources = [config.pool, config.dev, config.test]
+    return tuple(stamp(source) for source in [*sources, config.adapter])
 
 
 @functools.lru_cache(maxsize=1)
@@ -224,7 +228,7 @@ def _cached_data(config: EnvConfig, _stamps: Stamps) -> Data:
 @functools.lru_cache(maxsize=4)
 def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Assets:
     data = _cached_data(_data_part(config), _stamps)
-    base = _shared_base(config, config.model)
+    base = _shared_base(config, config.model, starting_form(config))
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
     pool = _encoded(config, data.pool, encoder, base, watcher)
     splits: dict[Split, EvaluationSet] = {"dev": EvaluationSet.build(data.dev, encoder, "dev")}
@@ -239,7 +243,7 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
     auxiliary = _auxiliary(config, data.pool, encoder, pool, base, watcher)
     features = _features(auxiliary)
     classes = _classes(auxiliary, features, pool.has_labels)
-    learner = _learner(config, base, pool, splits)
+    learner = _learner(config, base, pool, splits, _first_adapter(config, base))
     return Assets(
         data=data,
         features=features,
@@ -248,20 +252,20 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
         learner=learner,
         base_evaluation=learner.evaluate("dev"),
         pool_tokens=int(pool.lengths[pool.has_labels].sum()),
-        content=_content(base, data),
-        auxiliary={"model": auxiliary.model.content_hash, "updates": config.num_auxiliary_updates},
+        content=_content(config, base, data),
+        auxiliary=auxiliary.identity,
         counts=_counts(data, pool, splits),
     )
 
 
-def _shared_base(config: EnvConfig, source: str) -> BaseModel:
+def _shared_base(config: EnvConfig, source: str, lora: LoraSettings) -> BaseModel:
     """Return the base model; as long as anything uses it, all get the same."""
-    key = (source, config.lora, config.dtype, config.device, config.activation_checkpointing)
+    key = (source, lora, config.dtype, config.device, config.activation_checkpointing)
     base = _BASES.get(key)
     if base is None:
         base = _BASES[key] = BaseModel(
             source,
-            config.lora,
+            lora,
             dtype=config.dtype,
             device=config.device,
             activation_checkpointing=config.activation_checkpointing,
@@ -269,12 +273,20 @@ def _shared_base(config: EnvConfig, source: str) -> BaseModel:
     return base
 
 
-def _learner(config: EnvConfig, base: BaseModel, pool: EncodedRows, splits: dict[Split, EvaluationSet]) -> LoraLearner:
+def _first_adapter(config: EnvConfig, base: BaseModel) -> torch.Tensor:
+    """Return the adapter that every episode begins from: the one to go on from, or a new one."""
+    if config.adapter is None:
+        return base.initial_parameters(config.seed_model)
+    return read_adapter(Path(config.adapter), base)
+
+
+def _learner(
+    config: EnvConfig, base: BaseModel, pool: EncodedRows, splits: dict[Split, EvaluationSet], first: torch.Tensor
+) -> LoraLearner:
     settings = UpdateSettings(
         config.learning_rate, config.weight_decay, config.max_grad_norm, config.micro_batch_tokens
     )
-    initial = TrainingState.start(base.initial_parameters(config.seed_model))
-    return LoraLearner(base, pool, splits, settings, initial)
+    return LoraLearner(base, pool, splits, settings, TrainingState.start(first))
 
 
 def _embedded_data(config: EnvConfig) -> Data:
@@ -313,9 +325,13 @@ def _max_length(config: EnvConfig, base: BaseModel) -> int:
     return min(config.max_length, base.max_positions or config.max_length)
 
 
-def _content(base: BaseModel, data: Data) -> dict[str, str]:
+def _content(config: EnvConfig, base: BaseModel, data: Data) -> dict[str, str]:
     content = {"model": base.content_hash, "pool": data.pool.content_hash, "dev": data.dev.content_hash}
-    return content if data.test is None else {**content, "test": data.test.content_hash}
+    if data.test is not None:
+        content["test"] = data.test.content_hash
+    if config.adapter is not None:
+        content["adapter"] = content_hash(Path(config.adapter))
+    return content
 
 
 def _counts(data: Data, pool: EncodedRows, splits: dict[Split, EvaluationSet]) -> dict[str, dict[str, int]]:
@@ -389,23 +405,40 @@ class _Auxiliary:
     pool: Pool
     encoded: EncodedRows
     watcher: _Watcher
+    is_trained: bool  # whether it is the model that is trained, and so begins where that does
 
     @functools.cached_property
     def warmed_up(self) -> tuple[torch.Tensor, int]:
         """The adapter that features are computed with, and the token forwards that it took."""
         ledger = Ledger()
-        return _warmed_up(self.config, self.model, self.encoded, ledger), ledger.token_forwards
+        # Not from seed_model: the features are kept for all runs, and must not depend on which of them came first.
+        first = dataclasses.replace(self.config, seed_model=FEATURE_SEED, adapter=self.adapter)
+        learner = _learner(self.config, self.model, self.encoded, {}, _first_adapter(first, self.model))
+        learner.ledger = ledger
+        return _warmed_up(learner, self.config.num_auxiliary_updates), ledger.token_forwards
+
+    @property
+    def adapter(self) -> str | None:
+        """The folder of the adapter that it begins with, where it does."""
+        return self.config.adapter if self.is_trained else None
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What decides what the columns mean: see `Assets.auxiliary`."""
+        own = {} if self.adapter is None else {"adapter": content_hash(Path(self.adapter))}
+        return {"model": self.model.content_hash, "updates": self.config.num_auxiliary_updates, **own}
 
     @property
     def key(self) -> dict[str, str | int | float]:
         """Everything that the features depend on."""
         return {
             "auxiliary": self.model.content_hash,
+            **({} if self.adapter is None else {"adapter": content_hash(Path(self.adapter))}),
             "pool": self.pool.content_hash,
             **self.encoder.key,
             "max_length": self.encoder.max_length,
             "updates": self.config.num_auxiliary_updates,
-            "lora": str(self.config.lora),
+            "lora": str(self.model.lora),
             "learning_rate": self.config.learning_rate,
             "device": self.model.device.type,
             "dtype": self.config.dtype,
@@ -459,10 +492,10 @@ def _auxiliary(
     config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, base: BaseModel, watcher: _Watcher
 ) -> _Auxiliary:
     if config.auxiliary_model is None or config.auxiliary_model == config.model:
-        return _Auxiliary(config, base, encoder, rows, pool, watcher)
-    model = _shared_base(config, config.auxiliary_model)
+        return _Auxiliary(config, base, encoder, rows, pool, watcher, is_trained=True)
+    model = _shared_base(config, config.auxiliary_model, config.lora)
     own = Encoder(model.tokenizer, _max_length(config, model), config.template)
-    return _Auxiliary(config, model, own, rows, _encoded(config, rows, own, model, watcher), watcher)
+    return _Auxiliary(config, model, own, rows, _encoded(config, rows, own, model, watcher), watcher, is_trained=False)
 
 
 def _features(auxiliary: _Auxiliary) -> StaticFeatures:
@@ -496,19 +529,16 @@ def _stored_raw(
     return table.arrays["raw"], table.counts["num_tokens"]
 
 
-def _warmed_up(config: EnvConfig, auxiliary: BaseModel, pool: EncodedRows, ledger: Ledger) -> torch.Tensor:
+def _warmed_up(learner: LoraLearner, num_updates: int) -> torch.Tensor:
     """Return an adapter trained on a few random rows, so that the auxiliary model knows what an answer looks like.
 
     The paper's auxiliary model is instruction-tuned; a bare base model tells right from wrong answers less well.
     """
-    # Not from seed_model: the features are kept for all runs, and must not depend on which of them came first.
-    learner = _learner(dataclasses.replace(config, seed_model=FEATURE_SEED), auxiliary, pool, {})
-    learner.ledger = ledger
     rng = np.random.default_rng(FEATURE_SEED)
-    rows = np.flatnonzero(pool.has_labels)
-    for step in range(config.num_auxiliary_updates):
+    rows = np.flatnonzero(learner.pool.has_labels)
+    for step in range(num_updates):
         batch = rng.choice(rows, min(AUXILIARY_BATCH_SIZE, len(rows)), replace=False)
-        learner.update(batch, step / config.num_auxiliary_updates, seed=step)
+        learner.update(batch, step / num_updates, seed=step)
     return learner.state.adapter
 
 

@@ -166,6 +166,7 @@ class EnvConfig:
     template: str | None = None
     micro_batch_tokens: int = 16_384
     seed_model: int = 0
+    adapter: str | None = None
     activation_checkpointing: bool = False
     dtype: str = "float32"
     device: str = "auto"

@@ -7,6 +7,7 @@ from pathlib import Path
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from .adapter_files import adapter_settings
 from .base_model import BaseModel
 from .config import EnvConfig
 
@@ -19,14 +20,14 @@ def save_merged(config: EnvConfig, adapter: str | Path, folder: str | Path) -> N
     The base model is loaded once more for it, so that one in use stays as it is.
 
     Args:
-        config: Which model, the adapter's form, and the dtype of the weights that are merged and written.
+        config: Which model, and the dtype of the weights that are merged and written.
         adapter: The folder of the adapter, as `save_adapter` wrote it.
         folder: Where to write; it is made.
 
     Raises:
-        ModelError: The model cannot be loaded.
+        ModelError: The model or the adapter cannot be loaded.
     """
-    base = BaseModel(config.model, config.lora, dtype=config.dtype, device="cpu")
+    base = BaseModel(config.model, adapter_settings(Path(adapter)), dtype=config.dtype, device="cpu")
     set_peft_model_state_dict(base.peft_model, load_file(Path(adapter) / "adapter_model.safetensors"))
     merged = base.peft_model.merge_and_unload()
     merged.save_pretrained(str(folder))

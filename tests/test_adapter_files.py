@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raise_env.adapter_files import adapter_settings, read_adapter
+from raise_env.adapter_files import adapter_settings, content_hash, read_adapter, starting_form
 from raise_env.base_model import BaseModel
-from raise_env.config import LoraSettings
-from raise_env.errors import ModelError
+from raise_env.config import EnvConfig, LoraSettings
+from raise_env.errors import ModelError, SettingError
 
 FORMS = [
     LoraSettings(),
@@ -84,3 +84,48 @@ def test_read_adapter__pickled_weights__are_not_opened(base, folder):
     path.rename(folder / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"pickle and never opened"):
         read_adapter(folder, base)
+
+
+# To go on from
+
+
+def settings_of(**lora):
+    return LoraSettings(**{"r": 4, "target_modules": ("q_proj", "v_proj"), **lora})
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """An adapter of rank 4 on two modules a layer."""
+    base = BaseModel("tiny", settings_of(), device="cpu")
+    base.save_adapter(base.initial_parameters(0), tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+@pytest.mark.parametrize("asked", [LoraSettings(), LoraSettings(lora_dropout=0.1), settings_of()])
+def test_starting_form__an_adapter_to_go_on_from__has_its_form(stored, asked):
+    form = starting_form(EnvConfig(adapter=str(stored), lora=asked))
+    assert (form.r, set(form.target_modules)) == (4, {"q_proj", "v_proj"})
+    assert form.lora_dropout == asked.lora_dropout
+
+
+def test_starting_form__another_form_asked_for__refused(stored):
+    with pytest.raises(SettingError, match=r"lora asks for r=8, lora_alpha=32.*has r=4.*leave lora out"):
+        starting_form(EnvConfig(adapter=str(stored), lora=LoraSettings(lora_alpha=32)))
+
+
+def test_starting_form__none_to_go_on_from__as_asked_for():
+    assert starting_form(EnvConfig(lora=LoraSettings(r=2))) == LoraSettings(r=2)
+
+
+def test_content_hash__other_weights__another(stored):
+    before = content_hash(stored)
+    weights = load_file(stored / "adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, stored / "adapter_model.safetensors")
+    assert content_hash(stored) != before
+
+
+def test_content_hash__no_weights__model_error(stored):
+    (stored / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors"):
+        content_hash(stored)

@@ -20,7 +20,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 import raise_env
 from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores
-from raise_env.errors import ActionError, SettingError
+from raise_env.errors import ActionError, ModelError, SettingError
 from raise_env.features import CLIP, FEATURE_NAMES
 from raise_env.rewards import DIVERGENCE_PENALTY
 from raise_env.testing import FakeLearner, ToyAssets, toy_env
@@ -880,6 +880,47 @@ def test_save_adapter__embedded_model__writes_pefts_files(embedded_env, tmp_path
     env.step(first_rows(env, 4))
     env.save_adapter(tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_reset__adapter_to_go_on_from__every_episode_begins_there(embedded_env, tmp_path):
+    first = embedded_env()
+    first.reset(seed=0)
+    for _ in range(2):
+        first.step(first_rows(first, 4))
+    first.save_adapter(tmp_path)
+    env = embedded_env(adapter=str(tmp_path))
+    env.reset(seed=0)
+    assert env.dev_scores[0] == pytest.approx(first.dev_scores[-1], abs=1e-6)
+    assert env.dev_scores[0] != first.dev_scores[0]
+    env.step(first_rows(env, 4))
+    env.reset(seed=1)
+    assert env.dev_scores == [pytest.approx(first.dev_scores[-1], abs=1e-6)]
+    assert set(env.assets.content) == {*first.assets.content, "adapter"}
+
+
+def test_reset__adapter_to_go_on_from__the_auxiliary_model_begins_there_too(embedded_env, tmp_path):
+    first = embedded_env()
+    first.reset(seed=0)
+    first.step(first_rows(first, 4))
+    first.save_adapter(tmp_path)
+    env = embedded_env(adapter=str(tmp_path))
+    env.reset(seed=0)
+    assert env.assets.auxiliary["adapter"] == env.assets.content["adapter"]
+    assert "adapter" not in first.assets.auxiliary
+    assert not np.allclose(env.assets.features.raw, first.assets.features.raw)
+    other = embedded_env(adapter=str(tmp_path), auxiliary_model="tiny")
+    other.reset(seed=0)
+    np.testing.assert_array_equal(other.assets.features.raw, env.assets.features.raw)
+
+
+def test_reset__adapter_for_another_model__names_what_does_not_fit(embedded_env, tmp_path):
+    first = embedded_env()
+    first.reset(seed=0)
+    first.save_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"r": 8', '"r": 4'))
+    with pytest.raises(ModelError, match="does not fit the model 'tiny'"):
+        embedded_env(adapter=str(tmp_path)).reset(seed=0)
 
 
 def test_step__the_whole_pool_on_offer__is_kept_once_for_all_steps():

@@ -162,12 +162,21 @@ def _memory(config: EnvConfig, size: ModelSize, auxiliary: ModelSize) -> float:
     gradients.
     """
     width = 4 if config.dtype == "float32" else 2
-    weights = width * size.num_parameters
+    weights = _weight_bytes(config, size)
     if config.auxiliary_model not in (None, config.model):
-        weights += width * auxiliary.num_parameters
+        weights += _weight_bytes(config, auxiliary)
     layer = 34 / 2 * width * size.hidden_dim
     kept = (size.num_layers * width * size.hidden_dim + layer) if config.activation_checkpointing else None
     activations = size.num_layers * layer if kept is None else kept
     adapters = 4 * 4 * size.num_adapter  # adapter, gradient and two moments in float32
     tokens = min(config.micro_batch_tokens, config.batch_size * config.max_length)
     return weights + adapters + tokens * (activations + 2 * 4 * size.num_words)
+
+
+def _weight_bytes(config: EnvConfig, size: ModelSize) -> float:
+    if config.dtype != "nf4":
+        return (4 if config.dtype == "float32" else 2) * size.num_parameters
+    # Four bits and a scale for every 64 weights; what is no matrix, and the head, stays in two bytes.
+    head = size.num_words * size.hidden_dim
+    packed = size.num_matrix - head
+    return (0.5 + 4 / 64) * packed + 2 * (size.num_parameters - packed)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import logging
 import threading
 import warnings
@@ -29,7 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -69,13 +70,14 @@ class BaseModel:
     Args:
         source: "tiny", a local folder, or a hub id.
         lora: The adapter's form.
-        dtype: Of the frozen weights: "float32" or "bfloat16". Adapters are always float32.
+        dtype: Of the frozen weights, one of `DTYPES`. Adapters are always float32.
         device: "auto", "cpu", "cuda" or "cuda:1".
         activation_checkpointing: Keep no layer's inner values for the backward pass, and compute them again there.
 
     Raises:
         ModelError: The model or its tokenizer cannot be loaded, or has no place for such an adapter.
-        SettingError: There is no such device, or the adapter does not go with activation checkpointing.
+        SettingError: There is no such device, bitsandbytes is not installed, or the adapter does not go with activation
+            checkpointing.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class BaseModel:
         self.lock = threading.RLock()
         if dtype == "bfloat16":
             _warn_of_slow_bfloat16(self.device)
-        causal = _load_causal(source, getattr(torch, dtype)).to(self.device)
+        causal = _load_causal(source, dtype, self.device)
         self.content_hash = _content_hash(causal, self.tokenizer)
         self.peft_model = _with_lora(causal, lora, source)
         self._causal = causal  # the same model, LoRA layers included, without PEFT's own arguments
@@ -108,6 +110,8 @@ class BaseModel:
         self.stackable = len(self._layers) * 2 == len(self._names) and lora.lora_dropout == 0
         self._pass = _PassState()
         self.peft_model.eval()
+        if dtype == "nf4":
+            _keep_differentiable(causal)
         if self.stackable:
             self._install()
         self._label_positions = LabelPositions(causal)
@@ -488,9 +492,10 @@ def _warn_of_slow_bfloat16(device: torch.device) -> None:
         )
 
 
-def _load_causal(source: str, dtype: torch.dtype) -> Any:
+def _load_causal(source: str, dtype: str, device: torch.device) -> Any:
     # use_safetensors: a checkpoint in pickle would be code to run.
-    kwargs = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    kwargs = {"use_safetensors": True, "output_loading_info": True}
+    kwargs |= _in_four_bits(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
     causal, loading = _load(AutoModelForCausalLM, model_folder(source), source, "model", **kwargs)
     if loading["missing_keys"]:
         # transformers would draw them at random, and every number after that would mean nothing.
@@ -499,7 +504,27 @@ def _load_causal(source: str, dtype: torch.dtype) -> Any:
             f"the model {source!r} is not whole: {len(loading['missing_keys'])} of its weights are not in its files, "
             f"such as {missing}. Expected all weights of a causal language model; download or save it again."
         )
-    return causal
+    return causal if dtype == "nf4" else causal.to(device)
+
+
+def _keep_differentiable(causal: Any) -> None:
+    """Tell four-bit layers that they train: on a processor they would else take a product that has no gradient."""
+    for module in causal.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
+
+
+def _in_four_bits(device: torch.device) -> dict[str, Any]:
+    """Return what makes transformers keep a model's weights in four bits, on the device at once."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingError(
+            "dtype 'nf4' needs bitsandbytes, which is not installed: pip install 'raise-env[quant]', or take another."
+        )
+    # On a processor bitsandbytes notes at the first product that a kernel of the hub is not there, and takes its own.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": settings, "dtype": dtype, "device_map": {"": device}}
 
 
 def _load(factory: Any, folder: str, source: str, what: str, **kwargs: Any) -> Any:

@@ -34,7 +34,8 @@ TINY = "tiny"
 #: The dev scores that can be asked for by name; anything else is "module:function".
 REWARDS = ("loss", "accuracy", "accuracy_norm", "choice_probability", "exact_match", "flexible_match")
 
-DTYPES = ("float32", "bfloat16")
+#: What frozen weights are kept in; "nf4" is four bits each, by bitsandbytes (Dettmers et al. 2023, QLoRA, section 3).
+DTYPES = ("float32", "bfloat16", "nf4")
 
 #: How multiple-choice rows are asked: for a choice's text, or for its letter in a list that the prompt ends with.
 CHOICE_FORMS = ("text", "letter")

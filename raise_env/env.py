@@ -209,7 +209,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | adapter | None | folder of a PEFT LoRA adapter to go on from, which also gives lora its form |
     | seed_model | 0 | what the first adapter is drawn from |
     | activation_checkpointing | False | keep less for the backward pass and compute it again: less memory, more time |
-    | dtype | "float32" | of the base model: "float32" or "bfloat16" |
+    | dtype | "float32" | of the base model: "float32", "bfloat16", or "nf4", four bits a weight (needs bitsandbytes) |
     | device | "auto" | "cpu", "cuda" or "cuda:1"; "auto" is a GPU where there is one |
     | auxiliary_model | None | folder or hub id of the model that computes the features, instead of the base model |
     | auxiliary_updates | None | updates on random rows before it does, instead of 60, or of 0 with a model of its own |

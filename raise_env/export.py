@@ -13,6 +13,9 @@ from .config import EnvConfig
 
 __all__ = ["save_merged"]
 
+#: Merged into four bits, an adapter would be rounded away.
+_MERGED_DTYPES = {"nf4": "bfloat16"}
+
 
 def save_merged(config: EnvConfig, adapter: str | Path, folder: str | Path) -> None:
     """Write a model with an adapter merged in, and its tokenizer: plain transformers loads it, without PEFT.
@@ -20,14 +23,19 @@ def save_merged(config: EnvConfig, adapter: str | Path, folder: str | Path) -> N
     The base model is loaded once more for it, so that one in use stays as it is.
 
     Args:
-        config: Which model, and the dtype of the weights that are merged and written.
+        config: Which model, and the dtype of the weights that are merged and written; bfloat16 for "nf4".
         adapter: The folder of the adapter, as `save_adapter` wrote it.
         folder: Where to write; it is made.
 
     Raises:
         ModelError: The model or the adapter cannot be loaded.
     """
-    base = BaseModel(config.model, adapter_settings(Path(adapter)), dtype=config.dtype, device="cpu")
+    base = BaseModel(
+        config.model,
+        adapter_settings(Path(adapter)),
+        dtype=_MERGED_DTYPES.get(config.dtype, config.dtype),
+        device="cpu",
+    )
     set_peft_model_state_dict(base.peft_model, load_file(Path(adapter) / "adapter_model.safetensors"))
     merged = base.peft_model.merge_and_unload()
     merged.save_pretrained(str(folder))

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from raise_env import base_model
 from raise_env.base_model import BaseModel, load_tokenizer, model_folder, resolve_device
 from raise_env.config import LoraSettings
-from raise_env.encoding import Batch
+from raise_env.encoding import Batch, Encoder
 from raise_env.errors import ModelError, SettingError
 
 BROKEN = {
@@ -157,3 +160,44 @@ def test_base_model__bfloat16__warns_once_where_it_is_slow(monkeypatch, caplog, 
     assert sum("bfloat16" in record.message for record in caplog.records) == num_warnings
     BaseModel("tiny", LoraSettings(), device="cpu")
     assert len(caplog.records) == num_warnings
+
+
+def test_base_model__four_bits_without_bitsandbytes__says_what_to_install(monkeypatch):
+    monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r"needs bitsandbytes.*raise-env\[quant\]"):
+        BaseModel("tiny", LoraSettings(), dtype="nf4", device="cpu")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: raise-env[quant]")
+def test_base_model__four_bits__trains_and_scores_as_peft_does(embedded_env, tmp_path):
+    folder = str(tmp_path / "model")  # whose widths are multiples of bitsandbytes' 64
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    env = embedded_env(model=folder, dtype="nf4", device="cpu")
+    _, info = env.reset(seed=0)
+    weights = dict(env.assets.learner.base.peft_model.named_parameters())
+    packed = [value for name, value in weights.items() if "base_layer" in name]
+    assert {value.dtype for value in packed} == {torch.uint8}
+    before = env.dev_scores[0]
+    whole = embedded_env(model=folder, device="cpu")
+    whole.reset(seed=0)
+    assert before == pytest.approx(whole.dev_scores[0], abs=0.5)  # rounded, and still the same model
+    action = info["action_mask"].astype(np.int8)
+    action[4:] = 0
+    env.step(action)
+    env.save_adapter(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings)
+    plain = PeftModel.from_pretrained(plain, str(tmp_path)).train()  # else bitsandbytes rounds to bfloat16 on a CPU
+    sums, count = 0.0, 0
+    encoder = Encoder(env.assets.learner.base.tokenizer, 256)
+    for tokens, is_label in (encoder.encode([row]).row(0) for row in env.assets.data.dev):
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        labels = torch.where(torch.from_numpy(is_label), ids[0], -100)[None]
+        with torch.no_grad():
+            sums += plain(input_ids=ids, labels=labels).loss.item() * int(is_label.sum())
+        count += int(is_label.sum())
+    assert -sums / count == pytest.approx(env.dev_scores[-1], abs=1e-4)

@@ -13,7 +13,8 @@ import sys
 import numpy as np
 
 from raise_env import Evaluation, RaiseSelectEnv
-from raise_env.agents import make_agent, run_episode
+from raise_env.agents import run_episode
+from raise_env.agents.online import GreedyAgent
 
 WEIGHTS = {"plural": 20.0}
 
@@ -25,11 +26,11 @@ def plurals_first(evaluation: Evaluation) -> float:
 
 
 if __name__ == "__main__":
-    settings = {"horizon": 20}
+    settings = {"horizon": 20, "batch_size": 2}
     if "--fast" in sys.argv:
         settings = {"horizon": 2, "num_dev": 16, "num_test": 8, "pool_size": 100, "auxiliary_updates": 2}
     for reward in ("loss", "custom_reward:plurals_first"):
         env = RaiseSelectEnv(**settings, reward=reward)
-        record = run_episode(env, make_agent("greedy"), seed=1, name="greedy")
+        record = run_episode(env, GreedyAgent(num_tries=32), seed=1, name="greedy")
         skills = [env.assets.pool[row].fields["skill"] for rows in record.actions for row in rows]
         print(f"reward {reward}: {skills.count('plural')} of {len(skills)} rows ask for a plural")

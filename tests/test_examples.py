@@ -24,7 +24,7 @@ def run(name, *arguments):
 
 def test_examples__every_one__is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"quickstart", "compare_algorithms", *(name for name, _ in CONTESTANTS)}
+    assert names == {"quickstart", "compare_algorithms", "custom_reward", *(name for name, _ in CONTESTANTS)}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -74,3 +74,23 @@ def test_example__whole__what_was_learned_beats_random(name, policy):
     results = dict(re.findall(r"test score with (.*): (-\d+\.\d\d) \(", output))
     random_name = next(label for label in results if label.startswith("random"))
     assert float(results[policy]) > float(results[random_name]) + 0.1
+
+
+def plural_rows(*arguments):
+    """How many of the chosen rows ask for a plural, of how many, with the loss and with the example's own reward."""
+    lines = re.findall(
+        r"^reward (\S+): (\d+) of (\d+) rows ask for a plural$", run("custom_reward", *arguments), re.MULTILINE
+    )
+    assert [name for name, _, _ in lines] == ["loss", "custom_reward:plurals_first"]
+    return [(int(count), int(total)) for _, count, total in lines]
+
+
+def test_custom_reward__fast__counts_with_both_rewards():
+    assert [total for _, total in plural_rows("--fast")] == [16, 16]
+
+
+@pytest.mark.slow
+def test_custom_reward__whole__the_agent_follows_it():
+    (with_loss, total), (with_own, again) = plural_rows()
+    assert total == again == 40
+    assert with_own > with_loss

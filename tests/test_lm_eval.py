@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 NUM_ROWS = 100
-NUM_GENERATED = 20
+NUM_GENERATED = 100
 TINY = Path(__file__).resolve().parents[1] / "raise_env" / "tiny" / "base"
 
 CHOICE_TASK = """\

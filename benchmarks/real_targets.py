@@ -3,8 +3,9 @@
     python benchmarks/real_targets.py --shared ../shared --out runs/real
 
 The pool is Alpaca's unbiased rows (random_9k and alpaca_5000, two uniform samples) with a column `claude`: 5 for those
-that Claude rated at least 4.5, else 1. GSM8K and ARC have a train and a test file of their own; CommonsenseQA's one
-file is cut into dev and test at random. Alpaca's licence is CC BY-NC 4.0: keep what is written to yourself.
+that Claude rated at least 4.5, else 1. GSM8K and ARC have a train and a test file of their own; ARC's questions are
+taken out of the instructions that they stand in there, with choices as texts. CommonsenseQA's one file is cut into dev
+and test at random. Alpaca's licence is CC BY-NC 4.0: keep what is written to yourself.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 UNBIASED = {"random_9k", "alpaca_5000"}
+
+QUESTION = re.compile(
+    r"Please choose the correct answer to the question: (?P<question>.*?)"
+    r"\s+(?P<choices>Answer1: .*)\s+Answer format: .*",
+    re.DOTALL,
+)
 
 #: CommonsenseQA's dev rows, as many as the paper has (Lv et al. 2025, appendix).
 NUM_DEV = 280
@@ -36,8 +44,8 @@ def main() -> None:
         "alpaca": pool,
         "gsm8k-dev": _lines(data / "gsm8k/train.jsonl"),
         "gsm8k-test": _lines(data / "gsm8k/test.jsonl"),
-        "arc-dev": json.loads((data / "arc_challenge/train.json").read_text(encoding="utf-8")),
-        "arc-test": json.loads((data / "arc_challenge/test.json").read_text(encoding="utf-8")),
+        "arc-dev": _questions(data / "arc_challenge/train.json"),
+        "arc-test": _questions(data / "arc_challenge/test.json"),
         "commonsenseqa-dev": questions[:NUM_DEV],
         "commonsenseqa-test": questions[NUM_DEV:],
     }
@@ -46,6 +54,16 @@ def main() -> None:
         path = arguments.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{path}: {len(rows):,} rows")
+
+
+def _questions(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        found = QUESTION.fullmatch(row["instruction"])
+        assert found is not None, row
+        choices = [part.strip() for part in re.split(r"Answer\d+: ", found["choices"])[1:]]
+        rows.append({"question": found["question"], "choices": choices, "answer": choices[int(row["answer"][-1]) - 1]})
+    return rows
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

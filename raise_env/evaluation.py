@@ -163,6 +163,8 @@ def _matches(answer: AnswerFunction, data: EvaluationSet, chosen: np.ndarray) ->
 
 def _with_scorable_choices(instructions: Sequence[Instruction], encoder: Encoder, what: str) -> list[Instruction]:
     """Return the rows, without their choices where one of these cannot be scored, with a warning."""
+    if not any(row.choices for row in instructions):
+        return list(instructions)
     has_labels = encoder.encode_choices(instructions, what=what).has_labels
     ends = np.cumsum([len(row.choices) for row in instructions])
     rows = [

@@ -19,7 +19,7 @@ CHOICES = Evaluation(
     np.array([True, True, False, False]),
     (np.array([-3.0, -1.0]), np.array([-1.0, -2.0, -0.5]), np.array([]), np.array([-7.0, -8.0])),
     np.array([1, 0, -1, 0]),
-    (np.array([6, 1]), np.array([4, 2, 1]), np.array([]), np.array([1, 1])),
+    (np.array([6, 1]), np.array([4, 2, 1]), np.array([]), np.array([1, 2])),
 )
 
 #: The likelihood of the second row's first choice among its three.
@@ -62,8 +62,8 @@ not_callable = 5
         ("exact_match", PLAIN, 0.5),
         ("accuracy", CHOICES, 2 / 3),  # the row without choices does not count
         ("exact_match", CHOICES, 0.5),
-        # By the character -0.5, -1; -0.25, -1, -0.5; -7, -8.
-        ("accuracy_norm", CHOICES, 2 / 3),
+        # By the character -0.5, -1; -0.25, -1, -0.5; -7, -4.
+        ("accuracy_norm", CHOICES, 1 / 3),
         ("choice_probability", CHOICES, (1 / (1 + math.exp(-2)) + SECOND + 1 / (1 + math.exp(-1))) / 3),
         ("exact_match", NUMBERS, 2 / 3),
         ("flexible_match", NUMBERS, 0.5),

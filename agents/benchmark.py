@@ -29,7 +29,7 @@ from .catalogue import make_agent
 from .rollout import run_episode
 from .run_folder import RunFolder, whole_records
 from .runs import FINAL_SEED, Clock, Reporter, Silent, check_inputs, final_environment, final_scores, phi_tokens
-from .summary import RANDOM, summarise
+from .summary import RANDOM, SHARES, summarise
 
 __all__ = ["ALL_FEATURES", "OWN_TASK", "BenchPlan", "Entry", "Job", "ablation", "bench", "run_job"]
 
@@ -300,14 +300,14 @@ def _scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
     return {
         "dev_loss": None if diverged else env.evaluate("dev").loss,  # also where the reward is something else
         "test_loss": scores.get("test_loss"),
-        "test_accuracy": scores.get("test_accuracy"),
+        **{name: scores.get(name) for name in SHARES},
         "diverged": diverged,
     }
 
 
 def _line(job: Job, **values: Any) -> dict[str, Any]:
     """Return a line of results.jsonl; what is not given is null."""
-    fields = ("dev_loss", "test_loss", "test_accuracy", "diverged", "phi", "phi_parts", "seconds", "rows", "updates")
+    fields = ("dev_loss", "test_loss", *SHARES, "diverged", "phi", "phi_parts", "seconds", "rows", "updates")
     empty = dict.fromkeys((*fields, "error"))
     return {"task": job.task, "agent": job.label, "seed": job.seed, **empty, **values}
 

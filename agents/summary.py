@@ -23,7 +23,7 @@ from .statistics import (
     probability_of_improvement,
 )
 
-__all__ = ["PARTS", "RANDOM", "SUMMARY_VERSION", "markdown_tables", "summarise", "text_tables"]
+__all__ = ["PARTS", "RANDOM", "SHARES", "SUMMARY_VERSION", "markdown_tables", "summarise", "text_tables"]
 
 SUMMARY_VERSION = 1
 
@@ -34,9 +34,13 @@ ORACLE = "oracle"
 #: What a run's cost is made of; features have no seconds, for they may come from the cache.
 PARTS = ("features", "preparation", "learning", "final")
 
+#: Shares of the test set that are summarised beside the loss, by their names in results.jsonl, in words.
+SHARES = {"test_accuracy": "right answers", "test_choice_probability": "P of the right choice"}
+
 _NOTHING = "\N{EN DASH}"
 
 #: A header and its rows.
+
 _Table = tuple[list[str], list[list[str]]]
 
 
@@ -58,7 +62,6 @@ def summarise(
     """
     metric = "test_loss" if any(line["test_loss"] is not None for line in results) else "dev_loss"
     losses = {agent: _runs(results, agent, tasks, seeds, metric) for agent in agents}
-    accuracies = {agent: _runs(results, agent, tasks, seeds, "test_accuracy") for agent in agents}
     return {
         "schema_version": SUMMARY_VERSION,
         "tasks": list(tasks),
@@ -67,16 +70,21 @@ def summarise(
         "metric": metric,
         "reference": reference,
         "normalised": _normalised(losses),
-        "per_task": {
-            task: {agent: _spread(losses[agent][:, place]) for agent in agents} for place, task in enumerate(tasks)
-        },
-        "test_accuracy": {
-            task: {agent: _spread(accuracies[agent][:, place]) for agent in agents} for place, task in enumerate(tasks)
+        "per_task": _per_task(losses, tasks),
+        **{
+            share: _per_task({agent: _runs(results, agent, tasks, seeds, share) for agent in agents}, tasks)
+            for share in SHARES
         },
         "against_random": _against_random(losses),
         "differences": _differences(losses, tasks, reference),
         "cost": {agent: _costs([line for line in results if line["agent"] == agent]) for agent in agents},
         "missing": _missing(results, tasks, agents, seeds),
+    }
+
+
+def _per_task(scores: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {
+        task: {agent: _spread(runs[:, place]) for agent, runs in scores.items()} for place, task in enumerate(tasks)
     }
 
 
@@ -86,7 +94,7 @@ def _runs(
     """Return an agent's scores, shape (seeds, tasks); NaN where a run is missing, failed or diverged."""
     runs = np.full((len(seeds), len(tasks)), np.nan)
     for line in results:
-        if line["agent"] == agent and line[field] is not None:
+        if line["agent"] == agent and line.get(field) is not None:
             runs[seeds.index(line["seed"]), tasks.index(line["task"])] = line[field]
     return runs
 
@@ -235,7 +243,7 @@ def _tables(summary: Mapping[str, Any]) -> dict[str, _Table]:
 
 def _task_table(summary: Mapping[str, Any], task: str) -> _Table:
     """Return one task's table, the lowest loss first."""
-    losses, accuracies = summary["per_task"][task], summary["test_accuracy"][task]
+    losses = summary["per_task"][task]
     agents = sorted(summary["agents"], key=lambda agent: _first(losses[agent]["mean"], math.inf))
     header = ["agent", "runs", summary["metric"].replace("_", " ")]
     columns = [agents, [str(losses[a]["num_runs"]) for a in agents], [_with_half(losses[a], "{:.3f}") for a in agents]]
@@ -244,9 +252,11 @@ def _task_table(summary: Mapping[str, Any], task: str) -> _Table:
         differences = summary["differences"][task]
         header.append(f"difference to {summary['reference']}")
         columns.append([_with_ends(differences.get(agent), "mean", "{:+.3f}") for agent in agents])
-    if any(accuracies[agent]["num_runs"] for agent in agents):
-        header.append("right answers")
-        columns.append([_with_half(accuracies[agent], "{:.1%}") for agent in agents])
+    for share, words in SHARES.items():
+        spreads = summary.get(share, {}).get(task, {})
+        if any(spreads[agent]["num_runs"] for agent in spreads):
+            header.append(words)
+            columns.append([_with_half(spreads[agent], "{:.1%}") for agent in agents])
     return header, [list(row) for row in zip(*columns, strict=True)]
 
 

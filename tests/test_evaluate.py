@@ -88,7 +88,7 @@ def test_score_model__loss_interval__holds_over_rows_drawn_anew(data):
     from raise_env.config import LoraSettings
     from raise_env.encoding import Encoder
     from raise_env.evaluation import EvaluationSet, evaluate
-    from raise_env.pool import read_pool
+    from raise_env.reading import read_pool
 
     base = BaseModel("tiny", LoraSettings(), device="cpu")
     rows = EvaluationSet.build(read_pool(data(lengths)), Encoder(base.tokenizer, 256), "dev")

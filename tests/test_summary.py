@@ -177,3 +177,17 @@ def test_text_tables__terminal__says_what_its_signs_mean():
     assert "±" in text.splitlines()[-2]
     assert "Normalised: 0 is random, 1 the oracle." in text.splitlines()[-1]
     assert "Normalised" not in text_tables(summary_of(agents=("mine",)))
+
+
+def test_markdown_tables__multiple_choice__has_the_probability_of_the_right_choice():
+    results = [
+        {**line(agent, seed, loss), "test_accuracy": 0.25, "test_choice_probability": 0.3 + 0.01 * seed}
+        for agent, losses in LOSSES.items()
+        for seed, loss in enumerate(losses)
+    ]
+    summary = summary_of(results)
+    assert summary["test_choice_probability"]["a"]["mine"]["mean"] == pytest.approx(0.31)
+    table = markdown_tables(summary)
+    assert "P of the right choice" in table
+    assert "31.0% ± 2.5" in table
+    assert "P of the right choice" not in markdown_tables(summary_of())

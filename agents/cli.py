@@ -515,6 +515,27 @@ def evaluate(
 
 
 @app.command()
+def split(
+    data: Annotated[str, typer.Option("--data", help="File or folder of rows, or a hub id.", metavar="FILE")],
+    out: Out,
+    dev: Annotated[int, typer.Option(help="Rows of dev.jsonl, which the reward is measured on.", min=1)] = 200,
+    test: Annotated[int, typer.Option(help="Rows of test.jsonl, for the report alone.", min=1)] = 500,
+    seed: Seed = 0,
+    columns: Annotated[str, typer.Option(help=_setting_help()["columns"], show_default=False)] = "",
+    skip_empty: Annotated[bool, typer.Option("--skip-empty", help=_setting_help()["skip_empty"])] = False,
+) -> None:
+    """Put rows at random into a pool, a dev and a test set; equal rows stay together."""
+    from raise_env.reading import read_pool
+
+    from .split import write_split
+
+    config = EnvConfig.from_kwargs({"pool": data, "dev": data, "columns": _columns(columns)})
+    rows = read_pool(data, skip_empty=skip_empty, columns=config.columns)
+    for path, count in write_split(rows, {"dev": dev, "test": test}, seed, out).values():
+        typer.echo(f"{path}: {count:,} rows")
+
+
+@app.command()
 def validate(
     files: Annotated[list[Path], typer.Argument(help="Files of episode records, one a line.", metavar="FILE...")],
     tolerance: Annotated[

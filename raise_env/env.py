@@ -17,7 +17,15 @@ from .errors import ActionError
 from .features import FEATURE_NAMES, LoadingProgress, StaticFeatures, frame, observation_bounds, observe
 from .learner_protocol import scheduled_rate
 from .pool import Pool
-from .rewards import DIVERGENCE_PENALTY, Evaluation, RewardFunction, load_reward, needs_generation, step_reward
+from .rewards import (
+    DIVERGENCE_PENALTY,
+    Evaluation,
+    RewardFunction,
+    load_reward,
+    needs_choices,
+    needs_generation,
+    step_reward,
+)
 
 if TYPE_CHECKING:
     from .learner_protocol import Learner, Ledger
@@ -571,6 +579,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     def _new_learner(self) -> Learner:
         learner = self.assets.learner.copy()
         learner.generates = needs_generation(self.config.reward)
+        learner.scores_choices = needs_choices(self.config.reward)
         return learner
 
     def _count_candidates(self) -> int:

@@ -7,6 +7,7 @@ reference, a fork is a second reference, and an undone update was never done.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,7 @@ class LoraLearner:
         initial: The state that `reset` goes back to.
         ledger: Where costs are counted.
         generates: Whether rows whose response ends in a number are answered when they are scored.
+        scores_choices: Whether the choices of dev rows are scored; those of test rows always are.
         state: The state as it is.
     """
 
@@ -99,6 +101,7 @@ class LoraLearner:
     initial: TrainingState
     ledger: Ledger = field(default_factory=Ledger)
     generates: bool = False
+    scores_choices: bool = True
     state: TrainingState = field(init=False)
     _scored: dict[Split, tuple[TrainingState, Evaluation]] = field(init=False, default_factory=dict)
 
@@ -157,7 +160,7 @@ class LoraLearner:
         known = self._known(split)
         if subset is None and known is not None:
             return known
-        evaluation = self._evaluate(self.state, self.splits[split], subset)
+        evaluation = self._evaluate(self.state, self._rows_of(split), subset)
         self._note(split, evaluation, subset)
         return evaluation
 
@@ -177,7 +180,7 @@ class LoraLearner:
         after, _ = self._train([self.state] * count, chosen, [progress] * count, [seed] * count)
         for place, state in zip(trained, after, strict=True):
             states[place] = state
-        dev = self.splits["dev"]
+        dev = self._rows_of("dev")
         evaluations = self._run([functools.partial(self._evaluate, state, dev, subset) for state in states])
         for evaluation in evaluations:
             self.ledger.forward_tokens += dev.num_tokens(subset) + evaluation.num_generating_tokens
@@ -191,7 +194,7 @@ class LoraLearner:
             split: "dev" or "test".
         """
         due = [learner for learner in learners if learner._known(split) is None]
-        data = self.splits[split]
+        data = self._rows_of(split)
         found = self._run([functools.partial(learner._evaluate, learner.state, data, None) for learner in due])
         for learner, evaluation in zip(due, found, strict=True):
             learner._note(split, evaluation)
@@ -258,7 +261,8 @@ class LoraLearner:
 
     def copy(self) -> LoraLearner:
         """Return a learner over the same base that goes on from here by itself."""
-        other = LoraLearner(self.base, self.pool, self.splits, self.settings, self.initial, self.ledger, self.generates)
+        other = LoraLearner(self.base, self.pool, self.splits, self.settings, self.initial, self.ledger)
+        other.generates, other.scores_choices = self.generates, self.scores_choices
         other.state = self.state
         return other
 
@@ -276,9 +280,14 @@ class LoraLearner:
         known = self._scored.get(split)
         return known[1] if known is not None and known[0] is self.state else None
 
+    def _rows_of(self, split: Split) -> EvaluationSet:
+        """Return what is scored of a split."""
+        rows = self.splits[split]
+        return rows if split == "test" or self.scores_choices else dataclasses.replace(rows, choices=None)
+
     def _note(self, split: Split, evaluation: Evaluation, subset: np.ndarray | None = None) -> None:
         """Book a score of the state as it is, and keep it if it is one on all rows."""
-        tokens = self.splits[split].num_tokens(subset) + evaluation.num_generating_tokens
+        tokens = self._rows_of(split).num_tokens(subset) + evaluation.num_generating_tokens
         if split == "test":
             self.ledger.test_tokens += tokens
         else:

@@ -53,12 +53,14 @@ class Learner(Protocol):
     """A model in training: `learner.LoraLearner`, or `testing.FakeLearner`, which needs no model.
 
     `state` is a value that is never changed in place: keeping a reference is a snapshot, assigning it a restore.
-    `generates` says whether rows whose response ends in a number are answered when they are scored.
+    `generates` says whether rows whose response ends in a number are answered when they are scored, `scores_choices`
+    whether the choices of dev rows are.
     """
 
     state: Any
     ledger: Ledger
     generates: bool
+    scores_choices: bool
 
     def reset(self) -> None:
         """Go back to the state before any update."""

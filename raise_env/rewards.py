@@ -24,6 +24,7 @@ __all__ = [
     "check_reward",
     "load_reward",
     "missing_need",
+    "needs_choices",
     "needs_generation",
     "step_reward",
 ]
@@ -167,6 +168,11 @@ def load_reward(reward: str) -> RewardFunction:
 def needs_generation(reward: str) -> bool:
     """Return whether a reward wants generated answers to rows whose response ends in a number."""
     return reward in _MEASURES and _MEASURES[reward].generates
+
+
+def needs_choices(reward: str) -> bool:
+    """Return whether a reward may look at how choices are scored: a function of one's own may."""
+    return reward not in _MEASURES or _MEASURES[reward].need is _CHOICES
 
 
 def check_reward(reward: str, rows: Iterable[Instruction], what: str) -> None:

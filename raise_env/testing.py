@@ -44,6 +44,7 @@ class FakeLearner:
         diverges_on: A pool row whose training loss is infinite; None for no such row.
         state: The skill.
         generates: Without effect: no toy row asks for a number.
+        scores_choices: Without effect: no toy row has choices.
     """
 
     values: np.ndarray
@@ -52,6 +53,7 @@ class FakeLearner:
     ledger: Ledger = field(default_factory=Ledger)
     state: float = 0.0
     generates: bool = False
+    scores_choices: bool = True
 
     def reset(self) -> None:
         """Forget everything."""

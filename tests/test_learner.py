@@ -17,9 +17,10 @@ from raise_env.base_model import BaseModel, model_folder
 from raise_env.config import LoraSettings
 from raise_env.encoding import EncodedRows, Encoder, collate
 from raise_env.env import RaiseSelectEnv
-from raise_env.evaluation import evaluate
+from raise_env.evaluation import EvaluationSet, evaluate
 from raise_env.learner import LoraLearner, TrainingState, UpdateSettings, _adamw
 from raise_env.learner_protocol import Ledger, scheduled_rate
+from raise_env.pool import Instruction
 
 
 def take(env, *places):
@@ -635,3 +636,27 @@ def test_update__gradients_turned_off_by_the_caller__trains_all_the_same(learner
         gradients = learner.row_gradients(BATCHES[0])
     assert (learner.state.adapter != learner.initial.adapter).any()
     assert np.abs(gradients).max() > 0
+
+
+# Choices
+
+
+def test_evaluate__reward_that_needs_no_choices__leaves_those_of_dev_rows_out(base):
+    rows = [Instruction(f"{n} plus 1?", str(n + 1), choices=(str(n + 1), str(n))) for n in range(4)]
+    encoder = Encoder(base.tokenizer, 64)
+    data = EvaluationSet.build(rows, encoder, "dev")
+    settings = UpdateSettings(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0, micro_batch_tokens=1000)
+    start = TrainingState.start(base.initial_parameters(0))
+    learner = LoraLearner(base, data.rows, {"dev": data, "test": data}, settings, start)
+    whole = learner.evaluate("dev")
+    booked = learner.ledger.forward_tokens
+    learner.scores_choices = False
+    learner.reset()
+    learner.state = TrainingState.start(base.initial_parameters(0))  # an equal one that was not scored yet
+    bare = learner.copy().evaluate("dev")
+    assert whole.accuracy is not None
+    assert bare.accuracy is None
+    assert bare.loss == whole.loss
+    assert learner.ledger.forward_tokens - booked < 0.5 * booked
+    assert learner.evaluate("test").accuracy == whole.accuracy
+    assert learner.copy().probe([np.array([], dtype=np.int64)], 0.0, 0, np.arange(4))[0].accuracy is None

@@ -8,7 +8,15 @@ import pytest
 from raise_env.config import REWARDS
 from raise_env.errors import RewardError
 from raise_env.pool import Instruction
-from raise_env.rewards import Evaluation, check_reward, load_reward, missing_need, needs_generation, step_reward
+from raise_env.rewards import (
+    Evaluation,
+    check_reward,
+    load_reward,
+    missing_need,
+    needs_choices,
+    needs_generation,
+    step_reward,
+)
 from raise_env.testing import toy_env
 
 # Two rows of 3 and 1 tokens that lose 6 and 4 nats; three rows with choices, two of them chosen right.
@@ -165,3 +173,11 @@ def test_env__reward_of_ones_own__is_what_the_steps_earn():
     _, reward, _, _, info = env.step(np.ones(32))
     assert info["dev_score"] == -env.evaluate("dev").row_losses[0]
     assert reward == env.dev_scores[1] - env.dev_scores[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [("loss", False), ("exact_match", False), ("accuracy", True), ("choice_probability", True), ("mine:score", True)],
+)
+def test_needs_choices__by_reward__those_that_look_at_them(reward, expected):
+    assert needs_choices(reward) is expected

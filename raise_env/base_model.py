@@ -75,7 +75,8 @@ class BaseModel:
         activation_checkpointing: Keep no layer's inner values for the backward pass, and compute them again there.
 
     Raises:
-        ModelError: The model or its tokenizer cannot be loaded, or has no place for such an adapter.
+        ModelError: The model or its tokenizer cannot be loaded, they do not belong together, or the model has no place
+            for such an adapter.
         SettingError: There is no such device, bitsandbytes is not installed, or the adapter does not go with activation
             checkpointing.
     """
@@ -97,6 +98,7 @@ class BaseModel:
         if dtype == "bfloat16":
             _warn_of_slow_bfloat16(self.device)
         causal = _load_causal(source, dtype, self.device)
+        _check_vocabulary(causal, self.tokenizer, source)
         self.content_hash = _content_hash(causal, self.tokenizer)
         self.peft_model = _with_lora(causal, lora, source)
         self._causal = causal  # the same model, LoRA layers included, without PEFT's own arguments
@@ -505,6 +507,16 @@ def _load_causal(source: str, dtype: str, device: torch.device) -> Any:
             f"such as {missing}. Expected all weights of a causal language model; download or save it again."
         )
     return causal if dtype == "nf4" else causal.to(device)
+
+
+def _check_vocabulary(causal: Any, tokenizer: Any, source: str) -> None:
+    # A tokenizer may have fewer tokens: models are often made a little wider than they need to be.
+    largest, num_words = max(tokenizer.get_vocab().values()), causal.get_input_embeddings().num_embeddings
+    if largest >= num_words:
+        raise ModelError(
+            f"the tokenizer of {source!r} has tokens up to number {largest}, and the model knows {num_words}, numbers 0 "
+            f"to {num_words - 1}: they do not belong together. Expected the tokenizer that the model was trained with."
+        )
 
 
 def _keep_differentiable(causal: Any) -> None:

@@ -201,3 +201,16 @@ def test_base_model__four_bits__trains_and_scores_as_peft_does(embedded_env, tmp
             sums += plain(input_ids=ids, labels=labels).loss.item() * int(is_label.sum())
         count += int(is_label.sum())
     assert -sums / count == pytest.approx(env.dev_scores[-1], abs=1e-4)
+
+
+def test_base_model__tokenizer_of_a_larger_vocabulary__model_error(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    for num_words in (258, 259):
+        with torch.random.fork_rng(devices=[]):
+            LlamaForCausalLM(LlamaConfig(vocab_size=num_words, **sizes)).save_pretrained(tmp_path)
+        load_tokenizer("tiny").save_pretrained(tmp_path)
+        if num_words == 259:
+            BaseModel(str(tmp_path), LoraSettings(), device="cpu")
+        else:
+            with pytest.raises(ModelError, match=r"tokens up to number 258, and the model knows 258.*do not belong"):
+                BaseModel(str(tmp_path), LoraSettings(), device="cpu")

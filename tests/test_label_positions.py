@@ -33,7 +33,7 @@ LLAMA_SIZES = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head
 FORMS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**LLAMA_SIZES),
     "mistral": MistralConfig(**LLAMA_SIZES),
-    "qwen2": Qwen2Config(**LLAMA_SIZES),
+    "qwen2": Qwen2Config(**{**LLAMA_SIZES, "vocab_size": 260}),  # transformers gives its tokenizers one token more
     "qwen3": Qwen3Config(**LLAMA_SIZES),
     "gemma": GemmaConfig(**LLAMA_SIZES),
     "gpt2": GPT2Config(**GPT2_SIZES),

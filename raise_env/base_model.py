@@ -514,8 +514,8 @@ def _check_vocabulary(causal: Any, tokenizer: Any, source: str) -> None:
     largest, num_words = max(tokenizer.get_vocab().values()), causal.get_input_embeddings().num_embeddings
     if largest >= num_words:
         raise ModelError(
-            f"the tokenizer of {source!r} has tokens up to number {largest}, and the model knows {num_words}, "
-            f"numbers 0 to {num_words - 1}: they do not belong together. Expected the tokenizer that the model was trained with."
+            f"the tokenizer of {source!r} has tokens up to number {largest}, and the model knows {num_words}, from 0 "
+            f"to {num_words - 1}: they do not belong together. Expected the tokenizer that it was trained with."
         )
 
 

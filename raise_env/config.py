@@ -282,7 +282,7 @@ class EnvConfig:
         elif self.lazy_features:
             raise SettingError(
                 'num_candidates="all" shows the features of every row, and lazy_features computes those alone of rows '
-                "that are drawn: leave one of the two out. (The agents less and full put the whole pool on offer themselves.)"
+                "that are drawn: leave one of the two out. (The agents less and full offer the whole pool themselves.)"
             )
 
     def _check_candidates(self, count: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from measure import alternate, machine, require_equal, table, with_spread
 from transformers import AutoModelForCausalLM
 
-from raise_env import RaiseSelectEnv, assets
+from raise_env import RaiseSelectEnv, auxiliary
 from raise_env.base_model import BaseModel, model_folder
 from raise_env.encoding import EncodedRows, Encoder
 
@@ -32,7 +32,7 @@ def bare_passes(base: BaseModel, lengths: list[np.ndarray]) -> Callable[[], None
         length = round(float(own.mean()))
         num_rows = round(own.sum() / length)
         ids = torch.randint(3, 200, (num_rows, length), generator=torch.Generator().manual_seed(0))
-        batches += ids.split(max(1, assets.FEATURE_BATCH_TOKENS // length))
+        batches += ids.split(max(1, auxiliary.FEATURE_BATCH_TOKENS // length))
     body = base.peft_model.get_base_model().model
 
     @torch.no_grad()
@@ -71,8 +71,8 @@ def main() -> None:
     found: list[np.ndarray] = []
 
     def features() -> None:
-        log_p, _ = assets._scan(base, adapter, pool, rows, lambda _done: None)
-        assets._log_probabilities(base, adapter, responses, rows, lambda _done: None)
+        log_p, _ = auxiliary._scan(base, adapter, pool, rows, lambda _done: None)
+        auxiliary._log_probabilities(base, adapter, responses, rows, lambda _done: None)
         found[:] = [log_p[:NUM_CHECKED]]
 
     seconds = alternate(

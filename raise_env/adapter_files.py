@@ -21,7 +21,7 @@ from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings
 from .errors import ModelError, SettingError
 
-__all__ = ["adapter_settings", "content_hash", "read_adapter", "starting_form"]
+__all__ = ["adapter_settings", "content_hash", "first_adapter", "read_adapter", "starting_form"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -129,6 +129,17 @@ def read_adapter(folder: Path, base: BaseModel) -> torch.Tensor:
                 "Expected the model that the adapter was trained on."
             )
     return torch.cat([weights[name].flatten().float() for name in shapes]).to(base.device)
+
+
+def first_adapter(config: EnvConfig, base: BaseModel) -> torch.Tensor:
+    """Return the adapter that every episode begins from, shape (P,): the one to go on from, or a new one.
+
+    Raises:
+        ModelError: As `read_adapter`.
+    """
+    if config.adapter is None:
+        return base.initial_parameters(config.seed_model)
+    return read_adapter(Path(config.adapter), base)
 
 
 def _told(lora: LoraSettings) -> str:

@@ -6,66 +6,42 @@ objects, so that eight of them cost one base model and eight adapters.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from .adapter_files import content_hash, read_adapter, starting_form
+from .adapter_files import content_hash, first_adapter, starting_form
+from .auxiliary import FEATURE_SEED, Auxiliary, classes_of, features_of
 from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings
-from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
+from .encoding import EncodedRows, Encoder
 from .errors import DataError, SettingError
 from .evaluation import EvaluationSet
 from .features import (
-    NUM_SEMANTIC,
-    NUM_STATIC,
-    SCHEMA_VERSION,
     LoadingProgress,
     StaticFeatures,
-    standardise,
 )
-from .lazy import GROUP_ROWS, LazyFeatures, random_order, sample_of
+from .lazy import LazyFeatures
 from .learner import LoraLearner, TrainingState, UpdateSettings
-from .learner_protocol import Ledger, Split
+from .learner_protocol import Split
 from .pool import (
-    MAX_ROWS_IN_MEMORY,
     Pool,
     check_disjoint,
     check_enough,
     draw_candidates,
-    kmeans_centres,
-    kmeans_classes,
-    nearest_centres,
     sample_rows,
 )
 from .reading import Stamp, read_pool, stamp
 from .rewards import Evaluation, check_reward
-from .store import Block, Column, TableForm, cache_folder, stored_table
+from .store import cache_folder
 
 __all__ = ["Assets", "Data", "load_assets", "load_data"]
 
 logger = logging.getLogger(__name__)
-
-#: Tokens of one forward pass of the auxiliary model, padding included.
-FEATURE_BATCH_TOKENS = 4096
-
-#: Rows whose features are computed, sorted by length, and written to disk together.
-FEATURE_BLOCK_ROWS = 32_768
-
-#: Groups of a lazy pool's sample that are written to disk together.
-_GROUPS_AT_ONCE = 16
-
-#: The paper does not say how the auxiliary model was made ready, or in what feature space K-means ran: fixed here.
-AUXILIARY_BATCH_SIZE = 8
-FEATURE_SEED = 0
 
 #: What pool, dev and test depend on, and where a large pool is kept.
 _DATA_SETTINGS = (
@@ -241,9 +217,10 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
         message = "%d of %d pool rows are never offered: nothing of their response fits into max_length=%d"
         logger.warning(message, num_left_out, len(pool), encoder.max_length)
     auxiliary = _auxiliary(config, data.pool, encoder, pool, base, watcher)
-    features = _features(auxiliary)
-    classes = _classes(auxiliary, features, pool.has_labels)
-    learner = _learner(config, base, pool, splits, _first_adapter(config, base))
+    features = features_of(auxiliary)
+    classes = classes_of(auxiliary, features, pool.has_labels)
+    start = TrainingState.start(first_adapter(config, base))
+    learner = LoraLearner(base, pool, splits, UpdateSettings.of(config), start)
     return Assets(
         data=data,
         features=features,
@@ -271,22 +248,6 @@ def _shared_base(config: EnvConfig, source: str, lora: LoraSettings) -> BaseMode
             activation_checkpointing=config.activation_checkpointing,
         )
     return base
-
-
-def _first_adapter(config: EnvConfig, base: BaseModel) -> torch.Tensor:
-    """Return the adapter that every episode begins from: the one to go on from, or a new one."""
-    if config.adapter is None:
-        return base.initial_parameters(config.seed_model)
-    return read_adapter(Path(config.adapter), base)
-
-
-def _learner(
-    config: EnvConfig, base: BaseModel, pool: EncodedRows, splits: dict[Split, EvaluationSet], first: torch.Tensor
-) -> LoraLearner:
-    settings = UpdateSettings(
-        config.learning_rate, config.weight_decay, config.max_grad_norm, config.micro_batch_tokens
-    )
-    return LoraLearner(base, pool, splits, settings, TrainingState.start(first))
 
 
 def _embedded_data(config: EnvConfig) -> Data:
@@ -352,231 +313,15 @@ def _counts(data: Data, pool: EncodedRows, splits: dict[Split, EvaluationSet]) -
     return counts
 
 
-def _classes(auxiliary: _Auxiliary, features: StaticFeatures, offered: np.ndarray) -> np.ndarray:
-    """Return the class of each row, from the cache or computed, shape (rows,), int64."""
-    if isinstance(features, LazyFeatures):
-        return features.classes
-    num_rows, num_classes = len(offered), auxiliary.config.num_classes
-    key = {
-        **auxiliary.key,
-        "num_classes": num_classes,
-        "seed": FEATURE_SEED,
-        "offered": hashlib.sha256(np.packbits(offered).tobytes()).hexdigest(),
-    }
-    # Kept not for K-means, which takes a moment, but for the import of scikit-learn, which takes a second.
-    form = TableForm("classes", key, {"classes": Column("int64")}, num_rows, num_rows * 8)
-
-    def blocks(first: int) -> Iterator[Block]:
-        if first == 0:
-            yield Block(num_rows, {"classes": _compute_classes(features, offered, num_classes)})
-
-    table = stored_table(form, blocks, cache_folder(auxiliary.config.cache_dir), in_memory=True)
-    return table.arrays["classes"]
-
-
-def _compute_classes(features: StaticFeatures, offered: np.ndarray, num_classes: int) -> np.ndarray:
-    classes = np.full(len(offered), -1, dtype=np.int64)
-    rows = np.flatnonzero(offered)
-    if len(rows) <= MAX_ROWS_IN_MEMORY:
-        classes[rows] = kmeans_classes(features.rows(rows), num_classes, seed=FEATURE_SEED)
-        return classes
-    sample = np.sort(np.random.default_rng(FEATURE_SEED).choice(rows, MAX_ROWS_IN_MEMORY, replace=False))
-    centres = kmeans_centres(features.rows(sample), num_classes, seed=FEATURE_SEED)
-    for start in range(0, len(rows), FEATURE_BLOCK_ROWS):
-        part = rows[start : start + FEATURE_BLOCK_ROWS]
-        classes[part] = nearest_centres(features.rows(part), centres)
-    return classes
-
-
 def _encoded(config: EnvConfig, rows: Pool, encoder: Encoder, model: BaseModel, watcher: _Watcher) -> EncodedRows:
     return encoder.encode_pool(rows, model.content_hash, cache_folder(config.cache_dir), watcher)
 
 
-# Features
-
-
-@dataclass(frozen=True, eq=False)
-class _Auxiliary:
-    """The model that computes features, and the pool as it sees it."""
-
-    config: EnvConfig
-    model: BaseModel
-    encoder: Encoder
-    pool: Pool
-    encoded: EncodedRows
-    watcher: _Watcher
-    is_trained: bool  # whether it is the model that is trained, and so begins where that does
-
-    @functools.cached_property
-    def warmed_up(self) -> tuple[torch.Tensor, int]:
-        """The adapter that features are computed with, and the token forwards that it took."""
-        ledger = Ledger()
-        # Not from seed_model: the features are kept for all runs, and must not depend on which of them came first.
-        first = dataclasses.replace(self.config, seed_model=FEATURE_SEED, adapter=self.adapter)
-        learner = _learner(self.config, self.model, self.encoded, {}, _first_adapter(first, self.model))
-        learner.ledger = ledger
-        return _warmed_up(learner, self.config.num_auxiliary_updates), ledger.token_forwards
-
-    @property
-    def adapter(self) -> str | None:
-        """The folder of the adapter that it begins with, where it does."""
-        return self.config.adapter if self.is_trained else None
-
-    @property
-    def identity(self) -> dict[str, str | int]:
-        """What decides what the columns mean: see `Assets.auxiliary`."""
-        own = {} if self.adapter is None else {"adapter": content_hash(Path(self.adapter))}
-        return {"model": self.model.content_hash, "updates": self.config.num_auxiliary_updates, **own}
-
-    @property
-    def key(self) -> dict[str, str | int | float]:
-        """Everything that the features depend on."""
-        return {
-            "auxiliary": self.model.content_hash,
-            **({} if self.adapter is None else {"adapter": content_hash(Path(self.adapter))}),
-            "pool": self.pool.content_hash,
-            **self.encoder.key,
-            "max_length": self.encoder.max_length,
-            "updates": self.config.num_auxiliary_updates,
-            "lora": str(self.model.lora),
-            "learning_rate": self.config.learning_rate,
-            "device": self.model.device.type,
-            "dtype": self.config.dtype,
-            "schema": SCHEMA_VERSION,
-        }
-
-    def raw_rows(self, rows: np.ndarray, num_before: int = 0, total: int = 0) -> tuple[np.ndarray, int]:
-        """Return the raw columns of some rows, computed together, and the token forwards that they took.
-
-        Args:
-            rows: Pool ids, shape (rows,).
-            num_before: Rows done before, for the progress.
-            total: Rows to do in all; 0: nobody is told.
-        """
-        done = 2 * num_before  # each row goes through the model twice
-
-        def show(count: int) -> None:
-            nonlocal done
-            done += count
-            if total:
-                self.watcher("computing features", min(done // 2, total), total)
-
-        adapter, _ = self.warmed_up
-        pool, has_labels = self.encoded, self.encoded.has_labels[rows]
-        raw = np.full((len(rows), NUM_STATIC), np.nan, dtype=np.float32)
-        kept = rows[has_labels]
-        if len(kept) == 0:
-            return raw, 0
-        responses = self.encoder.encode_responses([self.pool[int(row)] for row in kept])
-        log_p, semantic = _scan(self.model, adapter, pool, kept, show)
-        raw[has_labels, 0] = np.log1p((pool.lengths - pool.label_counts)[kept])
-        raw[has_labels, 1] = np.log1p(pool.label_counts[kept])
-        raw[has_labels, 2], raw[has_labels, 4:] = log_p, semantic
-        raw[has_labels, 3] = _log_probabilities(self.model, adapter, responses, np.arange(len(kept)), show)
-        return raw, int(pool.lengths[kept].sum() + responses.lengths.sum())
-
-    def blocks(self, groups: list[np.ndarray], num_groups: int, first: int) -> Iterator[Block]:
-        """Yield the raw columns of groups of rows from a row on, so many groups in a block, each computed by itself."""
-        ends = np.cumsum([len(rows) for rows in groups])
-        for start in range(0, len(groups), num_groups):
-            part = range(start, min(start + num_groups, len(groups)))
-            if ends[part[-1]] <= first:
-                continue
-            computed = [self.raw_rows(groups[g], int(ends[g]) - len(groups[g]), int(ends[-1])) for g in part]
-            raw = np.concatenate([own for own, _ in computed])
-            num_tokens = sum(tokens for _, tokens in computed) + (self.warmed_up[1] if start == 0 else 0)
-            yield Block(len(raw), {"raw": raw}, {"num_tokens": num_tokens})
-
-
 def _auxiliary(
     config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, base: BaseModel, watcher: _Watcher
-) -> _Auxiliary:
+) -> Auxiliary:
     if config.auxiliary_model is None or config.auxiliary_model == config.model:
-        return _Auxiliary(config, base, encoder, rows, pool, watcher, is_trained=True)
+        return Auxiliary(config, base, encoder, rows, pool, watcher, is_trained=True)
     model = _shared_base(config, config.auxiliary_model, config.lora)
     own = Encoder(model.tokenizer, _max_length(config, model), config.template)
-    return _Auxiliary(config, model, own, rows, _encoded(config, rows, own, model, watcher), watcher, is_trained=False)
-
-
-def _features(auxiliary: _Auxiliary) -> StaticFeatures:
-    num_rows = len(auxiliary.pool)
-    if not auxiliary.config.lazy_features:
-        groups = _groups(np.arange(num_rows), FEATURE_BLOCK_ROWS)
-        raw, num_tokens = _stored_raw("features", auxiliary, groups, 1, in_memory=not auxiliary.pool.is_large)
-        return standardise(raw, num_tokens)
-    order = random_order(num_rows)
-    groups = _groups(sample_of(order), GROUP_ROWS)
-    raw, num_tokens = _stored_raw("features-sample", auxiliary, groups, _GROUPS_AT_ONCE, in_memory=True)
-    return LazyFeatures(order, auxiliary.raw_rows, raw, num_tokens, auxiliary.config.num_classes)
-
-
-def _groups(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _stored_raw(
-    name: str, auxiliary: _Auxiliary, groups: list[np.ndarray], num_groups: int, *, in_memory: bool
-) -> tuple[np.ndarray, int]:
-    """Return the raw columns of groups of rows, from the cache or computed, and the token forwards that they took."""
-    num_rows = sum(len(rows) for rows in groups)
-    form = TableForm(name, auxiliary.key, {"raw": Column("float32", NUM_STATIC)}, num_rows, num_rows * NUM_STATIC * 4)
-    table = stored_table(
-        form,
-        lambda first: auxiliary.blocks(groups, num_groups, first),
-        cache_folder(auxiliary.config.cache_dir),
-        in_memory=in_memory,
-    )
-    return table.arrays["raw"], table.counts["num_tokens"]
-
-
-def _warmed_up(learner: LoraLearner, num_updates: int) -> torch.Tensor:
-    """Return an adapter trained on a few random rows, so that the auxiliary model knows what an answer looks like.
-
-    The paper's auxiliary model is instruction-tuned; a bare base model tells right from wrong answers less well.
-    """
-    rng = np.random.default_rng(FEATURE_SEED)
-    rows = np.flatnonzero(learner.pool.has_labels)
-    for step in range(num_updates):
-        batch = rng.choice(rows, min(AUXILIARY_BATCH_SIZE, len(rows)), replace=False)
-        learner.update(batch, step / num_updates, seed=step)
-    return learner.state.adapter
-
-
-@torch.no_grad()
-def _scan(
-    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray, show: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's mean log-probability, shape (chosen,), and its pooled embedding, shape (chosen, 32)."""
-    log_p = np.zeros(len(chosen), dtype=np.float32)
-    semantic = np.zeros((len(chosen), NUM_SEMANTIC), dtype=np.float32)
-    for places in token_batches(rows.lengths[chosen], FEATURE_BATCH_TOKENS):
-        batch = collate(rows, chosen[places])
-        losses, hidden = auxiliary.hidden_states(batch, adapter[None])
-        log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
-        lengths = torch.from_numpy(rows.lengths[chosen[places]]).to(hidden.device)
-        inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-        mean = (hidden * inside[..., None]).sum(1) / lengths[:, None]
-        semantic[places] = torch.nn.functional.adaptive_avg_pool1d(mean[:, None], NUM_SEMANTIC)[:, 0].cpu().numpy()
-        show(len(places))
-    return log_p, semantic
-
-
-@torch.no_grad()
-def _log_probabilities(
-    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray, show: Callable[[int], None]
-) -> np.ndarray:
-    """Return each row's mean log-probability, shape (chosen,)."""
-    log_p = np.zeros(len(chosen), dtype=np.float32)
-    for places in token_batches(rows.lengths[chosen], FEATURE_BATCH_TOKENS):
-        batch = collate(rows, chosen[places])
-        losses, _ = auxiliary.token_losses(batch, adapter[None])
-        log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
-        show(len(places))
-    return log_p
-
-
-def _row_means(losses: torch.Tensor, batch: Batch, label_counts: np.ndarray) -> np.ndarray:
-    """Return minus the mean of each row's label losses, shape (rows,)."""
-    owners = torch.nonzero(batch.is_label, as_tuple=True)[0].to(losses.device)
-    sums = torch.zeros(len(label_counts), device=losses.device).index_add(0, owners, losses)
-    return np.asarray(-(sums.cpu().numpy() / label_counts))
+    return Auxiliary(config, model, own, rows, _encoded(config, rows, own, model, watcher), watcher, is_trained=False)

@@ -517,7 +517,12 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         """
         if split not in ("dev", "test") or (split == "test" and not self.assets.has_test):
             raise ValueError(f"there is no {split!r} set to score on.")
-        return self._running_learner.evaluate(split)  # type: ignore[arg-type]
+        learner = self._running_learner
+        has_more = not learner.scores_choices and self.assets.base_evaluation.accuracy is not None
+        if split == "dev" and has_more:
+            learner = learner.copy()  # what a step leaves out of the dev score is there for whoever asks
+            learner.scores_choices = True
+        return learner.evaluate(split)  # type: ignore[arg-type]
 
     def row_losses(self, rows: np.ndarray) -> np.ndarray:
         """Return the model's mean loss on pool rows as it is, nats per response token, shape (rows,), float64.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .base_model import BaseModel
+from .config import EnvConfig
 from .encoding import EncodedRows, collate, token_batches
 from .evaluation import EvaluationSet, evaluate, score_rows
 from .generation import answer
@@ -51,6 +52,11 @@ class UpdateSettings:
     weight_decay: float
     max_grad_norm: float
     micro_batch_tokens: int
+
+    @classmethod
+    def of(cls, config: EnvConfig) -> UpdateSettings:
+        """Return what an environment's settings ask for."""
+        return cls(config.learning_rate, config.weight_decay, config.max_grad_norm, config.micro_batch_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

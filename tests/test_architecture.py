@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Modules that load torch, or what loads it, when they are imported.
 WITH_TORCH = {
     *("raise_env.encoding", "raise_env.base_model", "raise_env.evaluation", "raise_env.learner", "raise_env.assets"),
+    "raise_env.auxiliary",
     *(
         "raise_env.export",
         "raise_env.model_size",

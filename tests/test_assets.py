@@ -331,7 +331,7 @@ def test_env__large_pool__is_equal_to_one_in_memory_to_the_bit(files, large, tmp
 
 
 def test_load_assets__killed_between_blocks__goes_on_to_equal_bytes(large, monkeypatch, tmp_path):
-    monkeypatch.setattr("raise_env.assets.FEATURE_BLOCK_ROWS", 7)
+    monkeypatch.setattr("raise_env.auxiliary.FEATURE_BLOCK_ROWS", 7)
     seen = []
     whole = large("whole").load(lambda *progress: seen.append(progress)).features
     of_features = [done for what, done, total in seen if (what, total) == ("computing features", 24)]
@@ -358,8 +358,8 @@ def test_load_assets__killed_between_blocks__goes_on_to_equal_bytes(large, monke
 
 
 def test_assets__more_rows_than_are_classed_at_once__are_classed_by_a_sample(embedded_env, monkeypatch, tmp_path):
-    monkeypatch.setattr("raise_env.assets.MAX_ROWS_IN_MEMORY", 40)
-    monkeypatch.setattr("raise_env.assets.FEATURE_BLOCK_ROWS", 30)
+    monkeypatch.setattr("raise_env.auxiliary.MAX_ROWS_IN_MEMORY", 40)
+    monkeypatch.setattr("raise_env.auxiliary.FEATURE_BLOCK_ROWS", 30)
     first, again = (embedded_env(cache_dir=str(tmp_path / name)).assets for name in ("a", "b"))
     np.testing.assert_array_equal(first.classes, again.classes)
     columns = first.features.columns
@@ -377,7 +377,7 @@ def test_env__large_pool_and_cache_that_cannot_be_written__says_what_to_do(large
 
 def test_load_assets__classes__are_kept_with_the_features(embedded_env, tmp_path, monkeypatch):
     first = embedded_env(cache_dir=str(tmp_path)).assets
-    monkeypatch.setattr("raise_env.assets.kmeans_classes", None)
+    monkeypatch.setattr("raise_env.auxiliary.kmeans_classes", None)
     again = embedded_env(cache_dir=str(tmp_path), seed_model=1).assets
     assert again is not first
     np.testing.assert_array_equal(again.classes, first.classes)

@@ -220,7 +220,7 @@ def test_env__lazy__raise_ppo_learns_from_the_rows_that_were_offered(lazy_env):
 
 
 def test_env__lazy_sample_killed_in_the_middle__is_gone_on_with_to_equal_features(lazy_env, monkeypatch, tmp_path):
-    monkeypatch.setattr("raise_env.assets._GROUPS_AT_ONCE", 1)
+    monkeypatch.setattr("raise_env.auxiliary._GROUPS_AT_ONCE", 1)
     whole = lazy_env("whole").assets.features
 
     def interrupt(what, done, total):

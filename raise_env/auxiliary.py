@@ -1,0 +1,262 @@
+"""The auxiliary model: it computes the columns that never change, once for a pool, and from them come the classes.
+
+Both are kept in the cache under all that they depend on. The auxiliary model is another one by name, or the model that
+is trained itself, made ready by a few updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .adapter_files import content_hash, first_adapter
+from .base_model import BaseModel
+from .config import EnvConfig
+from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
+from .features import NUM_SEMANTIC, NUM_STATIC, SCHEMA_VERSION, LoadingProgress, StaticFeatures, standardise
+from .lazy import GROUP_ROWS, LazyFeatures, random_order, sample_of
+from .learner import LoraLearner, TrainingState, UpdateSettings
+from .learner_protocol import Ledger
+from .pool import MAX_ROWS_IN_MEMORY, Pool, kmeans_centres, kmeans_classes, nearest_centres
+from .store import Block, Column, TableForm, cache_folder, stored_table
+
+__all__ = ["FEATURE_BATCH_TOKENS", "FEATURE_SEED", "Auxiliary", "classes_of", "features_of"]
+
+#: Tokens of one forward pass, padding included.
+FEATURE_BATCH_TOKENS = 4096
+
+#: Rows whose features are computed, sorted by length, and written to disk together.
+FEATURE_BLOCK_ROWS = 32_768
+
+#: Groups of a lazy pool's sample that are written to disk together.
+_GROUPS_AT_ONCE = 16
+
+#: The paper does not say how the auxiliary model was made ready, or in what feature space K-means ran: fixed here.
+AUXILIARY_BATCH_SIZE = 8
+FEATURE_SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Auxiliary:
+    """The model that computes features, and the pool as it sees it."""
+
+    config: EnvConfig
+    model: BaseModel
+    encoder: Encoder
+    pool: Pool
+    encoded: EncodedRows
+    watcher: LoadingProgress
+    is_trained: bool  # whether it is the model that is trained, and so begins where that does
+
+    @functools.cached_property
+    def warmed_up(self) -> tuple[torch.Tensor, int]:
+        """The adapter that features are computed with, and the token forwards that it took."""
+        ledger = Ledger()
+        # Not from seed_model: the features are kept for all runs, and must not depend on which of them came first.
+        first = dataclasses.replace(self.config, seed_model=FEATURE_SEED, adapter=self.adapter)
+        start = TrainingState.start(first_adapter(first, self.model))
+        learner = LoraLearner(self.model, self.encoded, {}, UpdateSettings.of(self.config), start)
+        learner.ledger = ledger
+        return _warmed_up(learner, self.config.num_auxiliary_updates), ledger.token_forwards
+
+    @property
+    def adapter(self) -> str | None:
+        """The folder of the adapter that it begins with, where it does."""
+        return self.config.adapter if self.is_trained else None
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What decides what the columns mean: see `Assets.auxiliary`."""
+        own = {} if self.adapter is None else {"adapter": content_hash(Path(self.adapter))}
+        return {"model": self.model.content_hash, "updates": self.config.num_auxiliary_updates, **own}
+
+    @property
+    def key(self) -> dict[str, str | int | float]:
+        """Everything that the features depend on."""
+        return {
+            "auxiliary": self.model.content_hash,
+            **({} if self.adapter is None else {"adapter": content_hash(Path(self.adapter))}),
+            "pool": self.pool.content_hash,
+            **self.encoder.key,
+            "max_length": self.encoder.max_length,
+            "updates": self.config.num_auxiliary_updates,
+            "lora": str(self.model.lora),
+            "learning_rate": self.config.learning_rate,
+            "device": self.model.device.type,
+            "dtype": self.config.dtype,
+            "schema": SCHEMA_VERSION,
+        }
+
+    def raw_rows(self, rows: np.ndarray, num_before: int = 0, total: int = 0) -> tuple[np.ndarray, int]:
+        """Return the raw columns of some rows, computed together, and the token forwards that they took.
+
+        Args:
+            rows: Pool ids, shape (rows,).
+            num_before: Rows done before, for the progress.
+            total: Rows to do in all; 0: nobody is told.
+        """
+        done = 2 * num_before  # each row goes through the model twice
+
+        def show(count: int) -> None:
+            nonlocal done
+            done += count
+            if total:
+                self.watcher("computing features", min(done // 2, total), total)
+
+        adapter, _ = self.warmed_up
+        pool, has_labels = self.encoded, self.encoded.has_labels[rows]
+        raw = np.full((len(rows), NUM_STATIC), np.nan, dtype=np.float32)
+        kept = rows[has_labels]
+        if len(kept) == 0:
+            return raw, 0
+        responses = self.encoder.encode_responses([self.pool[int(row)] for row in kept])
+        log_p, semantic = _scan(self.model, adapter, pool, kept, show)
+        raw[has_labels, 0] = np.log1p((pool.lengths - pool.label_counts)[kept])
+        raw[has_labels, 1] = np.log1p(pool.label_counts[kept])
+        raw[has_labels, 2], raw[has_labels, 4:] = log_p, semantic
+        raw[has_labels, 3] = _log_probabilities(self.model, adapter, responses, np.arange(len(kept)), show)
+        return raw, int(pool.lengths[kept].sum() + responses.lengths.sum())
+
+    def blocks(self, groups: list[np.ndarray], num_groups: int, first: int) -> Iterator[Block]:
+        """Yield the raw columns of groups of rows from a row on, so many groups in a block, each computed by itself."""
+        ends = np.cumsum([len(rows) for rows in groups])
+        for start in range(0, len(groups), num_groups):
+            part = range(start, min(start + num_groups, len(groups)))
+            if ends[part[-1]] <= first:
+                continue
+            computed = [self.raw_rows(groups[g], int(ends[g]) - len(groups[g]), int(ends[-1])) for g in part]
+            raw = np.concatenate([own for own, _ in computed])
+            num_tokens = sum(tokens for _, tokens in computed) + (self.warmed_up[1] if start == 0 else 0)
+            yield Block(len(raw), {"raw": raw}, {"num_tokens": num_tokens})
+
+
+def features_of(auxiliary: Auxiliary) -> StaticFeatures:
+    """Return the columns that never change, from the cache or computed; lazy ones where they are asked for.
+
+    Raises:
+        OutputError: The pool is large, and the cache folder cannot be written or has too little room.
+    """
+    num_rows = len(auxiliary.pool)
+    if not auxiliary.config.lazy_features:
+        groups = _groups(np.arange(num_rows), FEATURE_BLOCK_ROWS)
+        raw, num_tokens = _stored_raw("features", auxiliary, groups, 1, in_memory=not auxiliary.pool.is_large)
+        return standardise(raw, num_tokens)
+    order = random_order(num_rows)
+    groups = _groups(sample_of(order), GROUP_ROWS)
+    raw, num_tokens = _stored_raw("features-sample", auxiliary, groups, _GROUPS_AT_ONCE, in_memory=True)
+    return LazyFeatures(order, auxiliary.raw_rows, raw, num_tokens, auxiliary.config.num_classes)
+
+
+def classes_of(auxiliary: Auxiliary, features: StaticFeatures, offered: np.ndarray) -> np.ndarray:
+    """Return the class of each row, from the cache or computed, shape (rows,), int64."""
+    if isinstance(features, LazyFeatures):
+        return features.classes
+    num_rows, num_classes = len(offered), auxiliary.config.num_classes
+    key = {
+        **auxiliary.key,
+        "num_classes": num_classes,
+        "seed": FEATURE_SEED,
+        "offered": hashlib.sha256(np.packbits(offered).tobytes()).hexdigest(),
+    }
+    # Kept not for K-means, which takes a moment, but for the import of scikit-learn, which takes a second.
+    form = TableForm("classes", key, {"classes": Column("int64")}, num_rows, num_rows * 8)
+
+    def blocks(first: int) -> Iterator[Block]:
+        if first == 0:
+            yield Block(num_rows, {"classes": _compute_classes(features, offered, num_classes)})
+
+    table = stored_table(form, blocks, cache_folder(auxiliary.config.cache_dir), in_memory=True)
+    return table.arrays["classes"]
+
+
+def _compute_classes(features: StaticFeatures, offered: np.ndarray, num_classes: int) -> np.ndarray:
+    classes = np.full(len(offered), -1, dtype=np.int64)
+    rows = np.flatnonzero(offered)
+    if len(rows) <= MAX_ROWS_IN_MEMORY:
+        classes[rows] = kmeans_classes(features.rows(rows), num_classes, seed=FEATURE_SEED)
+        return classes
+    sample = np.sort(np.random.default_rng(FEATURE_SEED).choice(rows, MAX_ROWS_IN_MEMORY, replace=False))
+    centres = kmeans_centres(features.rows(sample), num_classes, seed=FEATURE_SEED)
+    for start in range(0, len(rows), FEATURE_BLOCK_ROWS):
+        part = rows[start : start + FEATURE_BLOCK_ROWS]
+        classes[part] = nearest_centres(features.rows(part), centres)
+    return classes
+
+
+def _groups(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _stored_raw(
+    name: str, auxiliary: Auxiliary, groups: list[np.ndarray], num_groups: int, *, in_memory: bool
+) -> tuple[np.ndarray, int]:
+    """Return the raw columns of groups of rows, from the cache or computed, and the token forwards that they took."""
+    num_rows = sum(len(rows) for rows in groups)
+    form = TableForm(name, auxiliary.key, {"raw": Column("float32", NUM_STATIC)}, num_rows, num_rows * NUM_STATIC * 4)
+    table = stored_table(
+        form,
+        lambda first: auxiliary.blocks(groups, num_groups, first),
+        cache_folder(auxiliary.config.cache_dir),
+        in_memory=in_memory,
+    )
+    return table.arrays["raw"], table.counts["num_tokens"]
+
+
+def _warmed_up(learner: LoraLearner, num_updates: int) -> torch.Tensor:
+    """Return an adapter trained on a few random rows, so that the auxiliary model knows what an answer looks like.
+
+    The paper's auxiliary model is instruction-tuned; a bare base model tells right from wrong answers less well.
+    """
+    rng = np.random.default_rng(FEATURE_SEED)
+    rows = np.flatnonzero(learner.pool.has_labels)
+    for step in range(num_updates):
+        batch = rng.choice(rows, min(AUXILIARY_BATCH_SIZE, len(rows)), replace=False)
+        learner.update(batch, step / num_updates, seed=step)
+    return learner.state.adapter
+
+
+@torch.no_grad()
+def _scan(
+    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray, show: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each row's mean log-probability, shape (chosen,), and its pooled embedding, shape (chosen, 32)."""
+    log_p = np.zeros(len(chosen), dtype=np.float32)
+    semantic = np.zeros((len(chosen), NUM_SEMANTIC), dtype=np.float32)
+    for places in token_batches(rows.lengths[chosen], FEATURE_BATCH_TOKENS):
+        batch = collate(rows, chosen[places])
+        losses, hidden = auxiliary.hidden_states(batch, adapter[None])
+        log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
+        lengths = torch.from_numpy(rows.lengths[chosen[places]]).to(hidden.device)
+        inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        mean = (hidden * inside[..., None]).sum(1) / lengths[:, None]
+        semantic[places] = torch.nn.functional.adaptive_avg_pool1d(mean[:, None], NUM_SEMANTIC)[:, 0].cpu().numpy()
+        show(len(places))
+    return log_p, semantic
+
+
+@torch.no_grad()
+def _log_probabilities(
+    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray, show: Callable[[int], None]
+) -> np.ndarray:
+    """Return each row's mean log-probability, shape (chosen,)."""
+    log_p = np.zeros(len(chosen), dtype=np.float32)
+    for places in token_batches(rows.lengths[chosen], FEATURE_BATCH_TOKENS):
+        batch = collate(rows, chosen[places])
+        losses, _ = auxiliary.token_losses(batch, adapter[None])
+        log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
+        show(len(places))
+    return log_p
+
+
+def _row_means(losses: torch.Tensor, batch: Batch, label_counts: np.ndarray) -> np.ndarray:
+    """Return minus the mean of each row's label losses, shape (rows,)."""
+    owners = torch.nonzero(batch.is_label, as_tuple=True)[0].to(losses.device)
+    sums = torch.zeros(len(label_counts), device=losses.device).index_add(0, owners, losses)
+    return np.asarray(-(sums.cpu().numpy() / label_counts))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from raise_env import RaiseSelectEnv
+from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError
 from raise_env.features import BLOCKS, CLIP, FEATURE_NAMES, NUM_STATIC, SCHEMA_VERSION, STATIC
 
@@ -91,7 +91,7 @@ class FeatureView:
         Raises:
             SettingError: Another auxiliary model computes the environment's features, or hides what was seen.
         """
-        self._check(world)
+        self.check(world.assets.auxiliary, world.config)
         if self.is_that_of(world):
             return as_it_is
         own = FeatureView.of(world)
@@ -109,10 +109,18 @@ class FeatureView:
 
         return translate
 
-    def _check(self, world: RaiseSelectEnv) -> None:
-        here = world.assets.auxiliary
+    def check(self, here: Mapping[str, str | int], config: EnvConfig) -> None:
+        """Check that an environment's features are those that the selector learned on.
+
+        Args:
+            here: The auxiliary model that computes them, as `EnvAssets.auxiliary` names it.
+            config: The environment's settings.
+
+        Raises:
+            SettingError: Another auxiliary model computes them, or what was seen is hidden.
+        """
         if any(here.get(part) != self.auxiliary.get(part) for part in ("model", "adapter")):
-            name = world.config.auxiliary_model or world.config.model
+            name = config.auxiliary_model or config.model
             raise SettingError(
                 f"the selector was learned on features of another auxiliary model than {name!r} (content "
                 f"{_short(self.auxiliary.get('model'))}, here {_short(here['model'])}): its static columns would mean "
@@ -125,7 +133,7 @@ class FeatureView:
                 f"the selector was learned on features of an auxiliary model after {updates} updates, and here they "
                 f"are computed after {here['updates']}: set auxiliary_updates={updates} (--auxiliary-updates)."
             )
-        unseen = [name for name in world.config.hide if name not in self.hide]
+        unseen = [name for name in config.hide if name not in self.hide]
         if unseen:
             raise SettingError(
                 f"the environment hides {', '.join(unseen)}, which the selector learned to look at; leave hide out."

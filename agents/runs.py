@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from raise_env.rewards import needs_generation
 from . import contrast
 from .base import Agent
 from .catalogue import agent_name, learning_episodes, make_agent
+from .feature_view import FeatureView
 from .model_card import write_model_card
 from .report import MAX_ROWS, Selection, WantedText, write_report
 from .rollout import agents_code, run_episode
@@ -147,6 +148,7 @@ def train(
     agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in plan.names}
     env = RaiseSelectEnv(**plan.settings)
     check_inputs(env.config)
+    _check_selectors(env.config, agents.values())
     run = RunFolder.open(folder, command, plan.to_json(), resume)
     with reporter.task("loading model, data and features", 1) as show, _parts_shown(reporter) as progress:
         env.load(progress)
@@ -233,6 +235,17 @@ def check_inputs(config: EnvConfig) -> None:
         load_config(model)
     starting_form(config)
     load_data(config)
+
+
+def _check_selectors(config: EnvConfig, agents: Iterable[Agent]) -> None:
+    """Refuse selectors that learned on other features now, and not after these were computed."""
+    views = [view for agent in agents if isinstance(view := getattr(agent, "view", None), FeatureView)]
+    if views:
+        from raise_env.assets import auxiliary_of
+
+        here = auxiliary_of(config)
+        for view in views:
+            view.check(here, config)
 
 
 def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .adapter_files import content_hash, first_adapter, starting_form
-from .auxiliary import FEATURE_SEED, Auxiliary, classes_of, features_of
+from .auxiliary import FEATURE_SEED, Auxiliary, classes_of, features_of, identity_of
 from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings
 from .encoding import EncodedRows, Encoder
@@ -39,7 +39,7 @@ from .reading import Stamp, read_pool, stamp
 from .rewards import Evaluation, check_reward
 from .store import cache_folder
 
-__all__ = ["Assets", "Data", "load_assets", "load_data"]
+__all__ = ["Assets", "Data", "auxiliary_of", "load_assets", "load_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,18 @@ def load_assets(config: EnvConfig, progress: LoadingProgress | None = None) -> A
     if data.test is not None:
         check_reward(config.reward, data.test, "test")
     return _cached_assets(config.shared_part(), _stamps(config), _Watcher(progress))
+
+
+def auxiliary_of(config: EnvConfig) -> dict[str, str | int]:
+    """Return what `Assets.auxiliary` will be, before any feature is computed.
+
+    Raises:
+        ModelError: The auxiliary model or an adapter cannot be loaded.
+        SettingError: As `starting_form`.
+    """
+    source, is_trained = config.auxiliary_model or config.model, config.auxiliary_model in (None, config.model)
+    model = _shared_base(config, source, starting_form(config) if is_trained else config.lora)
+    return identity_of(config, model, config.adapter if is_trained else None)
 
 
 def _data_part(config: EnvConfig) -> EnvConfig:

@@ -27,7 +27,7 @@ from .learner_protocol import Ledger
 from .pool import MAX_ROWS_IN_MEMORY, Pool, kmeans_centres, kmeans_classes, nearest_centres
 from .store import Block, Column, TableForm, cache_folder, stored_table
 
-__all__ = ["FEATURE_BATCH_TOKENS", "FEATURE_SEED", "Auxiliary", "classes_of", "features_of"]
+__all__ = ["FEATURE_BATCH_TOKENS", "FEATURE_SEED", "Auxiliary", "classes_of", "features_of", "identity_of"]
 
 #: Tokens of one forward pass, padding included.
 FEATURE_BATCH_TOKENS = 4096
@@ -74,8 +74,7 @@ class Auxiliary:
     @property
     def identity(self) -> dict[str, str | int]:
         """What decides what the columns mean: see `Assets.auxiliary`."""
-        own = {} if self.adapter is None else {"adapter": content_hash(Path(self.adapter))}
-        return {"model": self.model.content_hash, "updates": self.config.num_auxiliary_updates, **own}
+        return identity_of(self.config, self.model, self.adapter)
 
     @property
     def key(self) -> dict[str, str | int | float]:
@@ -135,6 +134,12 @@ class Auxiliary:
             raw = np.concatenate([own for own, _ in computed])
             num_tokens = sum(tokens for _, tokens in computed) + (self.warmed_up[1] if start == 0 else 0)
             yield Block(len(raw), {"raw": raw}, {"num_tokens": num_tokens})
+
+
+def identity_of(config: EnvConfig, model: BaseModel, adapter: str | None) -> dict[str, str | int]:
+    """Return what decides what the columns mean: the model, its updates before, and the adapter that it begins with."""
+    own = {} if adapter is None else {"adapter": content_hash(Path(adapter))}
+    return {"model": model.content_hash, "updates": config.num_auxiliary_updates, **own}
 
 
 def features_of(auxiliary: Auxiliary) -> StaticFeatures:

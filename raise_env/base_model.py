@@ -39,6 +39,7 @@ from .causal_attention import LONGEST, rows_at, rows_now, use_block_attention
 from .config import TINY, LoraSettings
 from .encoding import Batch
 from .errors import ModelError, SettingError
+from .hub import quiet_hub
 from .label_positions import LAST_LAYERS, Choice, LabelPositions
 from .lora_layers import lora_linear
 from .packing import Layout, PackedBatch, pack
@@ -621,7 +622,8 @@ def quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with quiet_hub():
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bar:

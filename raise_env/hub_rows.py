@@ -7,6 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from .errors import DataError, excerpt
+from .hub import quiet_hub
 from .row_files import Row, plain
 
 __all__ = ["HubName", "rows_of_dataset"]
@@ -46,8 +47,9 @@ def rows_of_dataset(source: str) -> Generator[tuple[int, Row]]:
     name = HubName.parse(source)
     assert name is not None
     try:
-        split = name.split or _only_split(source, name)
-        table = datasets.load_dataset(name.repository, name.config, split=split, revision=name.revision)
+        with quiet_hub():
+            split = name.split or _only_split(source, name)
+            table = datasets.load_dataset(name.repository, name.config, split=split, revision=name.revision)
         for number, row in enumerate(table, start=1):
             yield number, plain(row)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

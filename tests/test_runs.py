@@ -438,6 +438,14 @@ def test_finetune__own_pool_and_another_number_of_candidates__one_run(tmp_path, 
     assert read_json(tmp_path / "run" / "run.json")["command"] == "finetune"
 
 
+def test_finetune__selector_for_other_features__refused_before_any_is_computed(finished, tmp_path, small_settings):
+    settings = {**small_settings, "auxiliary_updates": 1, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(SettingError, match="after 2 updates, and here they are computed after 1"):
+        finetune(tmp_path / "run", finished, settings)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+
+
 def test_finetune__no_selector_there__nothing_is_written(tmp_path, small_settings):
     with pytest.raises(RecordError, match=r"config\.json"):
         finetune(tmp_path / "run", tmp_path / "nowhere", small_settings)

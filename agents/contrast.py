@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from raise_env import RaiseSelectEnv
-from raise_env.pool import Instruction
+from raise_env.features import frame, observe
+from raise_env.pool import MAX_ROWS_IN_MEMORY, Instruction, Pool
 
 from .learned import Selector
 
-__all__ = ["ScoredRow", "Trait", "Word", "columns_of_few_values", "pool_scores", "traits", "wanted", "words_apart"]
+__all__ = [
+    "ScoredRow",
+    "Trait",
+    "Word",
+    "columns_of_few_values",
+    "looked_at",
+    "pool_scores",
+    "traits",
+    "wanted",
+    "words_apart",
+]
 
 #: A column of the pool with more different values is text, and not a kind of row.
 MAX_VALUES = 12
@@ -71,47 +82,64 @@ class ScoredRow:
     pool_id: int
 
 
-def traits(env: RaiseSelectEnv, rows: np.ndarray) -> list[Trait]:
+def looked_at(pool: Pool, rows: Sequence[int]) -> np.ndarray:
+    """Return the pool ids that stand for a pool beside some of its rows, sorted, shape (looked at,), int64.
+
+    All of them; of a large pool a random part, and those rows.
+
+    Args:
+        pool: The pool.
+        rows: Pool ids of the rows that were chosen.
+    """
+    if len(pool) <= MAX_ROWS_IN_MEMORY:
+        return np.arange(len(pool))
+    drawn = np.random.default_rng(0).choice(len(pool), size=MAX_ROWS_IN_MEMORY, replace=False)
+    return np.union1d(drawn, np.asarray(rows, dtype=np.int64))
+
+
+def traits(env: RaiseSelectEnv, rows: np.ndarray, places: np.ndarray) -> list[Trait]:
     """Return how the chosen rows differ in length and difficulty; nothing where features are lazy.
 
     Args:
         env: The environment.
         rows: Pool ids, shape (chosen,); one that was chosen twice counts twice.
+        places: What `looked_at` gives.
     """
     if env.config.lazy_features:
         return []
-    raw = env.assets.features.raw[:, : len(_TRAITS)]
-    pool = raw[~np.isnan(raw).any(axis=1)].astype(np.float64)
-    chosen = raw[rows].astype(np.float64)
+    raw = env.assets.features.raw
+    pool, chosen = (raw[ids, : len(_TRAITS)].astype(np.float64) for ids in (places, rows))
+    pool = pool[~np.isnan(pool).any(axis=1)]
     pool[:, :2], chosen[:, :2] = np.expm1(pool[:, :2]), np.expm1(chosen[:, :2])  # lengths are kept as logarithms
     found = []
-    for place, (name, unit) in _TRAITS.items():
-        mean, own = float(pool[:, place].mean()), float(chosen[:, place].mean())
-        spread = float(pool[:, place].std())
+    for column, (name, unit) in _TRAITS.items():
+        mean, own = float(pool[:, column].mean()), float(chosen[:, column].mean())
+        spread = float(pool[:, column].std())
         found.append(Trait(name, unit, own, mean, (own - mean) / spread if spread > 0 else 0.0))
     return found
 
 
-def words_apart(pool: Iterable[Instruction], rows: Sequence[int]) -> tuple[list[Word], list[Word]]:
+def words_apart(pool: Pool, rows: Sequence[int], places: np.ndarray) -> tuple[list[Word], list[Word]]:
     """Return the words that most set the chosen rows apart: those more frequent in them, and those less frequent.
 
     A word counts once a row. Words are ordered by the z-score of their log odds, the pool's frequencies as the prior
     (Monroe, Colaresi and Quinn 2008, "Fightin' Words", eq. 16 and 22), and kept where it is beyond 1.96.
 
     Args:
-        pool: All rows.
+        pool: The pool.
         rows: Pool ids of those chosen; one that was chosen twice counts once.
+        places: What `looked_at` gives.
     """
     among = set(rows)
     counts: Counter[str] = Counter()
     own: Counter[str] = Counter()
-    num_rows = 0
-    for index, row in enumerate(pool):
+    for place in places:
+        row = pool[int(place)]
         found = {word.lower() for word in _WORD.findall(f"{row.prompt}\n{row.response}")}
         counts.update(found)
-        num_rows += 1
-        if index in among:
+        if int(place) in among:
             own.update(found)
+    num_rows = len(places)
     if not among or num_rows == len(among):
         return [], []
     known = [word for word, count in counts.items() if MIN_ROWS <= count < num_rows]
@@ -134,44 +162,59 @@ def _log_odds(chosen: np.ndarray, left: np.ndarray, num_chosen: int, num_left: i
     return np.asarray(odds / np.sqrt(1 / a + 1 / b))
 
 
-def columns_of_few_values(pool: Iterable[Instruction]) -> dict[str, list[str]]:
-    """Return the pool's columns that say what kind of row each is: texts, two to twelve different ones in all rows."""
-    values: dict[str, list[str]] = {}
+def columns_of_few_values(pool: Pool, places: np.ndarray) -> dict[str, dict[int, str]]:
+    """Return the columns that say what kind of row each is: texts, two to twelve different ones in all rows.
+
+    Args:
+        pool: The pool.
+        places: What `looked_at` gives.
+
+    Returns:
+        By column the value of each row that was looked at, by its pool id.
+    """
+    values: dict[str, dict[int, str]] = {}
     seen: dict[str, set[str]] = {}
-    for number, row in enumerate(pool):
+    for number, place in enumerate(places):
+        fields = pool[int(place)].fields
         if number == 0:
-            values = {name: [] for name, value in row.fields.items() if isinstance(value, str)}
+            values = {name: {} for name, value in fields.items() if isinstance(value, str)}
             seen = {name: set() for name in values}
         for name in list(values):
-            value = row.fields.get(name)
+            value = fields.get(name)
             seen[name].add(str(value))
             if not isinstance(value, str) or len(seen[name]) > MAX_VALUES:
                 del values[name], seen[name]
             else:
-                values[name].append(value)
+                values[name][int(place)] = value
     return {name: column for name, column in values.items() if len(seen[name]) > 1}
 
 
-def pool_scores(env: RaiseSelectEnv, agent: object, seed: int) -> np.ndarray | None:
-    """Return what an agent thinks of each row of the pool at the start of a run, shape (pool,), float64.
+def pool_scores(env: RaiseSelectEnv, agent: object, places: np.ndarray, seed: int) -> np.ndarray | None:
+    """Return what an agent thinks of rows of the pool at the start of a run, shape (pool,), float64.
 
-    In standard deviations over the pool; NaN for rows that are never offered.
+    In standard deviations over the rows that were looked at; NaN for all others, and for rows that are never offered.
+
+    Args:
+        env: The environment, after its first reset.
+        agent: The agent.
+        places: What `looked_at` gives.
+        seed: What the agent's own choices begin from.
 
     Returns:
         None where the agent is no learned selector with a score for each row, or features are lazy.
     """
     if not isinstance(agent, Selector) or env.config.lazy_features:
         return None
-    whole = env.variant(num_candidates="all")
-    observation, info = whole.reset(seed=seed)
-    agent.begin(whole, seed)
-    own = np.asarray(agent.scores(observation), dtype=np.float64)
-    candidates = info["candidates"]
-    real = candidates >= 0
+    offered = places[env.assets.classes[places] >= 0]
+    still = frame(env.assets.features, offered, env.config.hide)
+    untouched = np.zeros(len(env.assets.pool), dtype=np.int32)
+    start = {"dev_score": 0.0, "first_dev_score": 0.0, "progress": 0.0}
+    agent.begin(env, seed)
+    own = agent.scores(observe(still, offered, untouched, **start, hide=env.config.hide))
     scores = np.full(len(env.assets.pool), np.nan)
-    scores[candidates[real]] = own[real]
-    spread = float(np.nanstd(scores))
-    return (scores - float(np.nanmean(scores))) / spread if spread > 0 else None
+    scores[offered] = own
+    spread = float(np.std(own))
+    return (scores - float(np.mean(own))) / spread if spread > 0 else None
 
 
 def wanted(scores: np.ndarray, pool: Sequence[Instruction]) -> tuple[list[ScoredRow], list[ScoredRow]]:

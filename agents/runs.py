@@ -453,8 +453,9 @@ def _selection(record: EpisodeRecord, env: RaiseSelectEnv, agent: Agent) -> Sele
     classes, pool = env.assets.classes, env.assets.pool
     pairs = [(step, row) for step, rows in enumerate(record.actions, start=1) for row in rows]
     rows = [row for _, row in pairs]
-    columns = contrast.columns_of_few_values(pool)
-    scores = contrast.pool_scores(env, agent, record.seed)
+    places = contrast.looked_at(pool, rows)
+    columns = contrast.columns_of_few_values(pool, places)
+    scores = contrast.pool_scores(env, agent, places, record.seed)
     return Selection(
         steps=np.array([step for step, _ in pairs], dtype=np.int64),
         classes=classes[rows],
@@ -464,10 +465,10 @@ def _selection(record: EpisodeRecord, env: RaiseSelectEnv, agent: Agent) -> Sele
         texts=[(step, int(classes[row]), pool[row].prompt, pool[row].response) for step, row in pairs[:MAX_ROWS]],
         scores=() if scores is None else scores[rows[:MAX_ROWS]].tolist(),
         labels={name: [values[row] for row in rows] for name, values in columns.items()},
-        pool_label_counts={name: Counter(values) for name, values in columns.items()},
+        pool_label_counts={name: Counter(values.values()) for name, values in columns.items()},
         are_labels_hidden=env.config.is_embedded,
-        traits=contrast.traits(env, np.array(rows, dtype=np.int64)),
-        words=contrast.words_apart(pool, rows),
+        traits=contrast.traits(env, np.array(rows, dtype=np.int64), places),
+        words=contrast.words_apart(pool, rows, places),
         wanted=((), ()) if scores is None else _wanted(scores, env),
     )
 

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -368,7 +369,9 @@ def _spread(work: Callable[[_Item], _Outcome], items: Iterable[_Item], workers: 
     from joblib import Parallel, delayed, parallel_config
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    with parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
+    with parallel_config("loky", n_jobs=workers, inner_max_num_threads=1), warnings.catch_warnings():
+        # A worker whose memory has grown is replaced by a new one between two runs: nothing that a user has to mend.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
         try:
             # No more runs are handed out than there are workers: if this process is killed, they end after theirs.
             parallel = Parallel(batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered")

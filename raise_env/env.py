@@ -214,8 +214,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | max_length | 256 | tokens that a row may have; a longer one loses its end |
     | template | None | Jinja text of `prompt` and `system`, instead of the tokenizer's chat template or a plain frame |
     | micro_batch_tokens | 16384 | tokens that an update puts through the model at once, to fit into memory |
-    | adapter | None | folder of a PEFT LoRA adapter to go on from, which also gives lora its form |
     | seed_model | 0 | what the first adapter is drawn from |
+    | adapter | None | folder of a PEFT LoRA adapter to go on from, which also gives lora its form |
     | activation_checkpointing | False | keep less for the backward pass and compute it again: less memory, more time |
     | dtype | "float32" | of the base model: "float32", "bfloat16", or "nf4", four bits a weight (needs bitsandbytes) |
     | device | "auto" | "cpu", "cuda" or "cuda:1"; "auto" is a GPU where there is one |

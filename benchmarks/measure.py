@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from raise_env.agents.runs import processor_name
+
+# PEFT 0.21 asks plain loops' models by an old name; transformers 5.23 says so to whoever measures.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 __all__ = ["alternate", "machine", "memory_bytes", "require_equal", "speedups", "table", "with_spread"]
 

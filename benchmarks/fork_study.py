@@ -1,6 +1,6 @@
 """How raise_fork came to its defaults: variants of how it learns, on the embedded task, over seeds.
 
-    python benchmarks/fork_study.py --out runs/fork_study --seeds 3 --workers 2
+    python benchmarks/fork_study.py --out runs/fork_study --seeds 2 --workers 2
 
 Each variant learns and makes one final run a seed, as in `raise-env bench`; the folder is a benchmark's, and can be
 gone on with by --resume. docs/results/raise_fork.md tells what came out. What the package has no setting for, because

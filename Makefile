@@ -14,7 +14,7 @@ PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.1
 # file share is made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 # Left out of `make check`: what runs whole commands, examples and algorithms.
-COMMANDS := test_cli test_runs test_examples test_sb3
+COMMANDS := test_cli test_runs test_examples test_sb3 test_guide test_benchmark test_estimate test_evaluate test_model_card
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all check bench-speed lint ruff ruff-format mypy

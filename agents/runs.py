@@ -20,6 +20,7 @@ import numpy as np
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.features import LoadingProgress
 from raise_env.files import append_line, replaced_folder, write_json, write_text
+from raise_env.pool import Instruction
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import needs_generation
 
@@ -462,7 +463,7 @@ def _selection(record: EpisodeRecord, env: RaiseSelectEnv, agent: Agent) -> Sele
         pool_ids=np.array(rows, dtype=np.int64),
         num_classes=env.config.num_classes,
         pool_class_counts=np.bincount(classes[classes >= 0], minlength=env.config.num_classes),
-        texts=[(step, int(classes[row]), pool[row].prompt, pool[row].response) for step, row in pairs[:MAX_ROWS]],
+        texts=[(step, int(classes[row]), _asked(pool[row]), pool[row].response) for step, row in pairs[:MAX_ROWS]],
         scores=() if scores is None else scores[rows[:MAX_ROWS]].tolist(),
         labels={name: [values[row] for row in rows] for name, values in columns.items()},
         pool_label_counts={name: Counter(values.values()) for name, values in columns.items()},
@@ -473,11 +474,17 @@ def _selection(record: EpisodeRecord, env: RaiseSelectEnv, agent: Agent) -> Sele
     )
 
 
+def _asked(row: Instruction) -> str:
+    """Return what stands before a row's last response, as people read it."""
+    before = [row.system, *(text for exchange in row.earlier for text in exchange), row.prompt]
+    return "\n\n".join(text for text in before if text)
+
+
 def _wanted(scores: np.ndarray, env: RaiseSelectEnv) -> tuple[list[WantedText], list[WantedText]]:
     """Return the rows that the selector wants most and least, as the report shows them."""
     classes, pool = env.assets.classes, env.assets.pool
     most, least = (
-        [(row.score, int(classes[row.pool_id]), pool[row.pool_id].prompt, pool[row.pool_id].response) for row in rows]
+        [(row.score, int(classes[row.pool_id]), _asked(pool[row.pool_id]), pool[row.pool_id].response) for row in rows]
         for rows in contrast.wanted(scores, pool)
     )
     return most, least

@@ -229,6 +229,18 @@ def test_train__plots__are_pictures(finished):
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_train__conversations__are_shown_whole_in_the_report(tmp_path, small_settings):
+    turns = [("user", "first question"), ("assistant", "first answer"), ("user", "second?"), ("assistant", "so")]
+    chats = [{"messages": [{"role": role, "content": f"{text} {n}"} for role, text in turns]} for n in range(24)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (tmp_path / "dev.jsonl").write_text('{"question": "What is asked?", "answer": "this"}\n')
+    settings = {**own_files(small_settings, tmp_path), "num_dev": 1}
+    train(tmp_path / "run", Plan(settings, agent="random", episodes=0, compare=(), num_runs=1))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert re.search(r"first question (\d+)\s+first answer \1\s+second\? \1", page)
+    assert all("messages" in row for row in read_lines(tmp_path / "run" / "selected.jsonl"))
+
+
 def test_train__same_plan_again__same_numbers(finished, plan, tmp_path):
     train(tmp_path / "again", plan)
     for name in ("episodes.jsonl", "selected.jsonl", "selector/model.safetensors", "adapter/adapter_model.safetensors"):

@@ -32,8 +32,6 @@ from raise_env.pool import (
 )
 from raise_env.reading import read_pool
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 ROWS = [
     {"question": "2 + 2?", "answer": "4", "rating": "5"},
     {"question": "Größe, auf\nzwei Zeilen?", "answer": 'ein "Meter"', "rating": "3"},
@@ -488,14 +486,7 @@ def test_check_enough__pool_smaller_than_a_step__says_what_to_set() -> None:
 # Real data
 
 
-@pytest.fixture
-def shared() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip(f"no real data: {SHARED} does not exist")
-    return SHARED
-
-
 @pytest.mark.real
 def test_check_disjoint__gsm8k__its_splits_share_nothing(shared: Path) -> None:
-    train, test = (read_pool(shared / "gsm8k" / name) for name in ("train.jsonl", "test.jsonl"))
+    train, test = (read_pool(shared / "data" / "gsm8k" / name) for name in ("train.jsonl", "test.jsonl"))
     check_disjoint(train, test, None)

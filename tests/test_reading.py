@@ -18,8 +18,6 @@ from raise_env.errors import DataError
 from raise_env.pool import Instruction, sample_rows
 from raise_env.reading import read_pool, stamp
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 Write = Callable[[str, "str | bytes"], Path]
 
 ROWS = [
@@ -588,16 +586,9 @@ def test_read_pool__named_columns__whether_the_source_has_them(write: Write) -> 
 # Real data
 
 
-@pytest.fixture
-def shared() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip(f"no real data: {SHARED} does not exist")
-    return SHARED
-
-
 @pytest.mark.real
 def test_read_pool__alpaca__all_rows_but_ten_without_an_answer(shared: Path) -> None:
-    path = shared / "alpaca" / "alpaca.jsonl"
+    path = shared / "data" / "alpaca" / "alpaca.jsonl"
     assert "10 rows have an empty 'output', the first in line 1462" in fault(path)
     pool = read_pool(path, skip_empty=True)
     assert (len(pool), pool.num_skipped) == (20_678 - 10, 10)
@@ -618,6 +609,6 @@ def test_read_pool__other_real_files__all_rows(shared: Path, name: str, count: i
 
 @pytest.mark.real
 def test_read_pool__arc__answers_by_alpacas_columns(shared: Path) -> None:
-    row = read_pool(shared / "arc_challenge" / "test.json")[0]
+    row = read_pool(shared / "data" / "arc_challenge" / "test.json")[0]
     assert row.response == "the correct answer is answer3"
     assert row.fields["answer"] == "answer3"

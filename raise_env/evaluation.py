@@ -74,7 +74,7 @@ class EvaluationSet:
             raise DataError(
                 f"no response of the {what} set fits into max_length={encoder.max_length}; raise max_length."
             )
-        instructions = _with_scorable_choices(instructions, encoder, what)
+        instructions, choices = _scorable_choices(instructions, encoder, what)
         others = [bool(row.choices) or has_final_number(row.response) for row in instructions]
         kept = np.flatnonzero(encoded.has_labels | np.array(others))
         if len(kept) < len(encoded):
@@ -85,7 +85,7 @@ class EvaluationSet:
         return cls(
             instructions=tuple(instructions),
             rows=encoded,
-            choices=encoder.encode_choices(instructions, what=what) if any(counts) else None,
+            choices=choices,  # a row that has any was kept
             choice_rows=np.repeat(np.arange(len(counts)), counts),
             choice_lengths=np.array([len(choice) for i in instructions for choice in i.choices], dtype=np.int64),
             answers=np.array([i.choices.index(i.response) if i.choices else -1 for i in instructions], dtype=np.int64),
@@ -161,23 +161,24 @@ def _matches(answer: AnswerFunction, data: EvaluationSet, chosen: np.ndarray) ->
     return {"strict_matches": strict, "flexible_matches": flexible, "num_generating_tokens": num_tokens}
 
 
-def _with_scorable_choices(instructions: Sequence[Instruction], encoder: Encoder, what: str) -> list[Instruction]:
-    """Return the rows, without their choices where one of these cannot be scored, with a warning."""
+def _scorable_choices(
+    instructions: Sequence[Instruction], encoder: Encoder, what: str
+) -> tuple[list[Instruction], EncodedRows | None]:
+    """Return the rows, without their choices where one of these cannot be scored, with a warning; and all that can."""
     if not any(row.choices for row in instructions):
-        return list(instructions)
-    has_labels = encoder.encode_choices(instructions, what=what).has_labels
-    ends = np.cumsum([len(row.choices) for row in instructions])
-    rows = [
-        row if has_labels[end - len(row.choices) : end].all() else dataclasses.replace(row, choices=())
-        for row, end in zip(instructions, ends, strict=True)
-    ]
-    num_dropped = sum(
-        bool(before.choices) and not after.choices for before, after in zip(instructions, rows, strict=True)
-    )
-    if num_dropped:
-        message = "the choices of %d of %d %s rows are not scored: one of them is no token, or does not fit into %d"
-        logger.warning(message, num_dropped, len(rows), what, encoder.max_length)
-    return rows
+        return list(instructions), None
+    encoded = encoder.encode_choices(instructions, what=what)
+    owners = np.repeat(np.arange(len(instructions)), [len(row.choices) for row in instructions])
+    dropped = np.unique(owners[~encoded.has_labels])
+    if len(dropped) == 0:
+        return list(instructions), encoded
+    message = "the choices of %d of %d %s rows are not scored: one of them is no token, or does not fit into %d"
+    logger.warning(message, len(dropped), len(instructions), what, encoder.max_length)
+    rows = list(instructions)
+    for row in dropped:
+        rows[row] = dataclasses.replace(rows[row], choices=())
+    left = np.flatnonzero(~np.isin(owners, dropped))
+    return rows, encoded.select(left) if len(left) else None
 
 
 def _questions(instructions: Sequence[Instruction], encoder: Encoder) -> dict[int, np.ndarray]:

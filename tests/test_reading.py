@@ -604,7 +604,7 @@ def test_read_pool__alpaca__all_rows_but_ten_without_an_answer(shared: Path) -> 
     [("gsm8k/train.jsonl", 7473), ("gsm8k/test.jsonl", 1319), ("arc_challenge/train.json", 1119)],
 )
 def test_read_pool__other_real_files__all_rows(shared: Path, name: str, count: int) -> None:
-    assert len(read_pool(shared / name)) == count
+    assert len(read_pool(shared / "data" / name)) == count
 
 
 @pytest.mark.real

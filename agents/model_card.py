@@ -14,11 +14,9 @@ from raise_env.files import write_text
 from raise_env.record import EpisodeRecord
 from raise_env.version import __version__
 
-from .report import results_table
+from .report import load_template, results_table
 
 __all__ = ["write_model_card"]
-
-_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_model_card(
@@ -33,17 +31,7 @@ def write_model_card(
         env: Its environment.
         is_merged: Whether they are a whole model's, and not an adapter's.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    template = environment.get_template("model_card.md.jinja")
+    template = load_template("model_card.md.jinja", escapes=False)  # Markdown
     write_text(path, template.render(is_merged=is_merged, **_facts(report, record, env)))
 
 

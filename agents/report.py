@@ -26,9 +26,11 @@ from .contrast import Trait, Word
 from .plots import COLOURS, Plot, agent_colours, dev_curves_plot, learning_plot, selection_plot
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from .statistics import Interval
 
-__all__ = ["MAX_ROWS", "Selection", "WantedText", "format_table", "results_table", "write_report"]
+__all__ = ["MAX_ROWS", "Selection", "WantedText", "format_table", "load_template", "results_table", "write_report"]
 
 #: Rows shown on the page; selected.jsonl has them all.
 MAX_ROWS = 200
@@ -254,24 +256,31 @@ def _mean_return(seeds: Sequence[Sequence[float]], num_steps: int | None = None)
 # --- Page -----------------------------------------------------------------------------------------------------
 
 
+def load_template(name: str, *, escapes: bool) -> Template:
+    """Return a template of this package; one that escapes what it is given is for pages that a browser opens."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=escapes,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name)
+
+
 def _page(
     report: Mapping[str, Any],
     episodes: Sequence[Mapping[str, Any]],
     selection: Selection | None,
     plots: Mapping[str, Plot],
 ) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
-    return environment.get_template("report.html.jinja").render(
+    return load_template("report.html.jinja", escapes=True).render(
         date=report.get("date"),
         headline=report.get("headline"),
         colours=COLOURS,

@@ -7,65 +7,35 @@ the same candidates, so that they can be compared in pairs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.config import OBSERVATION_BLOCKS
 from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
-from raise_env.files import append_line, write_json, write_text
-from raise_env.record import EpisodeRecord
-from raise_env.rewards import DIVERGENCE_PENALTY
+from raise_env.files import append_line, replaced_folder, write_json, write_text
+from raise_env.record import versions
 from raise_env.tiny.task import TASKS
 
 from .catalogue import make_agent
-from .rollout import run_episode
+from .job import OWN_TASK, Entry, Job, Outcome, failed, one_thread, run_job
 from .run_folder import RunFolder, whole_records
-from .runs import FINAL_SEED, Clock, Reporter, Silent, check_inputs, final_environment, final_scores, phi_tokens
-from .summary import RANDOM, SHARES, summarise
+from .runs import Reporter, Silent, check_inputs
+from .spread import spread
+from .summary import RANDOM, summarise
+from .validation import Recorded
 
-__all__ = ["ALL_FEATURES", "OWN_TASK", "BenchPlan", "Entry", "Job", "ablation", "bench", "run_job"]
-
-#: The name in the results of a pool of one's own, which is no embedded task.
-OWN_TASK = "own"
+__all__ = ["ALL_FEATURES", "OWN_TASK", "BenchPlan", "Entry", "ablation", "bench"]
 
 #: The row of an ablation that the others are compared with.
 ALL_FEATURES = "all features"
 
-#: Agents that look at neither the observation nor the pool's features; others may say so by `uses_features = False`.
-_WITHOUT_FEATURES = frozenset(
-    {"random", "full", "quality", "oracle", "self_paced", "loss_high", "loss_low", "greedy", "less", "greats"}
-)
-
-_Item = TypeVar("_Item")
-_Outcome = TypeVar("_Outcome")
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Who takes part, and how: a row of the results.
-
-    Attributes:
-        agent: The agent's name.
-        arguments: Its own settings.
-        episodes: Episodes to learn for, if it learns.
-        settings: Environment keywords of this row alone.
-    """
-
-    agent: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    episodes: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +69,10 @@ class BenchPlan:
         num_seeds = max(self.num_seeds, before.get("num_seeds", 0))
         return {**before, "entries": entries, "num_seeds": num_seeds}
 
-    def jobs(self, folder: Path) -> list[Job]:
+    def jobs(self) -> list[Job]:
         """Return all runs, those of one task and seed after each other: they share what is loaded."""
         return [
-            Job(
-                task, label, seed, entry, self._settings(task, entry, seed), _selector_folder(folder, task, label, seed)
-            )
+            Job(task, label, seed, entry, self._settings(task, entry, seed))
             for task in self.tasks
             for seed in range(self.num_seeds)
             for label, entry in self.entries.items()
@@ -136,32 +104,6 @@ class BenchPlan:
 
     def _settings(self, task: str, entry: Entry, seed: int) -> dict[str, Any]:
         return {**self.task_settings(task), **entry.settings, "seed_model": seed}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One run: an entry learns and makes a final run, on one task with one seed.
-
-    Attributes:
-        task: The task's name.
-        label: The entry's name.
-        seed: What the adapter, the agent's learning and the candidates are drawn from.
-        entry: Who learns and acts.
-        settings: The environment's keywords, all of them.
-        selector: The folder for what is learned.
-    """
-
-    task: str
-    label: str
-    seed: int
-    entry: Entry
-    settings: dict[str, Any]
-    selector: Path
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """What tells runs apart."""
-        return self.task, self.label, self.seed
 
 
 def ablation(
@@ -205,7 +147,8 @@ def bench(
     *,
     command: str = "bench",
     resume: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
+    cluster: str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Make every run of the plan, as far as it is not on disk yet, and write the folder.
@@ -218,21 +161,23 @@ def bench(
         command: The name of what is done, for run.json.
         resume: Go on with a folder that was begun with the same plan, or with fewer seeds or agents; what failed is
             tried again.
-        workers: Processes that work side by side; their number changes no result.
+        workers: Processes that work side by side; their number changes no result. None is one, or on a cluster one for
+            each of its processors.
+        cluster: The address of a Ray cluster that the runs are made on, "auto" for the one that this machine is of.
         reporter: Where progress is shown.
 
     Returns:
         What summary.json holds.
 
     Raises:
-        RaiseEnvError: The plan cannot be carried out, the folder cannot be written, or a worker died.
+        RaiseEnvError: The plan cannot be carried out, the folder cannot be written, or workers died again and again.
     """
     folder = Path(out)
     reporter = reporter or Silent()
     plan.check()
     run = RunFolder.open(folder, command, plan.to_json(), resume, grown=plan.with_additions)
     done = _finished(folder) if resume else []
-    jobs = [job for job in plan.jobs(folder) if job.key not in {_key(line) for line in done}]
+    jobs = [job for job in plan.jobs() if job.key not in {_key(line) for line in done}]
     with run:
         if jobs:
             with reporter.task("loading models, data and features", len(plan.tasks)) as show:
@@ -240,156 +185,67 @@ def bench(
             run.check_content(content)
             run.note(content=content)
         with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
-            for number, (line, record) in enumerate(_spread(run_job, jobs, workers), start=1):
-                _write(folder, line, record)
-                done.append(line)
+            for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
+                outcome = _same_world(job, outcome, run.state["content"])
+                _write(folder, job, outcome)
+                done.append(outcome.line)
                 show(number)
         summary = summarise(done, plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
         write_json(folder / "summary.json", summary)
     return summary
 
 
-def run_job(job: Job) -> tuple[dict[str, Any], str | None]:
-    """Make one run and return its line of results.jsonl, and its record's line; None for a run that failed."""
-    try:
-        with _one_thread():
-            line, record = _run(job)
-    except Exception as error:
-        # An agent may be anyone's code, and one that fails is a result like any other: the rest goes on.
-        return _line(job, error=_reason(error)), None
-    return line, record.to_json()
-
-
-def _run(job: Job) -> tuple[dict[str, Any], EpisodeRecord]:
-    env = RaiseSelectEnv(**job.settings)
-    agent: Any = make_agent(job.entry.agent, job.entry.arguments)
-    costs = {}
-    env.reset(seed=job.seed)
-    clock = Clock(env)
-    if job.entry.episodes and hasattr(agent, "learn"):
-        agent.learn(env, job.entry.episodes, seed=job.seed)
-        if hasattr(agent, "save"):
-            agent.save(job.selector)
-    costs["learning"] = clock.lap()
-    env = final_environment(env, agent)
-    env.reset(seed=job.seed)
-    clock = Clock(env)
-    if hasattr(agent, "prepare"):
-        agent.prepare(env, job.seed)
-    costs["preparation"] = clock.lap()
-    record = run_episode(env, agent, seed=FINAL_SEED + job.seed, name=job.label)
-    costs["final"] = clock.lap()
-    tokens = {"features": env.assets.features.num_tokens if _uses_features(agent, job.entry.agent) else 0}
-    tokens |= {part: costs[part][1] for part in ("preparation", "learning", "final")}
-    phi = {part: count / phi_tokens(env) for part, count in tokens.items()}
-    seconds = {part: costs[part][0] for part in ("preparation", "learning", "final")}
-    rows = [row for step in record.actions for row in step]
-    return _line(
-        job,
-        **_scores(record, env),
-        phi=sum(phi.values()),
-        phi_parts=phi,
-        seconds=seconds,
-        rows=len(set(rows)),
-        updates=sum(bool(step) for step in record.actions),
-    ), record
-
-
-def _scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
-    diverged = record.rewards[-1] == DIVERGENCE_PENALTY
-    scores = final_scores(record, env)
-    return {
-        "dev_loss": None if diverged else env.evaluate("dev").loss,  # also where the reward is something else
-        "test_loss": scores.get("test_loss"),
-        **{name: scores.get(name) for name in SHARES},
-        "diverged": diverged,
-    }
-
-
-def _line(job: Job, **values: Any) -> dict[str, Any]:
-    """Return a line of results.jsonl; what is not given is null."""
-    fields = ("dev_loss", "test_loss", *SHARES, "diverged", "phi", "phi_parts", "seconds", "rows", "updates")
-    empty = dict.fromkeys((*fields, "error"))
-    return {"task": job.task, "agent": job.label, "seed": job.seed, **empty, **values}
-
-
-def _reason(error: Exception) -> str:
-    """Return what went wrong: a message made for users as it is, anything else with the place that raised it."""
-    if isinstance(error, RaiseEnvError) and str(error):
-        return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
-
-
-def _uses_features(agent: object, name: str) -> bool:
-    return bool(getattr(agent, "uses_features", name.partition(":")[0] not in _WITHOUT_FEATURES))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: sums that several share differ in their last digits with the number of threads."""
-    import torch
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(limits=1):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _contents(plan: BenchPlan, workers: int, show: Callable[[int], None]) -> dict[str, dict[str, str]]:
+def _contents(plan: BenchPlan, workers: int | None, show: Callable[[int], None]) -> dict[str, dict[str, str]]:
     """Return each task's content hashes; features are computed here and kept, before workers would do so each."""
     contents = {}
-    for number, (task, content) in enumerate(
-        _spread(_content, [(t, plan.task_settings(t)) for t in plan.tasks], workers)
-    ):
+    tasks = [(task, plan.task_settings(task)) for task in plan.tasks]
+    for number, (task, content) in enumerate(spread(_content, tasks, workers), start=1):
         contents[task] = content
-        show(number + 1)
+        show(number)
     return {task: contents[task] for task in plan.tasks}
 
 
 def _content(task: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
     name, settings = task
-    with _one_thread():
+    with one_thread():
         return name, dict(RaiseSelectEnv(**settings).assets.content)
 
 
-def _spread(work: Callable[[_Item], _Outcome], items: Iterable[_Item], workers: int) -> Iterator[_Outcome]:
-    """Yield what the work gives, in the order in which it is done.
-
-    Raises:
-        RaiseEnvError: A worker died.
-    """
-    if workers == 1:
-        yield from map(work, items)
-        return
-    from joblib import Parallel, delayed, parallel_config
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-    with parallel_config("loky", n_jobs=workers, inner_max_num_threads=1), warnings.catch_warnings():
-        # A worker whose memory has grown is replaced by a new one between two runs: nothing that a user has to mend.
-        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
-        try:
-            # No more runs are handed out than there are workers: if this process is killed, they end after theirs.
-            parallel = Parallel(batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered")
-            yield from parallel(delayed(work)(item) for item in items)
-        except TerminatedWorkerError as error:
-            raise RaiseEnvError(
-                f"one of {workers} workers was ended from outside, most likely for lack of memory. What was done is "
-                "on disk: go on with --resume and fewer workers."
-            ) from error
+def _named_run(job: Job) -> tuple[Job, Outcome]:
+    return job, run_job(job)
 
 
-def _write(folder: Path, line: Mapping[str, Any], record: str | None) -> None:
-    """Add a run to the folder: its record first, so that a line of results never lacks one."""
-    if record is None:
-        logger.warning("%s, %s, seed %d failed: %s", *_key(line), line["error"].splitlines()[0])  # the file has it all
+def _same_world(job: Job, outcome: Outcome, content: Mapping[str, Mapping[str, str]]) -> Outcome:
+    """Return what a run left, or its failure where libraries, data or model were others than here."""
+    if outcome.record is None:
+        return outcome
+    here = {**versions(), **{f"content of {what}": digest for what, digest in content[job.task].items()}}
+    contents = {f"content of {what}": digest for what, digest in outcome.record.content.items()}
+    there = {**outcome.record.versions, **contents}
+    different = [f"{name}: {there.get(name)}, here {here[name]}" for name in here if there.get(name) != here[name]]
+    if not different:
+        return outcome
+    return failed(job, f"it was made in another world than the others ({'; '.join(different)}).")
+
+
+def _write(folder: Path, job: Job, outcome: Outcome) -> None:
+    """Add a run to the folder: its line of results comes last, so that it never lacks anything."""
+    if outcome.record is None:
+        reason = outcome.line["error"].splitlines()[0]  # the file has it all
+        logger.warning("%s, %s, seed %d failed: %s", *job.key, reason)
     else:
-        append_line(folder / "episodes.jsonl", record)
-    append_line(folder / "results.jsonl", json.dumps(line, allow_nan=False))
+        if outcome.selector:
+            _write_selector(folder / "selectors" / job.task / _file_name(job.label) / str(job.seed), outcome.selector)
+        append_line(folder / "episodes.jsonl", outcome.record.to_json())
+    append_line(folder / "results.jsonl", json.dumps(outcome.line, allow_nan=False))
+
+
+def _write_selector(folder: Path, files: Mapping[str, bytes]) -> None:
+    with replaced_folder(folder) as beside:
+        for name, content in files.items():
+            path = beside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
 def _finished(folder: Path) -> list[dict[str, Any]]:
@@ -403,10 +259,11 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
     # As many records as lines, unless a crash came between a record and its line.
     pairs = list(zip(lines, whole_records(episodes), strict=False))
     for number, (line, record) in enumerate(pairs, start=1):
-        if (record.agent, record.seed) != (line["agent"], FINAL_SEED + line["seed"]):
+        found, expected = Recorded(f"{episodes}, record {number}", record), _key(line)
+        if found.key != expected:
             raise RecordError(
-                f"{episodes}, record {number}: it is of {record.agent}, seed {record.seed}; expected the run of "
-                f"{line['agent']}, seed {line['seed']}, as in {results.name}. Start anew in another folder."
+                f"{found.where}: it is of {_words(found.key)}; expected the run of {_words(expected)}, as in "
+                f"{results.name}. Start anew in another folder."
             )
     if results.exists():
         write_text(results, "".join(json.dumps(line) + "\n" for line, _ in pairs))
@@ -429,6 +286,10 @@ def _key(line: Mapping[str, Any]) -> tuple[str, str, int]:
     return line["task"], line["agent"], line["seed"]
 
 
+def _words(key: tuple[str, str, int]) -> str:
+    return "{}, {}, seed {}".format(*key)
+
+
 def _is_task(name: str) -> bool:
     return name in TASKS or name == OWN_TASK
 
@@ -440,10 +301,6 @@ def _fault(entry: Entry) -> str | None:
     except RaiseEnvError as error:
         return str(error)
     return None
-
-
-def _selector_folder(folder: Path, task: str, label: str, seed: int) -> Path:
-    return folder / "selectors" / task / _file_name(label) / str(seed)
 
 
 def _file_name(label: str) -> str:

@@ -240,7 +240,24 @@ def _remove_last_demo(out: Path) -> None:
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="DIR")]
 Seed = Annotated[int, typer.Option("--seed", help="What everything is drawn from.", min=0)]
 Seeds = Annotated[int, typer.Option("--seeds", help="Runs of each agent, seeds 0, 1, 2, ...", min=1)]
-Workers = Annotated[int, typer.Option("--workers", help="Processes side by side, of one thread each.", min=1)]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        help="Processes side by side, of one thread each: 1, or as many as a cluster has processors.",
+        min=1,
+        show_default=False,
+    ),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help='Make the runs on a Ray cluster: its address, or "auto" for the one that this machine is of.',
+        metavar="ADDRESS",
+        show_default=False,
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
 Merge = Annotated[
     bool, typer.Option("--merge", help="Write the model with the adapter merged in too: merged/ loads without PEFT.")
@@ -339,7 +356,15 @@ def bench(
         list[str] | None,
         typer.Option(help="An agent's own settings. Repeatable.", metavar="AGENT:NAME=VALUE,..."),
     ] = None,
-    workers: Workers = 1,
+    agent_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Settings of the environment for an agent alone, such as full:learning_rate=1e-3. Repeatable.",
+            metavar="AGENT:NAME=VALUE,...",
+        ),
+    ] = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
     resume: Resume = False,
     table: Annotated[
         bool, typer.Option("--table", help="Print a finished folder's table as Markdown, and stop.")
@@ -354,15 +379,18 @@ def bench(
         typer.echo(markdown_tables(read_json(out / "summary.json")))
         return
     named = dict(_named(name) for name in _names(agents))
-    arguments, numbers = _agent_arguments(agent_args or [], list(named)), _episodes(episodes or [], list(named))
+    arguments = _of_agents(agent_args or [], list(named), "--agent-args")
+    own_settings = _of_agents(agent_env or [], list(named), "--agent-env")
+    numbers = _episodes(episodes or [], list(named))
     entries = {}
     for name, agent in named.items():
         own = arguments.get(name, {})
-        entries[name] = Entry(agent, own, numbers[name] if name in numbers else _own_episodes(agent, own))
+        number = numbers[name] if name in numbers else _own_episodes(agent, own)
+        entries[name] = Entry(agent, own, number, own_settings.get(name, {}))
     if tasks and "task" in settings:
         raise SettingError("--task and --tasks both name tasks: give one of them.")
     default = OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task)
-    _bench(out, BenchPlan(settings, entries, _names(tasks) or (default,), seeds), "bench", resume, workers)
+    _bench(out, BenchPlan(settings, entries, _names(tasks) or (default,), seeds), "bench", resume, workers, cluster)
 
 
 @app.command()
@@ -374,7 +402,8 @@ def ablate(
     agent_args: AgentArguments = "",
     episodes: Episodes = None,
     seeds: Seeds = ABLATION_SEEDS,
-    workers: Workers = 1,
+    workers: Workers = None,
+    cluster: Cluster = None,
     resume: Resume = False,
 ) -> None:
     """Let an agent learn and act with all features, then without each block of them: what each is worth."""
@@ -385,10 +414,10 @@ def ablate(
     arguments = _pairs(agent_args, "--agent-args")
     number = learning_episodes(agent, arguments) if episodes is None else episodes
     plan = ablation(settings, agent, arguments, episodes=number, num_seeds=seeds, task=task)
-    _bench(out, plan, "ablate", resume, workers)
+    _bench(out, plan, "ablate", resume, workers, cluster)
 
 
-def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int) -> None:
+def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int | None, cluster: str | None) -> None:
     """Carry a benchmark's plan out and print its tables.
 
     Raises:
@@ -397,7 +426,9 @@ def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int) -> No
     from .benchmark import bench as run_bench
     from .summary import text_tables
 
-    summary = run_bench(out, plan, command=command, resume=resume, workers=workers, reporter=TerminalReporter())
+    summary = run_bench(
+        out, plan, command=command, resume=resume, workers=workers, cluster=cluster, reporter=TerminalReporter()
+    )
     typer.echo(f"\n{text_tables(summary)}\n")
     num_runs = len(summary["tasks"]) * len(summary["agents"]) * len(summary["seeds"])
     missing = summary["missing"]
@@ -410,16 +441,16 @@ def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int) -> No
         raise typer.Exit(EXIT_NO)
 
 
-def _agent_arguments(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _of_agents(texts: Sequence[str], names: Sequence[str], option: str) -> dict[str, dict[str, Any]]:
     """Return what AGENT:NAME=VALUE,... says, by agent; an agent's own name may hold colons."""
     arguments: dict[str, dict[str, Any]] = {}
     for text in texts:
         meant = max((name for name in names if text.startswith(f"{name}:")), key=len, default=None)
         if meant is None:
             raise SettingError(
-                f"--agent-args is {text!r}; expected AGENT:NAME=VALUE,... with one of the agents {', '.join(names)}."
+                f"{option} is {text!r}; expected AGENT:NAME=VALUE,... with one of the agents {', '.join(names)}."
             )
-        arguments.setdefault(meant, {}).update(_pairs(text.removeprefix(f"{meant}:"), "--agent-args"))
+        arguments.setdefault(meant, {}).update(_pairs(text.removeprefix(f"{meant}:"), option))
     return arguments
 
 
@@ -537,7 +568,10 @@ def split(
 
 @app.command()
 def validate(
-    files: Annotated[list[Path], typer.Argument(help="Files of episode records, one a line.", metavar="FILE...")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Files of episode records, one a line, or folders of `bench`.", metavar="FILE..."),
+    ],
     tolerance: Annotated[
         float | None, typer.Option(help="How far a number may be from the recorded one.", min=0)
     ] = None,
@@ -545,24 +579,42 @@ def validate(
     reward: Annotated[
         str | None, typer.Option(help="The reward function that records may run.", metavar="module:function")
     ] = None,
+    workers: Workers = None,
 ) -> None:
-    """Replay episode records and compare every reward and score; name the first that differs."""
-    from raise_env.record import TOLERANCE, read_records, replay
+    """Replay episode records and compare every reward and score; name the first that differs.
 
-    records = [(path, number, record) for path in files for number, record in enumerate(read_records(path), start=1)]
+    In a folder of `bench`, each line of results must also say what its record says.
+    """
+    from raise_env.record import TOLERANCE
+
+    from .validation import check_results, read_bench, read_recorded, replay_all
+
+    recorded, num_lines = [], 0
+    for path in files:
+        if not path.is_dir():
+            recorded += read_recorded(path)
+            continue
+        lines, own = read_bench(path)
+        for (task, agent, seed), fault in check_results(lines, own).items():
+            typer.echo(f"{path / 'results.jsonl'}, {task}, {agent}, seed {seed}: {fault}")
+            raise typer.Exit(EXIT_NO)
+        recorded, num_lines = recorded + own, num_lines + len(lines)
     limit = TOLERANCE if tolerance is None else tolerance
-    largest = 0.0
-    with TerminalReporter().task("replaying", len(records)) as show:
-        for done, (path, number, record) in enumerate(records, start=1):
-            allowed = {"reward": reward} if record.env["kwargs"].get("reward") == reward and reward else {}
-            difference, distance = replay(record, limit, device=device, **allowed)
-            if difference is not None:
-                typer.echo(f"{path}, record {number} ({record.agent}, seed {record.seed}): {difference}")
+    largest, of_bench = 0.0, any(path.is_dir() for path in files)
+    replays = replay_all(
+        recorded, tolerance=limit, device=device, reward=reward, workers=workers, in_one_thread=of_bench
+    )
+    with TerminalReporter().task("replaying", len(recorded)) as show:
+        for done, replayed in enumerate(replays, start=1):
+            if replayed.difference is not None:
+                typer.echo(f"{replayed.recorded}: {replayed.difference}")
                 raise typer.Exit(EXIT_NO)
-            largest = max(largest, distance)
+            largest = max(largest, replayed.distance)
             show(done)
     equal = "equal to the bit" if largest == 0 else f"equal within {limit:g} (largest difference {largest:.1e})"
-    typer.echo(f"{len(records)} episodes replayed: {equal}.")
+    typer.echo(f"{len(recorded)} episodes replayed: {equal}.")
+    if of_bench:
+        typer.echo(f"{num_lines} lines of results say what their records say.")
 
 
 @app.command()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,10 +131,12 @@ class Auxiliary:
             part = range(start, min(start + num_groups, len(groups)))
             if ends[part[-1]] <= first:
                 continue
+            begun = time.perf_counter()
             computed = [self.raw_rows(groups[g], int(ends[g]) - len(groups[g]), int(ends[-1])) for g in part]
             raw = np.concatenate([own for own, _ in computed])
             num_tokens = sum(tokens for _, tokens in computed) + (self.warmed_up[1] if start == 0 else 0)
-            yield Block(len(raw), {"raw": raw}, {"num_tokens": num_tokens})
+            milliseconds = round(1000 * (time.perf_counter() - begun))
+            yield Block(len(raw), {"raw": raw}, {"num_tokens": num_tokens, "milliseconds": milliseconds})
 
 
 def identity_of(config: EnvConfig, model: BaseModel, adapter: str | None) -> dict[str, str | int]:
@@ -151,12 +154,19 @@ def features_of(auxiliary: Auxiliary) -> StaticFeatures:
     num_rows = len(auxiliary.pool)
     if not auxiliary.config.lazy_features:
         groups = _groups(np.arange(num_rows), FEATURE_BLOCK_ROWS)
-        raw, num_tokens = _stored_raw("features", auxiliary, groups, 1, in_memory=not auxiliary.pool.is_large)
-        return standardise(raw, num_tokens)
+        raw, counts = _stored_raw("features", auxiliary, groups, 1, in_memory=not auxiliary.pool.is_large)
+        return standardise(raw, counts["num_tokens"], counts["milliseconds"] / 1000)
     order = random_order(num_rows)
     groups = _groups(sample_of(order), GROUP_ROWS)
-    raw, num_tokens = _stored_raw("features-sample", auxiliary, groups, _GROUPS_AT_ONCE, in_memory=True)
-    return LazyFeatures(order, auxiliary.raw_rows, raw, num_tokens, auxiliary.config.num_classes)
+    raw, counts = _stored_raw("features-sample", auxiliary, groups, _GROUPS_AT_ONCE, in_memory=True)
+    return LazyFeatures(
+        order,
+        auxiliary.raw_rows,
+        raw,
+        counts["num_tokens"],
+        auxiliary.config.num_classes,
+        counts["milliseconds"] / 1000,
+    )
 
 
 def classes_of(auxiliary: Auxiliary, features: StaticFeatures, offered: np.ndarray) -> np.ndarray:
@@ -201,8 +211,8 @@ def _groups(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 def _stored_raw(
     name: str, auxiliary: Auxiliary, groups: list[np.ndarray], num_groups: int, *, in_memory: bool
-) -> tuple[np.ndarray, int]:
-    """Return the raw columns of groups of rows, from the cache or computed, and the token forwards that they took."""
+) -> tuple[np.ndarray, Mapping[str, int]]:
+    """Return the raw columns of groups of rows, from the cache or computed, and what they took."""
     num_rows = sum(len(rows) for rows in groups)
     form = TableForm(name, auxiliary.key, {"raw": Column("float32", NUM_STATIC)}, num_rows, num_rows * NUM_STATIC * 4)
     table = stored_table(
@@ -211,7 +221,7 @@ def _stored_raw(
         cache_folder(auxiliary.config.cache_dir),
         in_memory=in_memory,
     )
-    return table.arrays["raw"], table.counts["num_tokens"]
+    return table.arrays["raw"], table.counts
 
 
 def _warmed_up(learner: LoraLearner, num_updates: int) -> torch.Tensor:

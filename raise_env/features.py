@@ -54,7 +54,7 @@ BLOCKS = {"stage": slice(0, 2), "difficulty": slice(2, 6), "semantic": slice(6, 
 CLIP = 5.0
 
 #: Counts up whenever the same pool and model would give other features.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: Is told what is being done, how much of it is done, and how much there is to do.
 LoadingProgress = Callable[[str, int, int], None]
@@ -72,13 +72,17 @@ class StaticFeatures:
         mean: What is subtracted, shape (36,), float32.
         std: What is divided by, shape (36,), float32.
         num_tokens: Token forwards that computing them took, a forward and backward counted as 3.
+        seconds: Time that it took, on the machine that did it.
     """
 
-    def __init__(self, raw: np.ndarray, mean: np.ndarray, std: np.ndarray, num_tokens: int) -> None:
+    def __init__(
+        self, raw: np.ndarray, mean: np.ndarray, std: np.ndarray, num_tokens: int, seconds: float = 0.0
+    ) -> None:
         self._raw = raw
         self.mean = mean
         self.std = std
         self._num_tokens = num_tokens
+        self._seconds = seconds
 
     @property
     def raw(self) -> np.ndarray:
@@ -89,6 +93,11 @@ class StaticFeatures:
     def num_tokens(self) -> int:
         """Token forwards that computing them took, a forward and backward counted as 3."""
         return self._num_tokens
+
+    @property
+    def seconds(self) -> float:
+        """Time that computing them took, also where they come from the cache."""
+        return self._seconds
 
     @property
     def columns(self) -> np.ndarray:
@@ -124,11 +133,11 @@ class StaticFeatures:
         return np.asarray(columns, dtype=np.float32)
 
 
-def standardise(raw: np.ndarray, num_tokens: int) -> StaticFeatures:
+def standardise(raw: np.ndarray, num_tokens: int, seconds: float = 0.0) -> StaticFeatures:
     """Return features of raw columns, shape (rows, 36), with mean and deviation over the rows that have them."""
     mean, std = _moments(raw[start : start + _ROWS_AT_ONCE] for start in range(0, len(raw), _ROWS_AT_ONCE))
     # A column that is the same in every row says nothing: it becomes zeros.
-    return StaticFeatures(raw, mean, np.where(std > 1e-6, std, np.float32(1.0)), num_tokens)
+    return StaticFeatures(raw, mean, np.where(std > 1e-6, std, np.float32(1.0)), num_tokens, seconds)
 
 
 def _moments(parts: Iterator[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

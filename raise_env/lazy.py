@@ -15,6 +15,7 @@ Decisions:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -73,10 +74,12 @@ class LazyFeatures(StaticFeatures):
         sample_raw: np.ndarray,
         sample_tokens: int,
         num_classes: int,
+        sample_seconds: float = 0.0,
     ) -> None:
         sample = standardise(sample_raw, sample_tokens)
         # In the pool's random order; memory that is never written to is never taken.
-        super().__init__(np.zeros((len(order), NUM_STATIC), np.float32), sample.mean, sample.std, sample_tokens)
+        nothing_yet = np.zeros((len(order), NUM_STATIC), np.float32)
+        super().__init__(nothing_yet, sample.mean, sample.std, sample_tokens, sample_seconds)
         self._order = order
         self._places = np.empty_like(order)  # (pool,), each row's place in the order
         self._places[order] = np.arange(len(order))
@@ -141,9 +144,11 @@ class LazyFeatures(StaticFeatures):
         if self._is_known[group]:
             return
         start = GROUP_ROWS * group
+        begun = time.perf_counter()
         raw, num_tokens = self._compute(self._order[start : start + GROUP_ROWS])
         self._keep(start, raw)
         self._num_tokens += num_tokens
+        self._seconds += time.perf_counter() - begun
         self._is_known[group] = True
 
     def _keep(self, start: int, raw: np.ndarray) -> None:

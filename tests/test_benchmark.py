@@ -157,7 +157,7 @@ def test_bench__results__a_line_for_every_task_agent_and_seed(finished, plan):
         assert line["error"] is None
         assert line["diverged"] is False
         assert set(line["phi_parts"]) == {"features", "preparation", "learning", "final"}
-        assert set(line["seconds"]) == {"preparation", "learning", "final"}
+        assert set(line["seconds"]) == set(line["tokens"]) == {"features", "preparation", "learning", "final"}
         assert math.isfinite(line["dev_loss"] + line["test_loss"] + line["phi"])
         assert 0 <= line["test_accuracy"] <= 1
 
@@ -296,7 +296,7 @@ def test_bench__two_workers__equal_one_up_to_order_and_times(tmp_path, plan, fin
 
 
 @pytest.mark.slow
-def test_bench__a_worker_that_dies__says_how_to_go_on(own, tmp_path, small_settings):
+def test_bench__workers_that_die_again_and_again__says_how_to_go_on(own, tmp_path, small_settings):
     get_reusable_executor().shutdown()  # workers of another test do not know this one's module
     with pytest.raises(RaiseEnvError, match=r"memory.*--resume"):
         bench(tmp_path / "bench", of_own(small_settings, "Dies"), workers=2)

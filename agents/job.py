@@ -1,0 +1,203 @@
+"""One run of a benchmark: an entry learns and makes a final run, and what that came to and cost.
+
+Everything in a run follows from its `Job`, and it computes in one thread: wherever and whenever it is made, its numbers
+are the same. What it leaves goes back to whoever asked for it as plain data, for that may be another machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raise_env import RaiseSelectEnv
+from raise_env.errors import RaiseEnvError
+from raise_env.record import EpisodeRecord
+from raise_env.rewards import DIVERGENCE_PENALTY
+
+from .catalogue import make_agent
+from .rollout import run_episode
+from .runs import FINAL_SEED, Clock, final_environment, final_scores, phi_tokens
+from .summary import PARTS, SHARES
+
+__all__ = ["OWN_TASK", "Entry", "Job", "Outcome", "failed", "one_thread", "run_job"]
+
+#: The name in the results of a pool of one's own, which is no embedded task.
+OWN_TASK = "own"
+
+#: Agents that look at neither the observation nor the pool's features; others may say so by `uses_features = False`.
+_WITHOUT_FEATURES = frozenset(
+    {"random", "full", "quality", "oracle", "self_paced", "loss_high", "loss_low", "greedy", "less", "greats"}
+)
+
+#: What a line of results.jsonl says of the cost.
+COSTS = ("phi", "phi_parts", "tokens", "seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Who takes part, and how: a row of the results.
+
+    Attributes:
+        agent: The agent's name.
+        arguments: Its own settings.
+        episodes: Episodes to learn for, if it learns.
+        settings: Environment keywords of this row alone.
+    """
+
+    agent: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    episodes: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run: an entry learns and makes a final run, on one task with one seed.
+
+    Attributes:
+        task: The task's name.
+        label: The entry's name.
+        seed: What the adapter, the agent's learning and the candidates are drawn from.
+        entry: Who learns and acts.
+        settings: The environment's keywords, all of them.
+    """
+
+    task: str
+    label: str
+    seed: int
+    entry: Entry
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What tells runs apart."""
+        return self.task, self.label, self.seed
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run leaves.
+
+    Attributes:
+        line: Its line of results.jsonl.
+        record: Its final run; None where it failed.
+        selector: What was learned: the files of its folder, by name.
+    """
+
+    line: dict[str, Any]
+    record: EpisodeRecord | None = None
+    selector: dict[str, bytes] = field(default_factory=dict)
+
+
+def run_job(job: Job) -> Outcome:
+    """Make one run and return what it leaves; of one that failed, the reason."""
+    try:
+        with one_thread():
+            return _run(job)
+    except Exception as error:
+        # An agent may be anyone's code, and one that fails is a result like any other: the rest goes on.
+        return failed(job, _reason(error))
+
+
+def failed(job: Job, reason: str) -> Outcome:
+    """Return what a run leaves that came to nothing."""
+    return Outcome(_line(job, error=reason))
+
+
+def _run(job: Job) -> Outcome:
+    env = RaiseSelectEnv(**job.settings)
+    agent: Any = make_agent(job.entry.agent, job.entry.arguments)
+    costs, selector = {}, {}
+    env.reset(seed=job.seed)
+    clock = Clock(env)
+    if job.entry.episodes and hasattr(agent, "learn"):
+        agent.learn(env, job.entry.episodes, seed=job.seed)
+        selector = _saved(agent)
+    costs["learning"] = clock.lap()
+    env = final_environment(env, agent)
+    env.reset(seed=job.seed)
+    clock = Clock(env)
+    if hasattr(agent, "prepare"):
+        agent.prepare(env, job.seed)
+    costs["preparation"] = clock.lap()
+    record = run_episode(env, agent, seed=FINAL_SEED + job.seed, name=job.label)
+    costs["final"] = clock.lap()
+    features = env.assets.features
+    costs["features"] = (features.seconds, features.num_tokens) if _uses_features(agent, job.entry.agent) else (0.0, 0)
+    line = _line(
+        job,
+        **_scores(record, env),
+        **_cost(costs, phi_tokens(env)),
+        rows=len({row for step in record.actions for row in step}),
+        updates=sum(bool(step) for step in record.actions),
+    )
+    return Outcome(line, record, selector)
+
+
+def _saved(agent: Any) -> dict[str, bytes]:
+    """Return what an agent saves, if it does."""
+    if not hasattr(agent, "save"):
+        return {}
+    with tempfile.TemporaryDirectory() as beside:
+        folder = Path(beside) / "selector"
+        agent.save(folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def _cost(costs: Mapping[str, tuple[float, int]], tokens_per_phi: int) -> dict[str, Any]:
+    """Return the cost of each part, seconds and token forwards, in the terms of results.jsonl."""
+    tokens = {part: costs[part][1] for part in PARTS}
+    phi = {part: count / tokens_per_phi for part, count in tokens.items()}
+    seconds = {part: costs[part][0] for part in PARTS}
+    return {"phi": sum(phi.values()), "phi_parts": phi, "tokens": tokens, "seconds": seconds}
+
+
+def _scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
+    diverged = record.rewards[-1] == DIVERGENCE_PENALTY
+    scores = final_scores(record, env)
+    return {
+        "dev_loss": None if diverged else env.evaluate("dev").loss,  # also where the reward is something else
+        "test_loss": scores.get("test_loss"),
+        **{name: scores.get(name) for name in SHARES},
+        "diverged": diverged,
+    }
+
+
+def _line(job: Job, **values: Any) -> dict[str, Any]:
+    """Return a line of results.jsonl; what is not given is null."""
+    fields = ("dev_loss", "test_loss", *SHARES, "diverged", *COSTS, "rows", "updates")
+    empty = dict.fromkeys((*fields, "error"))
+    return {"task": job.task, "agent": job.label, "seed": job.seed, **empty, **values}
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong: a message made for users as it is, anything else with the place that raised it."""
+    if isinstance(error, RaiseEnvError) and str(error):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def _uses_features(agent: object, name: str) -> bool:
+    return bool(getattr(agent, "uses_features", name.partition(":")[0] not in _WITHOUT_FEATURES))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: sums that several share differ in their last digits with the number of threads."""
+    import torch
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(before)

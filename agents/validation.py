@@ -1,0 +1,183 @@
+"""What `validate` does: make recorded episodes again, and hold a benchmark's results against its records.
+
+A record that was tampered with is found by replaying it: another reward, score or action gives other numbers, other
+rows or weights another content hash. A line of results.jsonl is found by its record, which it must agree with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raise_env.config import EnvConfig
+from raise_env.errors import RecordError
+from raise_env.record import TOLERANCE, Difference, EpisodeRecord, read_records, replay
+
+from .job import OWN_TASK, one_thread
+from .runs import FINAL_SEED
+from .spread import spread
+
+__all__ = ["Recorded", "Replayed", "check_results", "read_bench", "read_recorded", "replay_all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A record, and where it stands: "FILE, record N"."""
+
+    where: str
+    record: EpisodeRecord
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Task, agent and seed of the benchmark's run that it would be of."""
+        kwargs = self.record.env["kwargs"]
+        task = OWN_TASK if "pool" in kwargs else kwargs.get("task", EnvConfig().task)
+        return task, self.record.agent, self.record.seed - FINAL_SEED
+
+    def __str__(self) -> str:
+        return f"{self.where} ({self.record.agent}, seed {self.record.seed})"
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What came of making an episode again: the first difference, or None, and the largest distance of any number."""
+
+    recorded: Recorded
+    difference: Difference | None
+    distance: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    recorded: Recorded
+    tolerance: float
+    overrides: dict[str, Any] = field(default_factory=dict)
+    in_one_thread: bool = False
+
+
+def read_recorded(path: Path) -> list[Recorded]:
+    """Return a file's records.
+
+    Raises:
+        RecordError: It cannot be read, holds none, or a line is no record.
+    """
+    return [Recorded(f"{path}, record {n}", record) for n, record in enumerate(read_records(path), start=1)]
+
+
+def replay_all(
+    recorded: Sequence[Recorded],
+    *,
+    tolerance: float = TOLERANCE,
+    device: str = "auto",
+    reward: str | None = None,
+    workers: int | None = None,
+    in_one_thread: bool = False,
+) -> Iterator[Replayed]:
+    """Make recorded episodes again, those of one environment after each other: they share what is loaded.
+
+    Args:
+        recorded: What to replay.
+        tolerance: How far a number may be from the recorded one.
+        device: Where to replay.
+        reward: The reward function that records may run, "module:function".
+        workers: Processes side by side.
+        in_one_thread: Compute as a benchmark's runs do, so that their numbers are equal to the bit.
+
+    Raises:
+        RecordError: A record's reward is a function that `reward` does not allow.
+        RaiseEnvError: An environment cannot be made here.
+    """
+    in_order = sorted(recorded, key=lambda own: json.dumps(own.record.env, sort_keys=True))
+    pieces = []
+    for own in in_order:
+        allowed = {"reward": reward} if reward is not None and own.record.env["kwargs"].get("reward") == reward else {}
+        pieces.append(_Replay(own, tolerance, {"device": device, **allowed}, in_one_thread or workers not in (None, 1)))
+    yield from spread(_replay, pieces, workers)
+
+
+def _replay(piece: _Replay) -> Replayed:
+    own = piece.recorded
+    if not piece.in_one_thread:
+        return Replayed(own, *replay(own.record, piece.tolerance, **piece.overrides))
+    with one_thread():
+        return Replayed(own, *replay(own.record, piece.tolerance, **piece.overrides))
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a results.jsonl.
+
+    Raises:
+        RecordError: It cannot be read, or a line is not an object with task, agent and seed.
+    """
+    lines = []
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read ({error}); expected the results of a benchmark.") from error
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            lines.append({**line, "task": str(line["task"]), "agent": str(line["agent"]), "seed": int(line["seed"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise RecordError(
+                f"{path}, line {number}: expected an object with task, agent and seed ({error!r})."
+            ) from error
+    return lines
+
+
+def read_bench(folder: Path) -> tuple[list[dict[str, Any]], list[Recorded]]:
+    """Return the lines and the records of a benchmark's folder.
+
+    Raises:
+        RecordError: One of the two files cannot be read.
+    """
+    return _read_results(folder / "results.jsonl"), read_recorded(folder / "episodes.jsonl")
+
+
+def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorded]) -> dict[tuple[str, str, int], str]:
+    """Return what is wrong with each run, by task, agent and seed; runs that stand are left out.
+
+    Nothing is replayed: a line stands if there is one record of its run, which says what the line says.
+
+    Args:
+        lines: Of results.jsonl; those of failed runs are passed over.
+        recorded: Of episodes.jsonl.
+    """
+    records: dict[tuple[str, str, int], list[Recorded]] = {}
+    for own in recorded:
+        records.setdefault(own.key, []).append(own)
+    faults: dict[tuple[str, str, int], str] = {}
+    for line in lines:
+        key = line["task"], line["agent"], line["seed"]
+        if line.get("error") is not None:
+            continue
+        if key in faults:
+            continue
+        found = records.get(key, [])
+        if len(found) != 1:
+            faults[key] = f"{len(found)} records; expected one"
+        else:
+            fault = _disagreement(line, found[0].record)
+            if fault is not None:
+                faults[key] = f"{fault} ({found[0].where})"
+    return faults
+
+
+def _disagreement(line: Mapping[str, Any], record: EpisodeRecord) -> str | None:
+    """Return the first thing in which a line of results does not say what its record says, or None."""
+    kwargs, final = record.env["kwargs"], record.final
+    said: dict[str, Any] = {"seed": kwargs.get("seed_model", EnvConfig().seed_model)}
+    said |= {"rows": len({row for step in record.actions for row in step}), "updates": sum(map(bool, record.actions))}
+    said |= {name: final[name] for name in ("test_loss", "test_choice_probability") if name in final}
+    accuracy = final.get("test_accuracy", final.get("test_exact_match"))
+    if line.get("test_accuracy") is not None:
+        said["test_accuracy"] = accuracy
+    if kwargs.get("reward", EnvConfig().reward) == "loss" and not line.get("diverged"):
+        said["dev_loss"] = -record.dev_scores[-1]
+    for name, value in said.items():
+        if line.get(name) != value:
+            return f"{name} is {line.get(name)!r}; its record says {value!r}"
+    return None

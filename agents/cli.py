@@ -618,6 +618,32 @@ def validate(
 
 
 @app.command()
+def leaderboard(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `bench` wrote.", metavar="DIR...")],
+    tasks: Annotated[str, typer.Option(help="Tasks that count, with commas between.")] = EnvConfig().task,
+    seeds: Seeds = BENCH_SEEDS,
+    replays: Annotated[
+        int | None,
+        typer.Option(
+            help="Records of each agent to replay, drawn at random; all by default.", min=0, show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="What these are drawn from.", min=0)] = 0,
+    workers: Workers = None,
+) -> None:
+    """Check what `bench` wrote against its records, and rank the agents whose runs stand, as Markdown."""
+    from .leaderboard import leaderboard as ranked
+    from .leaderboard import markdown_board
+
+    board = ranked(
+        folders, _names(tasks), seeds, replays=replays, seed=seed, workers=workers, reporter=TerminalReporter()
+    )
+    typer.echo(markdown_board(board))
+    if any(entrant.faults for entrant in board.unranked):
+        raise typer.Exit(EXIT_NO)
+
+
+@app.command()
 def info() -> None:
     """Show versions, devices, environment ids, tasks, agents, cache folder and its size."""
     import torch

@@ -114,12 +114,15 @@ def _on_cluster(
             done, waiting = ray.wait(waiting, num_returns=1)
             try:
                 yield ray.get(done[0])
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
             except ray.exceptions.RayError as error:
+                # A task's error is wrapped, and what it wraps may be Ray's own: a worker that lacks this package.
+                cause = getattr(error, "cause", None)
+                if cause is not None and not isinstance(cause, ray.exceptions.RayError):
+                    raise cause from error
                 raise RaiseEnvError(
-                    f"the cluster could not do a piece of work in {MAX_DEATHS + 1} tries ({_first_line(error)}). What "
-                    "was done is on disk: go on with --resume once the cluster is in order."
+                    f"the cluster could not do a piece of work, tried up to {MAX_DEATHS + 1} times "
+                    f"({_first_line(cause or error)}). What was done is on disk: go on with --resume once the cluster "
+                    "is in order."
                 ) from error
 
 

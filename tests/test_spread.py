@@ -114,7 +114,7 @@ def test_spread__a_clusters_worker_is_killed__its_piece_is_done_again(on_cluster
 
 @pytest.mark.slow
 def test_spread__a_clusters_workers_always_die__is_an_error(on_cluster, work, tmp_path):
-    with pytest.raises(RaiseEnvError, match=r"4 tries.*--resume"):
+    with pytest.raises(RaiseEnvError, match=r"4 times.*--resume"):
         list(spread(work.square, [(3, str(tmp_path), 100)], cluster=on_cluster))
 
 

@@ -1,0 +1,197 @@
+"""The leaderboard: folders of `bench`, held against their records, and what stands put together into one table.
+
+Only runs whose episodes were recorded count, each with the settings of its task alone, all tasks and all seeds of an
+agent, or none of it. What a final run scored is checked by replaying it; what learning cost is as the folder claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raise_env.config import EnvConfig
+from raise_env.errors import SettingError
+
+from .report import markdown_table
+from .runs import Reporter, Silent
+from .summary import ORACLE, RANDOM, summarise
+from .validation import Recorded, check_results, read_bench, replay_all
+
+__all__ = ["Board", "Entrant", "leaderboard", "markdown_board"]
+
+_NOTHING = "\N{EN DASH}"
+
+
+@dataclass(slots=True)
+class Entrant:
+    """An agent of one folder.
+
+    Attributes:
+        label: Its name on the board.
+        folder: Where its runs are.
+        lines: Its lines of results.jsonl.
+        recorded: Its records.
+        faults: Why it is not ranked; empty if it is.
+        num_replayed: Records that were made again, and came out as recorded.
+    """
+
+    label: str
+    folder: Path
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    recorded: list[Recorded] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    num_replayed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """Who is ranked, with what summary.json would hold of them, and who is not."""
+
+    ranked: list[Entrant]
+    unranked: list[Entrant]
+    summary: dict[str, Any]
+
+
+def leaderboard(
+    folders: Sequence[Path],
+    tasks: Sequence[str],
+    num_seeds: int,
+    *,
+    replays: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    reporter: Reporter | None = None,
+) -> Board:
+    """Check folders of `bench` and rank the agents whose runs stand.
+
+    Args:
+        folders: What `bench` wrote; random and the oracle, the marks of the scale, are those of the first that has them.
+        tasks: Tasks that an agent must have run.
+        num_seeds: Seeds 0, 1, ... that it must have run on each.
+        replays: Records of each agent that are made again, drawn at random; None: all.
+        seed: What they are drawn from: whoever submits must not know it.
+        workers: Processes side by side.
+        reporter: Where progress is shown.
+
+    Raises:
+        SettingError: No folder has valid runs of random and of the oracle.
+        RecordError: A folder lacks results or records, or they cannot be read.
+    """
+    entrants = list(_entrants(folders, tasks, num_seeds))
+    _replay(entrants, replays, np.random.default_rng(seed), workers, reporter or Silent())
+    ranked = [entrant for entrant in entrants if not entrant.faults]
+    missing = {RANDOM, ORACLE} - {entrant.label for entrant in ranked}
+    if missing:
+        reasons = "; ".join(f"{entrant.label}: {entrant.faults[0]}" for entrant in entrants if entrant.label in missing)
+        raise SettingError(
+            f"no folder has valid runs of {' and '.join(sorted(missing))}, between which the scale is"
+            f"{f' ({reasons})' if reasons else ''}. Add a folder that has them on {', '.join(tasks)}, {num_seeds} seeds."
+        )
+    lines = [{**line, "agent": entrant.label} for entrant in ranked for line in entrant.lines]
+    labels = [entrant.label for entrant in ranked]
+    summary = summarise(lines, tasks, labels, range(num_seeds), RANDOM)
+    scores = summary["normalised"]
+    ranked.sort(key=lambda entrant: -scores[entrant.label]["iqm"])
+    return Board(ranked, [entrant for entrant in entrants if entrant.faults], summary)
+
+
+def _entrants(folders: Iterable[Path], tasks: Sequence[str], num_seeds: int) -> Iterable[Entrant]:
+    taken: set[str] = set()
+    for folder in folders:
+        lines, recorded = read_bench(folder)
+        wanted = {(task, seed) for task in tasks for seed in range(num_seeds)}
+        faults = check_results(lines, recorded)
+        for agent in dict.fromkeys(line["agent"] for line in lines):
+            label = agent if agent not in taken else f"{agent} ({folder.name})"
+            taken.add(label)
+            entrant = Entrant(label, folder)
+            entrant.lines = [
+                line for line in lines if line["agent"] == agent and (line["task"], line["seed"]) in wanted
+            ]
+            keys = {(line["task"], line["agent"], line["seed"]) for line in entrant.lines}
+            entrant.recorded = [own for own in recorded if own.key in keys]
+            entrant.faults = _faults(entrant, wanted, faults)
+            yield entrant
+
+
+def _faults(entrant: Entrant, wanted: set[tuple[str, int]], faults: Mapping[tuple[str, str, int], str]) -> list[str]:
+    """Return why an agent's runs cannot be ranked, as far as that is seen without replaying them."""
+    found = []
+    done = {(line["task"], line["seed"]) for line in entrant.lines if line.get("error") is None}
+    if len(done) < len(entrant.lines):
+        found.append("failed runs, or a run twice")
+    if done != wanted:
+        found.append(f"{len(wanted - done)} of {len(wanted)} runs are missing")
+    for line in entrant.lines:
+        key = line["task"], line["agent"], line["seed"]
+        if key in faults:
+            found.append(f"{key[0]}, seed {key[2]}: {faults[key]}")
+    own = sorted({name for recorded in entrant.recorded for name in _own_settings(recorded)})
+    if own:
+        found.append(f"settings of its own: {', '.join(own)}")
+    return found
+
+
+def _own_settings(recorded: Recorded) -> set[str]:
+    """Return the settings in which a run differs from its task."""
+    kwargs = EnvConfig.from_kwargs(recorded.record.env["kwargs"]).to_kwargs()
+    return set(kwargs) - {"task", "seed_model"}
+
+
+def _replay(
+    entrants: Iterable[Entrant], replays: int | None, rng: np.random.Generator, workers: int | None, reporter: Reporter
+) -> None:
+    """Make records again, and note what does not come out as recorded."""
+    owners, drawn = {}, []
+    for entrant in entrants:
+        if entrant.faults:
+            continue
+        count = len(entrant.recorded) if replays is None else min(replays, len(entrant.recorded))
+        for place in rng.choice(len(entrant.recorded), count, replace=False):
+            own = entrant.recorded[place]
+            owners[own.where] = entrant
+            drawn.append(own)
+    with reporter.task("replaying", len(drawn)) as show:
+        for done, replayed in enumerate(replay_all(drawn, workers=workers, in_one_thread=True), start=1):
+            entrant = owners[replayed.recorded.where]
+            if replayed.difference is None:
+                entrant.num_replayed += 1
+            else:
+                entrant.faults.append(f"{replayed.recorded.where}: {replayed.difference}")
+            show(done)
+
+
+def markdown_board(board: Board) -> str:
+    """Return the board as Markdown: a table of the ranked, and below it who is not, and why."""
+    scores, chances, costs = (board.summary[name] for name in ("normalised", "against_random", "cost"))
+    rows = []
+    for place, entrant in enumerate(board.ranked, start=1):
+        label, cost = entrant.label, costs[entrant.label]
+        chance = chances.get(label)
+        rows.append(
+            [
+                str(place),
+                label,
+                _with_ends(scores[label], "iqm"),
+                _NOTHING if chance is None else _with_ends(chance, "probability_of_improvement"),
+                f"{cost['phi']['learning'] + cost['phi']['preparation'] + cost['phi']['features']:.2f}",
+                f"{cost['phi']['final']:.2f}",
+                f"{cost['seconds']['total']:.0f}",
+                f"{entrant.num_replayed} of {len(entrant.recorded)}",
+            ]
+        )
+    header = ["", "agent", "normalised IQM", "P(better than random)", "Phi before", "Phi final", "seconds", "replayed"]
+    parts = [markdown_table(rows, header)]
+    if board.unranked:
+        reasons = [[entrant.label, entrant.folder.name, "; ".join(entrant.faults[:3])] for entrant in board.unranked]
+        parts.append("Not ranked:\n\n" + markdown_table(reasons, ["agent", "folder", "why"]))
+    return "\n\n".join(parts)
+
+
+def _with_ends(interval: Mapping[str, Any], name: str) -> str:
+    ends = "" if None in (interval["low"], interval["high"]) else f" [{interval['low']:.2f}, {interval['high']:.2f}]"
+    return f"{interval[name]:.2f}{ends}"

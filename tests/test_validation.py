@@ -1,0 +1,151 @@
+"""Records replayed and held against results: what was tampered with is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from raise_env.agents.benchmark import BenchPlan, Entry, bench
+from raise_env.agents.leaderboard import leaderboard, markdown_board
+from raise_env.agents.validation import check_results, read_bench, replay_all
+from raise_env.errors import RecordError, SettingError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_settings):
+    """Two agents and the two marks of the scale, two seeds."""
+    folder = tmp_path_factory.mktemp("benched") / "ours"
+    names = ("random", "oracle", "loss_low", "quality:rating")
+    bench(folder, BenchPlan(small_settings, {name: Entry(name) for name in names}, num_seeds=2))
+    return folder
+
+
+@pytest.fixture
+def standard(monkeypatch, small_settings):
+    """The small settings count as those of the task: none of its agents has settings of its own."""
+    from raise_env.agents import leaderboard as module
+
+    own = module._own_settings
+    monkeypatch.setattr(module, "_own_settings", lambda recorded: own(recorded) - set(small_settings))
+
+
+@pytest.fixture
+def theirs(finished, tmp_path):
+    """A copy of the folder, to change."""
+    return shutil.copytree(finished, tmp_path / "theirs")
+
+
+def change(path, place, **values):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[place].update(values)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines[place]
+
+
+def test_check_results__as_written__nothing(finished):
+    assert check_results(*read_bench(finished)) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("test_loss", 0.0), ("dev_loss", 0.0), ("test_accuracy", 1.0), ("rows", 1), ("updates", 99)]
+)
+def test_check_results__a_line_that_its_record_does_not_bear__is_named(theirs, name, value):
+    line = change(theirs / "results.jsonl", 3, **{name: value})
+    faults = check_results(*read_bench(theirs))
+    assert list(faults) == [(line["task"], line["agent"], line["seed"])]
+    assert f"{name} is {value!r}; its record says" in next(iter(faults.values()))
+
+
+def test_check_results__a_record_of_another_first_adapter__is_named(theirs):
+    record = json.loads((theirs / "episodes.jsonl").read_text().splitlines()[0])
+    record["env"]["kwargs"]["seed_model"] = 7
+    change(theirs / "episodes.jsonl", 0, env=record["env"])
+    assert "seed is 0; its record says 7" in next(iter(check_results(*read_bench(theirs)).values()))
+
+
+def test_check_results__no_record_and_a_record_twice__are_named(theirs):
+    lines = (theirs / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (theirs / "episodes.jsonl").write_text("".join([*lines[1:], lines[1]]))
+    assert sorted(fault[:9] for fault in check_results(*read_bench(theirs)).values()) == ["0 records", "2 records"]
+
+
+def test_check_results__a_failed_run__needs_no_record(theirs):
+    lines = (theirs / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (theirs / "episodes.jsonl").write_text("".join(lines[1:]))
+    change(theirs / "results.jsonl", 0, error="it failed")
+    assert check_results(*read_bench(theirs)) == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "default"}\n'])
+def test_read_bench__no_results__are_named(theirs, text):
+    (theirs / "results.jsonl").write_text(text or "\x00")
+    with pytest.raises(RecordError, match=r"results\.jsonl, line 1"):
+        read_bench(theirs)
+
+
+def test_read_bench__another_folder__is_refused(tmp_path):
+    with pytest.raises(RecordError, match="results of a benchmark"):
+        read_bench(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_replay_all__a_benchmarks_records__are_equal_to_the_bit(finished, workers):
+    _, recorded = read_bench(finished)
+    replayed = list(replay_all(recorded, workers=workers, in_one_thread=True))
+    assert {own.recorded.where for own in replayed} == {own.where for own in recorded}
+    assert all(own.difference is None and own.distance == 0 for own in replayed)
+
+
+# The leaderboard
+
+
+def test_leaderboard__valid_runs__are_ranked_by_their_scores(finished, standard):
+    board = leaderboard([finished], ["default"], 2)
+    scores = board.summary["normalised"]
+    labels = [entrant.label for entrant in board.ranked]
+    assert labels == sorted(labels, key=lambda label: -scores[label]["iqm"])
+    assert set(labels) == {"random", "oracle", "loss_low", "quality:rating"}
+    assert [entrant.num_replayed for entrant in board.ranked] == [2] * 4
+    assert board.unranked == []
+    assert "| 2 of 2 |" in markdown_board(board)
+
+
+def test_leaderboard__two_folders__keep_their_runs_apart(finished, theirs, standard):
+    board = leaderboard([finished, theirs], ["default"], 2, replays=0)
+    assert {"loss_low", "loss_low (theirs)"} <= {entrant.label for entrant in board.ranked}
+    assert [entrant.num_replayed for entrant in board.ranked] == [0] * 8
+
+
+def test_leaderboard__a_tampered_reward__is_found_by_replaying_and_not_ranked(finished, theirs, standard):
+    lines = [json.loads(line) for line in (theirs / "episodes.jsonl").read_text().splitlines()]
+    place = next(number for number, line in enumerate(lines) if line["agent"] == "loss_low")
+    rewards = [lines[place]["rewards"][0] + 0.01, *lines[place]["rewards"][1:]]
+    change(theirs / "episodes.jsonl", place, rewards=rewards)
+    board = leaderboard([finished, theirs], ["default"], 2)
+    assert [entrant.label for entrant in board.unranked] == ["loss_low (theirs)"]
+    assert "reward of step 1" in markdown_board(board)
+
+
+def test_leaderboard__settings_of_its_own__are_not_ranked(finished):
+    with pytest.raises(SettingError, match=r"random and|oracle.*settings of its own: .*horizon"):
+        leaderboard([finished], ["default"], 2)
+
+
+def test_leaderboard__runs_missing_or_failed__are_not_ranked(finished, theirs, standard):
+    lines = (theirs / "results.jsonl").read_text().splitlines(keepends=True)
+    places = [number for number, line in enumerate(lines) if json.loads(line)["agent"] == "loss_low"]
+    (theirs / "results.jsonl").write_text("".join(line for n, line in enumerate(lines) if n != places[0]))
+    change(theirs / "results.jsonl", 0, error="it failed")
+    board = leaderboard([finished, theirs], ["default"], 2, replays=0)
+    reasons = {entrant.label: entrant.faults for entrant in board.unranked}
+    assert reasons["loss_low (theirs)"] == ["1 of 2 runs are missing"]
+    assert any("failed" in faults[0] for faults in reasons.values())
+
+
+def test_leaderboard__no_oracle__is_an_error(theirs, standard):
+    lines = (theirs / "results.jsonl").read_text().splitlines(keepends=True)
+    (theirs / "results.jsonl").write_text("".join(line for line in lines if '"oracle"' not in line))
+    with pytest.raises(SettingError, match="oracle"):
+        leaderboard([theirs], ["default"], 2, replays=0)

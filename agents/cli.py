@@ -356,13 +356,6 @@ def bench(
         list[str] | None,
         typer.Option(help="An agent's own settings. Repeatable.", metavar="AGENT:NAME=VALUE,..."),
     ] = None,
-    agent_env: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Settings of the environment for an agent alone, such as full:learning_rate=1e-3. Repeatable.",
-            metavar="AGENT:NAME=VALUE,...",
-        ),
-    ] = None,
     workers: Workers = None,
     cluster: Cluster = None,
     resume: Resume = False,
@@ -379,14 +372,11 @@ def bench(
         typer.echo(markdown_tables(read_json(out / "summary.json")))
         return
     named = dict(_named(name) for name in _names(agents))
-    arguments = _of_agents(agent_args or [], list(named), "--agent-args")
-    own_settings = _of_agents(agent_env or [], list(named), "--agent-env")
-    numbers = _episodes(episodes or [], list(named))
+    arguments, numbers = _agent_arguments(agent_args or [], list(named)), _episodes(episodes or [], list(named))
     entries = {}
     for name, agent in named.items():
         own = arguments.get(name, {})
-        number = numbers[name] if name in numbers else _own_episodes(agent, own)
-        entries[name] = Entry(agent, own, number, own_settings.get(name, {}))
+        entries[name] = Entry(agent, own, numbers[name] if name in numbers else _own_episodes(agent, own))
     if tasks and "task" in settings:
         raise SettingError("--task and --tasks both name tasks: give one of them.")
     default = OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task)
@@ -441,16 +431,16 @@ def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int | None
         raise typer.Exit(EXIT_NO)
 
 
-def _of_agents(texts: Sequence[str], names: Sequence[str], option: str) -> dict[str, dict[str, Any]]:
+def _agent_arguments(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return what AGENT:NAME=VALUE,... says, by agent; an agent's own name may hold colons."""
     arguments: dict[str, dict[str, Any]] = {}
     for text in texts:
         meant = max((name for name in names if text.startswith(f"{name}:")), key=len, default=None)
         if meant is None:
             raise SettingError(
-                f"{option} is {text!r}; expected AGENT:NAME=VALUE,... with one of the agents {', '.join(names)}."
+                f"--agent-args is {text!r}; expected AGENT:NAME=VALUE,... with one of the agents {', '.join(names)}."
             )
-        arguments.setdefault(meant, {}).update(_pairs(text.removeprefix(f"{meant}:"), option))
+        arguments.setdefault(meant, {}).update(_pairs(text.removeprefix(f"{meant}:"), "--agent-args"))
     return arguments
 
 

@@ -7,7 +7,8 @@ the candidates, with the model as it is, and takes into account what the rows al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError
+from raise_env.store import Block, Column, TableForm, stored_table
 
 from .base import BatchAgent
 from .baselines import PoolScoreAgent
@@ -23,6 +25,12 @@ __all__ = ["GreatsAgent", "LessAgent", "choose_batch"]
 
 #: Rows whose gradients are held at once.
 BLOCK_ROWS = 64
+
+#: Settings that say where a run is made, what it is measured on, or what is stated by content instead.
+_NOT_OF_DIRECTIONS = frozenset(
+    {*("pool", "dev", "test", "num_dev", "num_test", "task", "task_seed", "pool_size", "adapter", "model"), "device"}
+    | {"cache_dir", "render_mode", "hide", "lazy_features", "num_classes", "reward", "micro_batch_tokens"}
+)
 
 Projection = Callable[[np.ndarray], np.ndarray]
 
@@ -44,7 +52,9 @@ class LessAgent(PoolScoreAgent):
     is one task, where the paper takes the highest score over a benchmark's subtasks. The published code takes the mean
     of the dev rows' cosines; this is the paper's cosine with their mean gradient.
 
-    No gradients are kept, a block of rows is scored at a time: memory does not grow with the pool.
+    A block of rows is scored at a time: memory does not grow with the pool. Gradients are not kept, unless a folder is
+    named: for another dev set, only the dev rows' gradients are computed anew then. They count at what they cost when
+    they were made.
 
     Args:
         warmup_share: Share of the pool that the warm-up trains on, above 0 and up to 1.
@@ -52,11 +62,14 @@ class LessAgent(PoolScoreAgent):
         projection_dim: Numbers that a gradient is projected to; None, or as many as the adapter has: not at all,
             which is exact.
         adam: Take Adam's directions; False takes the rows' plain gradients.
+        datastore: Folder that keeps the projected gradients of the pool's rows, `epochs` * `projection_dim` * 4 bytes
+            for each row and seed; None: they are not kept.
         batch_size: As for `BatchAgent`.
 
     Raises:
         SettingError: A setting is out of range; on `prepare`: the reward is not the dev loss, or the warm-up's loss
             stopped being finite.
+        OutputError: On `prepare`: the folder cannot be written, or has too little room.
     """
 
     def __init__(
@@ -65,6 +78,7 @@ class LessAgent(PoolScoreAgent):
         epochs: int = 4,
         projection_dim: int | None = 8192,
         adam: bool = True,
+        datastore: str | Path | None = None,
         batch_size: int | None = None,
     ) -> None:
         super().__init__(batch_size)
@@ -77,6 +91,7 @@ class LessAgent(PoolScoreAgent):
         self.epochs = epochs
         self.projection_dim = projection_dim
         self.adam = adam
+        self.datastore = None if datastore is None else Path(datastore)
 
     def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
         """Return the influence of each pool row; rows that cannot be trained on have minus infinity."""
@@ -87,24 +102,59 @@ class LessAgent(PoolScoreAgent):
         projection_rng, training_rng = rng.spawn(2)
         project: Projection | None = None
         influence = np.zeros(len(rows))
-        for model, rate in _warmed_up(world, warmup_rows, self.epochs, training_rng):
+        warmed_up = _warmed_up(world, warmup_rows, self.epochs, training_rng)
+        for epoch, (model, rate) in enumerate(warmed_up, start=1):
             dev_gradient = _mean_dev_gradient(model, np.arange(world.assets.num_dev))
             project = project or _projection(len(dev_gradient), self.projection_dim, projection_rng)
-            influence += rate * self._cosines(model, rows, project, dev_gradient)
+            (target,) = project(dev_gradient[None])
+            directions = self._directions(model, rows, project, len(target), {"seed": seed, "epoch": epoch})
+            influence += rate * np.concatenate([_cosines(block, target) for block in directions])
         scores = np.full(len(world.assets.pool), -np.inf)
         scores[rows] = influence
         return scores
 
-    def _cosines(
-        self, model: RaiseSelectEnv, rows: np.ndarray, project: Projection, dev_gradient: np.ndarray
-    ) -> np.ndarray:
-        (target,) = project(dev_gradient[None])
-        cosines = []
-        for block in _blocks(rows):
-            directions = project(model.row_gradients(block, adam=self.adam))
-            norms = np.linalg.norm(directions, axis=1) * np.linalg.norm(target)
-            cosines.append(directions @ target / np.maximum(norms, np.finfo(np.float32).tiny))
-        return np.concatenate(cosines)
+    def _directions(
+        self, model: RaiseSelectEnv, rows: np.ndarray, project: Projection, dim: int, drawn: Mapping[str, int]
+    ) -> Iterator[np.ndarray]:
+        """Yield the projected directions of blocks of rows, each of shape (block, dim), float32."""
+
+        def computed(first: int) -> Iterator[np.ndarray]:
+            for block in _blocks(rows[first:]):
+                # In the order of the disk: BLAS adds the other order up in another way.
+                yield np.ascontiguousarray(project(model.row_gradients(block, adam=self.adam)))
+
+        if self.datastore is None:
+            yield from computed(0)
+            return
+        ledger = model.ledger
+        before = ledger.train_tokens
+
+        def blocks(first: int) -> Iterator[Block]:
+            done = before
+            for directions in computed(first):
+                yield Block(len(directions), {"directions": directions}, {"train_tokens": ledger.train_tokens - done})
+                done = ledger.train_tokens
+
+        form = TableForm(
+            "gradients",
+            {**self._key(model), **drawn},
+            {"directions": Column("float32", dim)},
+            len(rows),
+            len(rows) * dim * 4,
+        )
+        table = stored_table(form, blocks, self.datastore, in_memory=False)
+        # What was made before is paid for all the same.
+        ledger.train_tokens = before + table.counts["train_tokens"]
+        yield from _blocks(table.arrays["directions"])
+
+    def _key(self, model: RaiseSelectEnv) -> dict[str, Any]:
+        """Return what the directions depend on, but for the seed and the epoch."""
+        settings = {k: v for k, v in model.config.to_kwargs().items() if k not in _NOT_OF_DIRECTIONS}
+        content = {
+            what: model.assets.content[what] for what in ("model", "pool", "adapter") if what in model.assets.content
+        }
+        own = {"warmup_share": self.warmup_share, "projection_dim": self.projection_dim, "adam": self.adam}
+        return {"settings": settings, "content": content, "block_rows": BLOCK_ROWS, **own}
 
 
 class GreatsAgent(BatchAgent):
@@ -227,6 +277,12 @@ def _warmed_up(
                     f"Expected a run that learns; lower learning_rate, now {world.config.learning_rate:g}."
                 )
         yield model, float(np.mean(rates))
+
+
+def _cosines(directions: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the cosine of each direction, shape (rows, dim), and the target, shape (dim,)."""
+    norms = np.linalg.norm(directions, axis=1) * np.linalg.norm(target)
+    return np.asarray(directions @ target / np.maximum(norms, np.finfo(np.float32).tiny))
 
 
 def _mean_dev_gradient(world: RaiseSelectEnv, rows: np.ndarray) -> np.ndarray:

@@ -69,7 +69,8 @@ def leaderboard(
     """Check folders of `bench` and rank the agents whose runs stand.
 
     Args:
-        folders: What `bench` wrote; random and the oracle, the marks of the scale, are those of the first that has them.
+        folders: What `bench` wrote; random and the oracle, the marks of the scale, are those of the first that has
+            them.
         tasks: Tasks that an agent must have run.
         num_seeds: Seeds 0, 1, ... that it must have run on each.
         replays: Records of each agent that are made again, drawn at random; None: all.
@@ -89,7 +90,8 @@ def leaderboard(
         reasons = "; ".join(f"{entrant.label}: {entrant.faults[0]}" for entrant in entrants if entrant.label in missing)
         raise SettingError(
             f"no folder has valid runs of {' and '.join(sorted(missing))}, between which the scale is"
-            f"{f' ({reasons})' if reasons else ''}. Add a folder that has them on {', '.join(tasks)}, {num_seeds} seeds."
+            f"{f' ({reasons})' if reasons else ''}. Add a folder that has them on {', '.join(tasks)}, with {num_seeds} "
+            "seeds."
         )
     lines = [{**line, "agent": entrant.label} for entrant in ranked for line in entrant.lines]
     labels = [entrant.label for entrant in ranked]

@@ -149,6 +149,33 @@ def test_projection__vectors_of_any_sign__keep_lengths_and_angles():
     np.testing.assert_allclose(projected @ projected.T / scale, vectors @ vectors.T / scale, atol=0.1)
 
 
+def test_less__a_datastore__gives_the_same_scores_and_costs_and_serves_another_dev_set(embedded_env, tmp_path):
+    settings = {"pool_size": 80, "num_test": None}
+    plain, keeping = LessAgent(0.2, epochs=2), LessAgent(0.2, epochs=2, datastore=tmp_path)
+    costs = []
+    for agent, num_dev in [(plain, 8), (keeping, 8), (keeping, 8), (plain, 4), (keeping, 4)]:
+        world = embedded_env(**settings, num_dev=num_dev)
+        world.reset(seed=0)
+        before = world.ledger.token_forwards
+        costs.append((agent.score_pool(world, 5), world.ledger.token_forwards - before))
+    for (scores, cost), (expected, expected_cost) in zip(costs, [*costs[:1] * 3, *costs[3:4] * 2], strict=True):
+        np.testing.assert_array_equal(scores, expected)
+        assert cost == expected_cost
+    assert len(list(tmp_path.glob("gradients-*/directions.bin"))) == 2, "one for each epoch, for both dev sets"
+
+
+@pytest.mark.parametrize("other", [{"seed": 6}, {"learning_rate": 1e-3}, {"seed_model": 1}, {"lora": {"r": 4}}])
+def test_less__a_datastore_of_another_warm_up__is_not_used(embedded_env, tmp_path, other):
+    seed, settings = other.get("seed", 5), {k: v for k, v in other.items() if k != "seed"}
+    world, another = embedded_env(), embedded_env(**settings)
+    agent = LessAgent(0.2, epochs=1, datastore=tmp_path)
+    world.reset(seed=0)
+    another.reset(seed=0)
+    agent.score_pool(world, 5)
+    np.testing.assert_array_equal(agent.score_pool(another, seed), LessAgent(0.2, epochs=1).score_pool(another, seed))
+    assert len(list(tmp_path.glob("gradients-*/directions.bin"))) == 2
+
+
 def test_less__toy__takes_the_rows_that_help():
     env = toy_env(batch_size=4)
     record = run_episode(env, LessAgent(), seed=3, name="less")

@@ -236,11 +236,13 @@ def correlation(first: np.ndarray, second: np.ndarray, *, ranks: bool = False) -
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return Interval(np.nan, np.nan, np.nan)
     value = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
-    if len(first) < 4 or abs(value) == 1:
-        return Interval(value, *((value, value) if len(first) >= 4 else (np.nan, np.nan)))
+    if len(first) < 4:
+        return Interval(value, np.nan, np.nan)
+    if abs(value) == 1:
+        return Interval(value, value, value)
     spread = np.sqrt((1 + (value**2 / 2 if ranks else 0)) / (len(first) - 3))
     reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * spread
-    return Interval(value, *(float(np.tanh(np.arctanh(value) + side * reach)) for side in (-1, 1)))
+    return Interval(value, float(np.tanh(np.arctanh(value) - reach)), float(np.tanh(np.arctanh(value) + reach)))
 
 
 def _drawn(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

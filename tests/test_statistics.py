@@ -152,7 +152,9 @@ def test_bootstrap_interval__forty_runs__scipys_percentiles_of_the_expanded_leve
     runs = np.random.default_rng(2).gamma(2.0, size=40)
     # Hesterberg's levels: t for 39 degrees of freedom is 2.022691; Phi(-sqrt(40 / 39) 2.022691) is 0.02025.
     level = 1 - 2 * 0.02025
-    resampled = stats.bootstrap((runs,), np.mean, n_resamples=20_000, method="percentile", confidence_level=level, rng=0)
+    resampled = stats.bootstrap(
+        (runs,), np.mean, n_resamples=20_000, method="percentile", confidence_level=level, rng=0
+    )
     interval = bootstrap_interval(overall_mean, runs[:, None])
     np.testing.assert_allclose([interval.low, interval.high], resampled.confidence_interval, rtol=0.01)
 
@@ -168,7 +170,7 @@ def test_bootstrap_interval__several_tasks__degrees_of_freedom_of_what_each_adds
     half = bootstrap_interval(overall_mean, alike).half_width
     assert half == pytest.approx(np.sqrt(6 / 5) * 2.131450 * deviation / np.sqrt(3), rel=0.03)
     half = bootstrap_interval(overall_mean, one).half_width
-    assert half == pytest.approx(np.sqrt(6 / 5) * 2.570582 * deviation / 3, rel=0.03)
+    assert half == pytest.approx(np.sqrt(6 / 5) * 2.570582 * deviation / 3, rel=0.08)  # one task has light tails
 
 
 def test_bootstrap_interval__one_run__has_no_ends():
@@ -193,11 +195,12 @@ def unequal(rng, shape):
     ("draw", "num_runs", "num_tasks"), [(normal, 10, 1), (skewed, 10, 4), (unequal, 10, 4), (normal, 5, 4)]
 )
 def test_bootstrap_interval__many_worlds__holds_the_truth_in_95_of_100(draw, num_runs, num_tasks, monkeypatch):
-    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 1000)
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 2000)
     rng = np.random.default_rng(0)
     worlds = [draw(rng, (num_runs, num_tasks)) for _ in range(1000)]
-    held = [i.low <= 0 <= i.high for i in (bootstrap_interval(overall_mean, runs) for runs in worlds)]
-    assert 0.93 <= np.mean(held) <= 0.97
+    # Each with resamples of its own: what is odd in those of one seed would not average out.
+    intervals = [bootstrap_interval(overall_mean, runs, seed=seed) for seed, runs in enumerate(worlds)]
+    assert 0.93 <= np.mean([i.low <= 0 <= i.high for i in intervals]) <= 0.97
     percentiles = [np.quantile(resampled_means(runs, rng), [0.025, 0.975]) for runs in worlds]
     assert np.mean([low <= 0 <= high for low, high in percentiles]) < 0.93  # what it is there to mend
 
@@ -208,9 +211,9 @@ def resampled_means(runs, rng):
 
 
 def test_bootstrap_interval__many_worlds__holds_the_interquartile_mean_in_95_of_100(monkeypatch):
-    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 1000)
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 2000)
     rng = np.random.default_rng(0)
-    intervals = [bootstrap_interval(interquartile_mean, normal(rng, (10, 4))) for _ in range(1000)]
+    intervals = [bootstrap_interval(interquartile_mean, normal(rng, (10, 4)), seed=seed) for seed in range(1000)]
     assert 0.93 <= np.mean([i.low <= 0 <= i.high for i in intervals]) <= 0.97
 
 
@@ -257,10 +260,10 @@ def test_improvement_intervals__one_run__has_no_ends():
 
 @pytest.mark.parametrize(("shift", "truth"), [(0.0, 0.5), (1.0, 0.7602)])  # Phi(1 / sqrt(2))
 def test_improvement_intervals__many_worlds__hold_the_truth_in_95_of_100(shift, truth, monkeypatch):
-    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 1000)
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 2000)
     rng = np.random.default_rng(0)
     worlds = [{"a": rng.normal(size=(10, 4)) + shift, "b": rng.normal(size=(10, 4))} for _ in range(1000)]
-    intervals = [improvement_intervals(scores)["a", "b"] for scores in worlds]
+    intervals = [improvement_intervals(scores, seed)["a", "b"] for seed, scores in enumerate(worlds)]
     assert 0.93 <= np.mean([i.low <= truth <= i.high for i in intervals]) <= 0.97
 
 

@@ -25,7 +25,17 @@ from .statistics import (
     profile_bands,
 )
 
-__all__ = ["PARTS", "RANDOM", "SHARES", "SUMMARY_VERSION", "markdown_tables", "summarise", "text_tables"]
+__all__ = [
+    "PARTS",
+    "RANDOM",
+    "SHARES",
+    "SUMMARY_VERSION",
+    "markdown_table",
+    "markdown_tables",
+    "number_or_none",
+    "summarise",
+    "text_tables",
+]
 
 SUMMARY_VERSION = 2
 
@@ -148,7 +158,7 @@ def _profiles(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     for agent, runs in whole.items():
         if len(runs):
             bands = zip(("share", "low", "high"), profile_bands(runs, thresholds), strict=True)
-            values = {name: [_number(value) for value in band] for name, band in bands}
+            values = {name: [number_or_none(value) for value in band] for name, band in bands}
             profiles[agent] = {
                 "thresholds": thresholds.tolist(),
                 **values,
@@ -197,11 +207,11 @@ def _differences(
 def _tested(test: PairedTest, adjusted: float) -> dict[str, float | int | None]:
     return {
         **_named(test.difference, "mean", test.difference.num_missing),
-        "p": _number(test.p),
-        "p_adjusted": _number(adjusted),
-        "effect_size": _number(test.effect_size),
+        "p": number_or_none(test.p),
+        "p_adjusted": number_or_none(adjusted),
+        "effect_size": number_or_none(test.effect_size),
         "seeds_needed": test.pairs_needed,
-        "detectable": _number(test.detectable),
+        "detectable": number_or_none(test.detectable),
         "num_pairs": test.num_pairs,
     }
 
@@ -223,11 +233,11 @@ def _spread(values: np.ndarray) -> dict[str, float | int | None]:
     student = mean_interval(values)
     drawn = bootstrap_interval(overall_mean, values[:, None]) if len(values) else student
     return {
-        "mean": _number(student.value),
-        "std": _number(float(values.std(ddof=1))) if len(values) > 1 else None,
-        "low": _number(drawn.low),
-        "high": _number(drawn.high),
-        "half_width": _number(student.half_width),
+        "mean": number_or_none(student.value),
+        "std": number_or_none(float(values.std(ddof=1))) if len(values) > 1 else None,
+        "low": number_or_none(drawn.low),
+        "high": number_or_none(drawn.high),
+        "half_width": number_or_none(student.half_width),
         "num_runs": len(values),
         "num_missing": num_missing,
     }
@@ -265,12 +275,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _named(interval: Interval, name: str, num_missing: int) -> dict[str, float | int | None]:
-    ends = {"low": _number(interval.low), "high": _number(interval.high)}
-    return {name: _number(interval.value), **ends, "num_missing": num_missing}
+    ends = {"low": number_or_none(interval.low), "high": number_or_none(interval.high)}
+    return {name: number_or_none(interval.value), **ends, "num_missing": num_missing}
 
 
-def _number(value: float) -> float | None:
-    # JSON has no NaN.
+def number_or_none(value: float) -> float | None:
+    """Return the number as JSON can hold it, which has no NaN."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -290,10 +300,15 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
     """Return the results as Markdown."""
     parts = []
     for title, (header, rows) in _tables(summary).items():
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-        table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        table = markdown_table(header, rows)
         parts.append(f"### {title}\n\n{table}" if title else table)
     return "\n\n".join([*parts, _legend(summary)])
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as Markdown, all columns but the first to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _legend(summary: Mapping[str, Any]) -> str:

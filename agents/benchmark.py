@@ -30,7 +30,7 @@ from .spread import spread
 from .summary import RANDOM, summarise
 from .validation import Recorded
 
-__all__ = ["ALL_FEATURES", "OWN_TASK", "BenchPlan", "Entry", "ablation", "bench"]
+__all__ = ["ALL_FEATURES", "OWN_TASK", "BenchPlan", "Entry", "ablation", "bench", "selector_folder"]
 
 #: The row of an ablation that the others are compared with.
 ALL_FEATURES = "all features"
@@ -69,8 +69,13 @@ class BenchPlan:
         num_seeds = max(self.num_seeds, before.get("num_seeds", 0))
         return {**before, "entries": entries, "num_seeds": num_seeds}
 
-    def jobs(self) -> list[Job]:
-        """Return all runs, those of one task and seed after each other: they share what is loaded."""
+    def jobs(self, folder: Path) -> list[Job]:
+        """Return all runs, those of one task and seed after each other: they share what is loaded.
+
+        Args:
+            folder: Where they are written; a plan may build on what lies beside it.
+        """
+        del folder
         return [
             Job(task, label, seed, entry, self._settings(task, entry, seed))
             for task in self.tasks
@@ -177,7 +182,7 @@ def bench(
     plan.check()
     run = RunFolder.open(folder, command, plan.to_json(), resume, grown=plan.with_additions)
     done = _finished(folder) if resume else []
-    jobs = [job for job in plan.jobs() if job.key not in {_key(line) for line in done}]
+    jobs = [job for job in plan.jobs(folder) if job.key not in {_key(line) for line in done}]
     with run:
         if jobs:
             with reporter.task("loading models, data and features", len(plan.tasks)) as show:
@@ -235,9 +240,14 @@ def _write(folder: Path, job: Job, outcome: Outcome) -> None:
         logger.warning("%s, %s, seed %d failed: %s", *job.key, reason)
     else:
         if outcome.selector:
-            _write_selector(folder / "selectors" / job.task / _file_name(job.label) / str(job.seed), outcome.selector)
+            _write_selector(selector_folder(folder, job), outcome.selector)
         append_line(folder / "episodes.jsonl", outcome.record.to_json())
     append_line(folder / "results.jsonl", json.dumps(outcome.line, allow_nan=False))
+
+
+def selector_folder(folder: Path, job: Job) -> Path:
+    """Return where a benchmark keeps what was learned in a run."""
+    return folder / "selectors" / job.task / _file_name(job.label) / str(job.seed)
 
 
 def _write_selector(folder: Path, files: Mapping[str, bytes]) -> None:

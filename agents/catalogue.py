@@ -35,12 +35,13 @@ AGENTS = {
     "oracle": "oracle:OracleAgent",
     "raise_ppo": "raise_ppo:RaisePpo",
     "raise_fork": "raise_fork:RaiseFork",
+    "placebo": "placebo:PlaceboFork",
 }
 
 #: Episodes that an agent learns for which has no number of its own.
 DEFAULT_EPISODES = 8
 
-_FORMS = ("selector:DIR", "my_module:name")
+_FORMS = ("placebo:AGENT", "selector:DIR", "my_module:name")
 
 #: What an agent that does not learn may have.
 _ACTING = ("predict", "action_space", "begin", "prepare", "run_settings")
@@ -83,8 +84,9 @@ def make_agent(name: str, arguments: Mapping[str, Any] | None = None) -> Agent:
 
     Args:
         name: One of `AGENTS`; "quality:COLUMN"; "sb3:CLASS" for a class of stable-baselines3 or sb3-contrib;
-            "selector:DIR" for a learned selector; "my_module:name" for one's own: a class, an object with `predict`,
-            or a function as for `FunctionAgent`.
+            "placebo:AGENT" for one that learns from rewards that are not its own; "selector:DIR" for a learned
+            selector; "my_module:name" for one's own: a class, an object with `predict`, or a function as for
+            `FunctionAgent`.
         arguments: The agent's own settings.
 
     Raises:
@@ -100,6 +102,8 @@ def make_agent(name: str, arguments: Mapping[str, Any] | None = None) -> Agent:
         from .sb3 import Sb3Agent
 
         return _build(Sb3Agent, name, {"algorithm": rest, **arguments})
+    if kind == "placebo" and rest:
+        return _placebo(rest, arguments)
     if kind == "quality" and rest:
         return make_agent("quality", {"column": rest, **arguments})
     if name in AGENTS:
@@ -108,6 +112,14 @@ def make_agent(name: str, arguments: Mapping[str, Any] | None = None) -> Agent:
     if kind and rest:
         return _own_agent(name, arguments)
     raise SettingError(f"unknown agent {name!r}: {suggestion(name, _known_names())}")
+
+
+def _placebo(name: str, arguments: Mapping[str, Any]) -> Agent:
+    """Return the agent of that name, learning from rewards that are not its own."""
+    from .placebo import Placebo
+
+    # What it learns from is no reward of steps.
+    return make_agent("placebo", arguments) if name == "raise_fork" else Placebo(make_agent(name, arguments))
 
 
 def learning_episodes(name: str, arguments: Mapping[str, Any] | None = None) -> int:

@@ -35,6 +35,8 @@ DEMO_COMPARE = ("random", "ifd", "oracle")
 BENCH_AGENTS = "random,ifd,raise_fork,oracle"
 BENCH_SEEDS = 10
 ABLATION_SEEDS = 5
+AUDIT_AGENTS = "random,raise_fork"
+AUDIT_SEEDS = 5
 MISSING_SHOWN = 5
 
 app = typer.Typer(
@@ -77,7 +79,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if not arguments or arguments[0] not in ("train", "bench", "ablate"):
+    if not arguments or arguments[0] not in ("train", "bench", "ablate", "audit"):
         return "Run the same command again to start over."
     import shlex
 
@@ -405,6 +407,42 @@ def ablate(
     number = learning_episodes(agent, arguments) if episodes is None else episodes
     plan = ablation(settings, agent, arguments, episodes=number, num_seeds=seeds, task=task)
     _bench(out, plan, "ablate", resume, workers, cluster)
+
+
+@app.command()
+@_with_env_options
+def audit(
+    settings: dict[str, Any],
+    out: Out,
+    agents: Annotated[str, typer.Option(help="Agents, with commas between; random is always there.")] = AUDIT_AGENTS,
+    tasks: Annotated[str, typer.Option(help="Embedded tasks, with commas between.", show_default=False)] = "",
+    seeds: Seeds = AUDIT_SEEDS,
+    episodes: Annotated[
+        str,
+        typer.Option(help="Further numbers of episodes, with commas between, instead of twice each agent's own."),
+    ] = "",
+    workers: Workers = None,
+    resume: Resume = False,
+) -> None:
+    """Measure how far results can be trusted: noise, dev against test, rewards, and placebos that must not learn."""
+    from .audit import AuditPlan
+    from .audit import audit as run_audit
+    from .benchmark import OWN_TASK, Entry
+    from .findings import audit_tables
+
+    if tasks and "task" in settings:
+        raise SettingError("--task and --tasks both name tasks: give one of them.")
+    default = OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task)
+    named = dict(_named(name) for name in _names(agents))
+    entries = {name: Entry(agent, {}, _own_episodes(agent, {})) for name, agent in named.items()}
+    lengths = [int(_number("episodes", text, int, "whole numbers with commas between")) for text in _names(episodes)]
+    if any(number < 1 for number in lengths):
+        raise SettingError(f"--episodes is {episodes!r}; expected numbers of at least 1.")
+    plan = AuditPlan(settings, entries, tuple(lengths) if lengths else None, _names(tasks) or (default,), seeds)
+    found = run_audit(out, plan, resume=resume, workers=workers, reporter=TerminalReporter())
+    typer.echo(f"\n{audit_tables(found)}\n\nAll numbers: {out / 'audit.json'}")
+    if found["missing"] and not any(spread["num_runs"] for task in found["noise"].values() for spread in task.values()):
+        raise typer.Exit(EXIT_NO)
 
 
 def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int | None, cluster: str | None) -> None:

@@ -16,9 +16,8 @@ import numpy as np
 from raise_env.config import EnvConfig
 from raise_env.errors import SettingError
 
-from .report import markdown_table
 from .runs import Reporter, Silent
-from .summary import ORACLE, RANDOM, summarise
+from .summary import ORACLE, RANDOM, markdown_table, summarise
 from .validation import Recorded, check_results, read_bench, replay_all
 
 __all__ = ["Board", "Entrant", "leaderboard", "markdown_board"]
@@ -187,10 +186,10 @@ def markdown_board(board: Board) -> str:
             ]
         )
     header = ["", "agent", "normalised IQM", "P(better than random)", "Phi before", "Phi final", "seconds", "replayed"]
-    parts = [markdown_table(rows, header)]
+    parts = [markdown_table(header, rows)]
     if board.unranked:
         reasons = [[entrant.label, entrant.folder.name, "; ".join(entrant.faults[:3])] for entrant in board.unranked]
-        parts.append("Not ranked:\n\n" + markdown_table(reasons, ["agent", "folder", "why"]))
+        parts.append("Not ranked:\n\n" + markdown_table(["agent", "folder", "why"], reasons))
     return "\n\n".join(parts)
 
 

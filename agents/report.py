@@ -36,7 +36,6 @@ __all__ = [
     "WantedText",
     "format_table",
     "load_template",
-    "markdown_table",
     "results_table",
     "write_report",
 ]
@@ -114,17 +113,6 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str
         cells = zip(line, widths, right, strict=True)
         lines.append("  ".join(cell.rjust(width) if side else cell.ljust(width) for cell, width, side in cells))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def markdown_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Return a table as Markdown: the first column to the left, the others to the right.
-
-    Args:
-        rows: Cells by row, each as long as the header; a bar in a cell is escaped.
-        header: Names of the columns.
-    """
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def results_table(report: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:

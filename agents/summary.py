@@ -1,6 +1,7 @@
 """From the lines of results.jsonl to summary.json, and from that to tables.
 
-Nothing is run here and nothing is hidden: what is missing is counted, and every mean has its interval.
+Nothing is run here and nothing is hidden: what is missing is counted where it is left out, and every number has its
+interval.
 """
 
 from __future__ import annotations
@@ -12,20 +13,31 @@ from typing import Any
 import numpy as np
 
 from .report import format_table
+from .significance import PairedTest, holm, paired_test
 from .statistics import (
     Interval,
     bootstrap_interval,
+    improvement_intervals,
     interquartile_mean,
     mean_interval,
     normalise,
     overall_mean,
-    paired_difference,
-    probability_of_improvement,
+    profile_bands,
 )
 
-__all__ = ["PARTS", "RANDOM", "SHARES", "SUMMARY_VERSION", "markdown_tables", "summarise", "text_tables"]
+__all__ = [
+    "PARTS",
+    "RANDOM",
+    "SHARES",
+    "SUMMARY_VERSION",
+    "markdown_table",
+    "markdown_tables",
+    "number_or_none",
+    "summarise",
+    "text_tables",
+]
 
-SUMMARY_VERSION = 1
+SUMMARY_VERSION = 2
 
 #: The agents that are 0 and 1 on the normalised scale.
 RANDOM = "random"
@@ -37,10 +49,15 @@ PARTS = ("features", "preparation", "learning", "final")
 #: Shares of the test set that are summarised beside the loss, by their names in results.jsonl, in words.
 SHARES = {"test_accuracy": "right answers", "test_choice_probability": "P of the right choice"}
 
+#: Thresholds of a performance profile, evenly spaced over what all agents scored but for the worst and best 1%.
+NUM_THRESHOLDS = 51
+
 _NOTHING = "\N{EN DASH}"
 
-#: A header and its rows.
+#: Stands beside the name of an agent of whose runs some are missing.
+_MARK = "*"
 
+#: A header and its rows.
 _Table = tuple[list[str], list[list[str]]]
 
 
@@ -62,6 +79,9 @@ def summarise(
     """
     metric = "test_loss" if any(line["test_loss"] is not None for line in results) else "dev_loss"
     losses = {agent: _runs(results, agent, tasks, seeds, metric) for agent in agents}
+    scores = _normalised_scores(losses)
+    pairs = _pairs(losses)
+    differences = _differences(losses, tasks, reference)
     return {
         "schema_version": SUMMARY_VERSION,
         "tasks": list(tasks),
@@ -69,14 +89,17 @@ def summarise(
         "seeds": list(seeds),
         "metric": metric,
         "reference": reference,
-        "normalised": _normalised(losses),
+        "normalised": _normalised(scores),
         "per_task": _per_task(losses, tasks),
         **{
             share: _per_task({agent: _runs(results, agent, tasks, seeds, share) for agent in agents}, tasks)
             for share in SHARES
         },
-        "against_random": _against_random(losses),
-        "differences": _differences(losses, tasks, reference),
+        "against_random": {agent: others[RANDOM] for agent, others in pairs.items() if RANDOM in others},
+        "pairs": pairs,
+        "profiles": _profiles(scores),
+        "differences": differences,
+        "detectable": {task: _detectable(tests) for task, tests in differences.items()},
         "cost": {agent: _costs([line for line in results if line["agent"] == agent]) for agent in agents},
         "missing": _missing(results, tasks, agents, seeds),
     }
@@ -104,57 +127,119 @@ def _whole(runs: np.ndarray) -> np.ndarray:
     return np.asarray(runs[~np.isnan(runs).any(axis=1)])
 
 
-def _normalised(losses: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
-    """Return each agent's interquartile mean between random and oracle; nothing where one of the two is missing."""
+def _normalised_scores(losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return all runs between random and oracle; nothing where one of the two is missing."""
     if RANDOM not in losses or ORACLE not in losses:
         return {}
     try:
-        scores = {agent: normalise(runs, losses[RANDOM], losses[ORACLE]) for agent, runs in losses.items()}
+        return {agent: normalise(runs, losses[RANDOM], losses[ORACLE]) for agent, runs in losses.items()}
     except ValueError:
         return {}
+
+
+def _normalised(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | int | None]]:
+    """Return each agent's interquartile mean."""
+    return {
+        agent: _named(bootstrap_interval(interquartile_mean, whole), "iqm", _num_missing(runs))
+        for agent, runs in scores.items()
+        if len(whole := _whole(runs))
+    }
+
+
+def _profiles(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return each agent's performance profile, all over the same thresholds."""
     whole = {agent: _whole(runs) for agent, runs in scores.items()}
-    return {
-        agent: _named(bootstrap_interval(interquartile_mean, runs), "iqm") for agent, runs in whole.items() if len(runs)
-    }
+    every = np.concatenate([runs.ravel() for runs in whole.values()]) if whole else np.zeros(0)
+    if not len(every):
+        return {}
+    low, high = np.quantile(every, [0.01, 0.99])
+    thresholds = np.linspace(min(low, 0.0), max(high, 1.0), NUM_THRESHOLDS)
+    profiles: dict[str, dict[str, Any]] = {}
+    for agent, runs in whole.items():
+        if len(runs):
+            bands = zip(("share", "low", "high"), profile_bands(runs, thresholds), strict=True)
+            values = {name: [number_or_none(value) for value in band] for name, band in bands}
+            profiles[agent] = {
+                "thresholds": thresholds.tolist(),
+                **values,
+                "num_missing": _num_missing(scores[agent]),
+            }
+    return profiles
 
 
-def _against_random(losses: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+def _pairs(losses: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Return the chance that a run of one agent has a lower loss than one of the other, for all pairs."""
     whole = {agent: -_whole(runs) for agent, runs in losses.items()}  # higher is better
-    random = whole.pop(RANDOM, np.zeros((0, 1)))
-    return {
-        agent: _named(bootstrap_interval(probability_of_improvement, runs, random), "probability_of_improvement")
-        for agent, runs in whole.items()
-        if len(runs) and len(random)
-    }
+    there = {agent: runs for agent, runs in whole.items() if len(runs)}
+    pairs: dict[str, dict[str, dict[str, float | int | None]]] = {agent: {} for agent in there}
+    intervals = improvement_intervals(there)
+    for agent in there:
+        for other in there:
+            if agent != other:
+                num_missing = _num_missing(losses[agent]) + _num_missing(losses[other])
+                pairs[agent][other] = _named(intervals[agent, other], "probability_of_improvement", num_missing)
+    return pairs
+
+
+def _num_missing(runs: np.ndarray) -> int:
+    """Return how many runs do not count: those of seeds that lack one in some task."""
+    return int(runs.size - _whole(runs).size)
 
 
 def _differences(
     losses: Mapping[str, np.ndarray], tasks: Sequence[str], reference: str
-) -> dict[str, dict[str, dict[str, float | None]]]:
+) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Return the paired tests of each task; p is adjusted for all the comparisons of that task."""
     if reference not in losses:
         return {}
-    others = [agent for agent in losses if agent != reference]
-    return {
-        task: {
-            agent: _named(paired_difference(losses[agent][:, place], losses[reference][:, place]), "mean")
-            for agent in others
+    found = {}
+    for place, task in enumerate(tasks):
+        tests = {
+            agent: paired_test(runs[:, place], losses[reference][:, place])
+            for agent, runs in losses.items()
+            if agent != reference
         }
-        for place, task in enumerate(tasks)
+        adjusted = holm(np.array([test.p for test in tests.values()]))
+        found[task] = {agent: _tested(test, p) for (agent, test), p in zip(tests.items(), adjusted, strict=True)}
+    return found
+
+
+def _tested(test: PairedTest, adjusted: float) -> dict[str, float | int | None]:
+    return {
+        **_named(test.difference, "mean", test.difference.num_missing),
+        "p": number_or_none(test.p),
+        "p_adjusted": number_or_none(adjusted),
+        "effect_size": number_or_none(test.effect_size),
+        "seeds_needed": test.pairs_needed,
+        "detectable": number_or_none(test.detectable),
+        "num_pairs": test.num_pairs,
+    }
+
+
+def _detectable(tests: Mapping[str, Mapping[str, Any]]) -> dict[str, float | int | None]:
+    """Return the difference that a task's runs could have shown, that of the median agent."""
+    there = [test["detectable"] for test in tests.values() if test["detectable"] is not None]
+    num_pairs = [test["num_pairs"] for test in tests.values()]
+    return {
+        "difference": float(np.median(there)) if there else None,
+        "num_seeds": min(num_pairs, default=0),
     }
 
 
 def _spread(values: np.ndarray) -> dict[str, float | int | None]:
     """Return mean, standard deviation and both intervals of one task's runs, shape (seeds,)."""
+    num_missing = int(np.isnan(values).sum())
     values = values[~np.isnan(values)]
     student = mean_interval(values)
     drawn = bootstrap_interval(overall_mean, values[:, None]) if len(values) else student
     return {
-        "mean": _number(student.value),
-        "std": _number(float(values.std(ddof=1))) if len(values) > 1 else None,
-        "low": _number(drawn.low),
-        "high": _number(drawn.high),
-        "half_width": _number(student.half_width),
+        "mean": number_or_none(student.value),
+        "std": number_or_none(float(values.std(ddof=1))) if len(values) > 1 else None,
+        "low": number_or_none(drawn.low),
+        "high": number_or_none(drawn.high),
+        "half_width": number_or_none(student.half_width),
         "num_runs": len(values),
+        "num_missing": num_missing,
     }
 
 
@@ -189,12 +274,13 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _named(interval: Interval, name: str) -> dict[str, float | None]:
-    return {name: _number(interval.value), "low": _number(interval.low), "high": _number(interval.high)}
+def _named(interval: Interval, name: str, num_missing: int) -> dict[str, float | int | None]:
+    ends = {"low": number_or_none(interval.low), "high": number_or_none(interval.high)}
+    return {name: number_or_none(interval.value), **ends, "num_missing": num_missing}
 
 
-def _number(value: float) -> float | None:
-    # JSON has no NaN.
+def number_or_none(value: float) -> float | None:
+    """Return the number as JSON can hold it, which has no NaN."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -214,31 +300,58 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
     """Return the results as Markdown."""
     parts = []
     for title, (header, rows) in _tables(summary).items():
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-        table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        table = markdown_table(header, rows)
         parts.append(f"### {title}\n\n{table}" if title else table)
     return "\n\n".join([*parts, _legend(summary)])
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as Markdown, all columns but the first to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
 def _legend(summary: Mapping[str, Any]) -> str:
     """Return what the tables' signs mean."""
-    intervals = "\N{PLUS-MINUS SIGN} is half of Student's 95% interval over the runs, [] a 95% interval."
+    lines = ["\N{PLUS-MINUS SIGN} is half of Student's 95% interval over the runs, [] a 95% interval."]
+    if any(_p_values(summary, task) for task in summary["tasks"]):
+        lines.append(
+            f"p: that the loss differs from that of {summary['reference']}, in pairs of one seed; adjusted for as many "
+            "comparisons as the table has (Holm)."
+        )
+    if summary["missing"]:
+        lines.append(f"{_MARK} runs are missing: the means of this agent are over those that are left.")
     scale = "Normalised: 0 is random, 1 the oracle. " if summary["normalised"] else ""
-    return f"{intervals}\n{scale}One Phi is three epochs over the pool; seconds are those of one run."
+    return "\n".join([*lines, f"{scale}One Phi is three epochs over the pool; seconds are those of one run."])
+
+
+def _marked(summary: Mapping[str, Any], agent: str) -> str:
+    """Return an agent's name, marked where some of its runs are in no mean."""
+    return f"{agent} {_MARK}" if any(run["agent"] == agent for run in summary["missing"]) else agent
+
+
+def _p_values(summary: Mapping[str, Any], task: str) -> dict[str, float]:
+    """Return the adjusted p of each agent that has one."""
+    tests = summary["differences"].get(task, {})
+    return {agent: test["p_adjusted"] for agent, test in tests.items() if test.get("p_adjusted") is not None}
 
 
 def _tables(summary: Mapping[str, Any]) -> dict[str, _Table]:
     """Return tables by title: a single one of one task; else one for each task, and one over all."""
     tasks = summary["tasks"]
-    if len(tasks) == 1:
-        header, rows = _task_table(summary, tasks[0])
-        more, cells = _shared_columns(summary)
-        return {"": (header + more, [row + cells[row[0]] for row in rows])}
     header, cells = _shared_columns(summary)
-    scores = summary["normalised"]
-    order = sorted(summary["agents"], key=lambda agent: -scores[agent]["iqm"] if agent in scores else math.inf)
-    overall = (["agent", *header], [[agent, *cells[agent]] for agent in order])
-    return {**{task: _task_table(summary, task) for task in tasks}, "all tasks": overall}
+    if len(tasks) == 1:
+        own, rows = _task_table(summary, tasks[0])
+        tables = {"": (own + header, [row + cells[row[0]] for row in rows])}
+    else:
+        scores = summary["normalised"]
+        order = sorted(summary["agents"], key=lambda agent: -scores[agent]["iqm"] if agent in scores else math.inf)
+        overall = (["agent", *header], [[agent, *cells[agent]] for agent in order])
+        tables = {**{task: _task_table(summary, task) for task in tasks}, "all tasks": overall}
+    return {
+        title: (header, [[_marked(summary, agent), *row] for agent, *row in rows])
+        for title, (header, rows) in tables.items()
+    }
 
 
 def _task_table(summary: Mapping[str, Any], task: str) -> _Table:
@@ -257,6 +370,9 @@ def _task_table(summary: Mapping[str, Any], task: str) -> _Table:
         if any(spreads[agent]["num_runs"] for agent in spreads):
             header.append(words)
             columns.append([_with_half(spreads[agent], "{:.1%}") for agent in agents])
+    if p_values := _p_values(summary, task):
+        header.append("p")
+        columns.append([_p_text(p_values[agent]) if agent in p_values else "" for agent in agents])
     return header, [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -284,6 +400,10 @@ def _with_ends(interval: Mapping[str, Any] | None, name: str, form: str) -> str:
         return ""
     ends = [interval["low"], interval["high"]]
     return _text(interval[name], form) + ("" if None in ends else f" [{', '.join(map(form.format, ends))}]")
+
+
+def _p_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _text(value: float | None, form: str) -> str:

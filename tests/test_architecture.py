@@ -28,6 +28,7 @@ WITH_TORCH = {
         "agents.subset",
         "agents.networks",
         "agents.raise_fork",
+        "agents.placebo",
         "agents.estimate",
         "agents.sb3",
     ),

@@ -51,7 +51,9 @@ def test_make_agent__unknown_name__lists_all_the_nearest_first(name, nearest):
         make_agent(name)
     names = str(caught.value).partition("Known: ")[2].removesuffix(".").split(", ")
     assert names[0] == nearest
-    assert sorted(names) == sorted([*AGENTS, *(f"sb3:{a}" for a in PRESETS), "selector:DIR", "my_module:name"])
+    assert sorted(names) == sorted(
+        [*AGENTS, *(f"sb3:{a}" for a in PRESETS), "placebo:AGENT", "selector:DIR", "my_module:name"]
+    )
 
 
 def test_make_agent__settings__reach_the_agent():

@@ -13,12 +13,16 @@ from raise_env.agents import statistics
 from raise_env.agents.statistics import (
     Interval,
     bootstrap_interval,
+    correlation,
+    improvement_intervals,
     interquartile_mean,
     mean_interval,
     normalise,
     overall_mean,
     paired_difference,
+    performance_profile,
     probability_of_improvement,
+    profile_bands,
 )
 
 # Mean
@@ -111,7 +115,7 @@ def test_bootstrap_interval__three_runs__the_percentiles_of_all_27_resamples():
     means = sorted(np.mean(draw) for draw in itertools.product([0.0, 1.0, 5.0], repeat=3))
     interval = bootstrap_interval(overall_mean, runs)
     assert interval.value == 2.0
-    # 1 of 27 resamples is all of one value: more than 2.5 in 100 on either side.
+    # 1 of 27 resamples is all of one value: far more than is left on either side.
     assert (interval.low, interval.high) == (means[0], means[-1]) == (0.0, 5.0)
 
 
@@ -143,15 +147,167 @@ def test_bootstrap_interval__same_seed__same_ends_and_no_global_generator(monkey
     assert str(np.random.get_state()) == state  # noqa: NPY002
 
 
-def test_bootstrap_interval__many_runs__agrees_with_scipys(monkeypatch):
+def test_bootstrap_interval__forty_runs__scipys_percentiles_of_the_expanded_levels(monkeypatch):
     monkeypatch.setattr(statistics, "NUM_RESAMPLES", 20_000)
     runs = np.random.default_rng(2).gamma(2.0, size=40)
-    expected = stats.bootstrap((runs,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
+    # Hesterberg's levels: t for 39 degrees of freedom is 2.022691; Phi(-sqrt(40 / 39) 2.022691) is 0.02025.
+    level = 1 - 2 * 0.02025
+    resampled = stats.bootstrap(
+        (runs,), np.mean, n_resamples=20_000, method="percentile", confidence_level=level, rng=0
+    )
     interval = bootstrap_interval(overall_mean, runs[:, None])
-    np.testing.assert_allclose([interval.low, interval.high], expected, rtol=0.02)
+    np.testing.assert_allclose([interval.low, interval.high], resampled.confidence_interval, rtol=0.01)
+
+
+def test_bootstrap_interval__several_tasks__degrees_of_freedom_of_what_each_adds(monkeypatch):
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 40_000)
+    spread = np.linspace(-1, 1, 6)
+    alike = np.stack([spread, spread[::-1], np.roll(spread, 2)], axis=1)
+    one = alike * [1.0, 1e-3, 1e-3]
+    # Resampled means are nearly normal, of variance (1/6) mean(spread^2) / 3 for three tasks alike, a third of that
+    # again for one of three. Their degrees of freedom are 15 and 5, and t is 2.131450 and 2.570582.
+    deviation = np.sqrt((spread**2).mean() / 6)
+    half = bootstrap_interval(overall_mean, alike).half_width
+    assert half == pytest.approx(np.sqrt(6 / 5) * 2.131450 * deviation / np.sqrt(3), rel=0.03)
+    half = bootstrap_interval(overall_mean, one).half_width
+    assert half == pytest.approx(np.sqrt(6 / 5) * 2.570582 * deviation / 3, rel=0.08)  # one task has light tails
 
 
 def test_bootstrap_interval__one_run__has_no_ends():
     interval = bootstrap_interval(overall_mean, np.array([[3.0, 5.0]]))
     assert interval.value == 4.0
     assert np.isnan([interval.low, interval.high]).all()
+
+
+def normal(rng, shape):
+    return rng.normal(size=shape)
+
+
+def skewed(rng, shape):
+    return (rng.gamma(4.0, size=shape) - 4) / 2  # skewness 1
+
+
+def unequal(rng, shape):
+    return rng.normal(size=shape) * np.geomspace(1, 10, shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("draw", "num_runs", "num_tasks"), [(normal, 10, 1), (skewed, 10, 4), (unequal, 10, 4), (normal, 5, 4)]
+)
+def test_bootstrap_interval__many_worlds__holds_the_truth_in_95_of_100(draw, num_runs, num_tasks, monkeypatch):
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 2000)
+    rng = np.random.default_rng(0)
+    worlds = [draw(rng, (num_runs, num_tasks)) for _ in range(1000)]
+    # Each with resamples of its own: what is odd in those of one seed would not average out.
+    intervals = [bootstrap_interval(overall_mean, runs, seed=seed) for seed, runs in enumerate(worlds)]
+    assert 0.93 <= np.mean([i.low <= 0 <= i.high for i in intervals]) <= 0.97
+    percentiles = [np.quantile(resampled_means(runs, rng), [0.025, 0.975]) for runs in worlds]
+    assert np.mean([low <= 0 <= high for low, high in percentiles]) < 0.93  # what it is there to mend
+
+
+def resampled_means(runs, rng):
+    places = rng.integers(len(runs), size=(400, *runs.shape))
+    return np.take_along_axis(runs[None], places, axis=1).mean(axis=(1, 2))
+
+
+def test_bootstrap_interval__many_worlds__holds_the_interquartile_mean_in_95_of_100(monkeypatch):
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 2000)
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap_interval(interquartile_mean, normal(rng, (10, 4)), seed=seed) for seed in range(1000)]
+    assert 0.93 <= np.mean([i.low <= 0 <= i.high for i in intervals]) <= 0.97
+
+
+# All pairs
+
+
+def test_improvement_intervals__two_agents__those_of_the_plain_bootstrap():
+    rng = np.random.default_rng(0)
+    scores = {"a": rng.normal(size=(6, 3)), "b": rng.normal(size=(8, 3)) + 0.3, "c": rng.normal(size=(6, 3))}
+    intervals = improvement_intervals(scores)
+    assert set(intervals) == set(itertools.permutations("abc", 2))
+    for (one, other), interval in intervals.items():
+        slow = bootstrap_interval(probability_of_improvement, scores[one], scores[other])
+        assert interval.value == pytest.approx(slow.value)
+        np.testing.assert_allclose([interval.low, interval.high], [slow.low, slow.high], atol=0.02)
+
+
+def test_improvement_intervals__ties__count_as_half():
+    runs = np.array([[1.0], [2.0], [2.0]])
+    assert improvement_intervals({"a": runs, "b": runs})["a", "b"].value == 0.5
+    constant = improvement_intervals({"a": np.ones((3, 1)), "b": np.ones((3, 1))})["a", "b"]
+    assert constant == Interval(0.5, 0.5, 0.5)
+
+
+def test_improvement_intervals__all_apart__still_leave_a_doubt():
+    apart = improvement_intervals({"a": np.arange(5.0)[:, None] + 10, "b": np.arange(5.0)[:, None]})
+    interval = apart["a", "b"]
+    # Newcombe's equation at the end: d^2 = z^2 d (1 - d) (1 + 4 (d / (1 + d) + (1 - d) / (2 - d))) / 25, d = 1 - low.
+    distance = 1 - interval.low
+    shared = 1 + 4 * (distance / (1 + distance) + (1 - distance) / (2 - distance))
+    assert distance**2 == pytest.approx(1.959964**2 * distance * (1 - distance) * shared / 25, rel=1e-6)
+    assert interval.high == 1.0
+    assert (apart["b", "a"].low, apart["b", "a"].high) == (0.0, distance)
+    # Over four tasks of the same kind, half as far.
+    tasks = {"a": np.arange(20.0).reshape(5, 4) + 100, "b": np.arange(20.0).reshape(5, 4)}
+    assert 1 - improvement_intervals(tasks)["a", "b"].low == pytest.approx(distance / 2)
+
+
+def test_improvement_intervals__one_run__has_no_ends():
+    interval = improvement_intervals({"a": np.array([[2.0]]), "b": np.array([[1.0], [3.0]])})["a", "b"]
+    assert interval.value == 0.5
+    assert np.isnan([interval.low, interval.high]).all()
+
+
+@pytest.mark.parametrize(("shift", "truth"), [(0.0, 0.5), (1.0, 0.7602)])  # Phi(1 / sqrt(2))
+def test_improvement_intervals__many_worlds__hold_the_truth_in_95_of_100(shift, truth, monkeypatch):
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 2000)
+    rng = np.random.default_rng(0)
+    worlds = [{"a": rng.normal(size=(10, 4)) + shift, "b": rng.normal(size=(10, 4))} for _ in range(1000)]
+    intervals = [improvement_intervals(scores, seed)["a", "b"] for seed, scores in enumerate(worlds)]
+    assert 0.93 <= np.mean([i.low <= truth <= i.high for i in intervals]) <= 0.97
+
+
+# Profiles
+
+
+def test_performance_profile__two_runs_of_two_tasks__by_hand():
+    scores = np.array([[0.0, 1.0], [0.5, 2.0]])
+    np.testing.assert_array_equal(
+        performance_profile(scores, np.array([-1.0, 0.0, 0.5, 1.5, 2.0])), [1.0, 0.75, 0.5, 0.25, 0.0]
+    )
+    both = performance_profile(np.stack([scores, scores + 1]), np.array([0.5]))
+    np.testing.assert_array_equal(both, [[0.5], [1.0]])
+
+
+def test_profile_bands__several_runs__are_those_of_the_bootstrap_at_each_threshold():
+    scores, thresholds = np.random.default_rng(0).normal(size=(6, 2)), np.array([-5.0, 0.0, 1.0])
+    share, low, high = profile_bands(scores, thresholds)
+    np.testing.assert_array_equal(share, performance_profile(scores, thresholds))
+    assert (low[0], high[0]) == (1.0, 1.0)
+    for place in (1, 2):
+        slow = bootstrap_interval(lambda s, t=thresholds[place]: (s > t).mean(axis=(-2, -1)), scores)
+        np.testing.assert_allclose([low[place], high[place]], [slow.low, slow.high])
+    assert np.isnan(profile_bands(scores[:1], thresholds)[1]).all()
+
+
+# Correlation
+
+
+def test_correlation__numbers__are_scipys():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=20), rng.normal(size=20)
+    second += first
+    expected = stats.pearsonr(first, second)
+    interval = correlation(first, second)
+    assert interval.value == pytest.approx(expected.statistic)
+    np.testing.assert_allclose([interval.low, interval.high], expected.confidence_interval())
+    by_rank = correlation(first, second, ranks=True)
+    assert by_rank.value == pytest.approx(stats.spearmanr(first, second).statistic)
+    # Bonett and Wright: the half width on Fisher's scale is 1.96 sqrt((1 + r^2 / 2) / 17).
+    half = 1.959964 * np.sqrt((1 + by_rank.value**2 / 2) / 17)
+    assert (np.arctanh(by_rank.high) - np.arctanh(by_rank.low)) / 2 == pytest.approx(half, rel=1e-6)
+
+
+@pytest.mark.parametrize("second", [np.ones(5), np.ones(1)])
+def test_correlation__without_variation__is_not_a_number(second):
+    assert np.isnan(correlation(np.arange(float(len(second))), second).value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 
+import numpy as np
 import pytest
 
 from raise_env.agents.summary import markdown_tables, summarise, text_tables
@@ -35,7 +37,8 @@ def test_summarise__three_runs__mean_spread_and_intervals_by_hand():
     assert spread["mean"] == pytest.approx(0.5)
     assert spread["std"] == pytest.approx(0.1)
     assert spread["half_width"] == pytest.approx(T3 * 0.1 / 3**0.5, rel=1e-6)
-    assert (spread["low"], spread["high"]) == pytest.approx((0.4, 0.6))  # percentiles of the resampled means
+    # So far out lie the percentiles of three runs that they are the resamples' ends.
+    assert (spread["low"], spread["high"]) == pytest.approx((0.4, 0.6))
     assert spread["num_runs"] == 3
 
 
@@ -43,7 +46,7 @@ def test_summarise__normalised__between_random_and_oracle():
     normalised = summary_of()["normalised"]
     # The middle half of 0.4, 0.5, 0.6 is 0.5: (1.0 - 0.5) / (1.0 - 0.2).
     assert normalised["mine"]["iqm"] == pytest.approx(0.625)
-    assert normalised["oracle"] == pytest.approx({"iqm": 1.0, "low": 1.0, "high": 1.0})
+    assert normalised["oracle"] == pytest.approx({"iqm": 1.0, "low": 1.0, "high": 1.0, "num_missing": 0})
     assert normalised["random"]["iqm"] == pytest.approx(0.0)
 
 
@@ -55,7 +58,9 @@ def test_summarise__without_one_of_the_marks__has_no_scale(agents):
 def test_summarise__against_random__lower_loss_is_better():
     against = summary_of()["against_random"]
     assert set(against) == {"mine", "oracle"}
-    assert against["mine"] == {"probability_of_improvement": 1.0, "low": 1.0, "high": 1.0}
+    # All runs apart, and yet three of them show no more than a chance of one half (Newcombe's rule, see below).
+    ends = {"low": pytest.approx(0.501, abs=1e-3), "high": 1.0}
+    assert against["mine"] == {"probability_of_improvement": 1.0, **ends, "num_missing": 0}
     assert summary_of(agents=("mine", "oracle"))["against_random"] == {}
 
 
@@ -68,6 +73,48 @@ def test_summarise__differences__are_paired():
     assert set(summary_of(reference="mine")["differences"]["a"]) == {"random", "oracle"}
 
 
+def test_summarise__differences__have_tests_by_hand():
+    tests = summary_of()["differences"]["a"]
+    # -0.4, -0.4, -0.7: t = -0.5 / 0.1 = -5 with 2 degrees of freedom: p = 1 - 5 / sqrt(25 + 2).
+    assert tests["mine"]["p"] == pytest.approx(1 - 5 / 27**0.5)
+    assert tests["mine"]["effect_size"] == pytest.approx(-0.5 / 0.03**0.5)
+    # -0.7, -0.8, -0.9: t = -0.8 / (0.1 / sqrt(3)) = -13.86; the smaller of two p is doubled, the larger is not.
+    assert tests["oracle"]["p"] == pytest.approx(1 - 192**0.5 / 194**0.5)
+    assert tests["oracle"]["p_adjusted"] == pytest.approx(2 * tests["oracle"]["p"])
+    assert tests["mine"]["p_adjusted"] == pytest.approx(tests["mine"]["p"])
+    assert tests["mine"]["seeds_needed"] == 4
+    assert {test["num_pairs"] for test in tests.values()} == {3}
+    # 3.264 standard deviations; of two agents the median is the mean.
+    assert tests["oracle"]["detectable"] == pytest.approx(0.3264, abs=1e-4)
+    middle = (0.3264 + 3.264 * 0.03**0.5) / 2
+    assert summary_of()["detectable"]["a"] == {"difference": pytest.approx(middle, abs=1e-3), "num_seeds": 3}
+
+
+def test_summarise__pairs__are_all_and_mirror_each_other():
+    pairs = summary_of()["pairs"]
+    assert {agent: set(others) for agent, others in pairs.items()} == {
+        "random": {"mine", "oracle"},
+        "mine": {"random", "oracle"},
+        "oracle": {"random", "mine"},
+    }
+    assert pairs["mine"]["random"] == summary_of()["against_random"]["mine"]
+    there, back = pairs["oracle"]["mine"], pairs["mine"]["oracle"]
+    assert there["probability_of_improvement"] == 1 - back["probability_of_improvement"] == 1.0
+    assert (there["low"], there["high"]) == (1 - back["high"], 1 - back["low"])
+
+
+def test_summarise__profiles__are_shares_above_thresholds():
+    profiles = summary_of()["profiles"]
+    assert set(profiles) == {"random", "mine", "oracle"}
+    mine = profiles["mine"]
+    assert mine["thresholds"] == profiles["oracle"]["thresholds"]
+    assert mine["thresholds"][0] <= 0 < 1 <= mine["thresholds"][-1]
+    for tau, share in zip(mine["thresholds"], mine["share"], strict=True):
+        assert share == pytest.approx(sum(score > tau for score in (0.5, 0.625, 0.75)) / 3)  # normalised by hand
+    assert all(low <= share <= high for low, share, high in zip(mine["low"], mine["share"], mine["high"], strict=True))
+    assert summary_of(agents=("random", "mine"))["profiles"] == {}
+
+
 def test_summarise__order_of_the_lines__does_not_matter():
     assert summary_of(RESULTS[::-1]) == summary_of()
 
@@ -75,8 +122,13 @@ def test_summarise__order_of_the_lines__does_not_matter():
 def test_summarise__one_run__has_no_intervals():
     summary = summary_of(seeds=range(1), results=[entry for entry in RESULTS if entry["seed"] == 0])
     spread = summary["per_task"]["a"]["mine"]
-    assert spread == {"mean": 0.5, "std": None, "low": None, "high": None, "half_width": None, "num_runs": 1}
-    assert summary["normalised"]["mine"] == {"iqm": pytest.approx(0.4 / 0.7), "low": None, "high": None}
+    ends = {"low": None, "high": None, "num_missing": 0}
+    assert spread == {"mean": 0.5, "std": None, "half_width": None, "num_runs": 1, **ends}
+    assert summary["normalised"]["mine"] == {"iqm": pytest.approx(0.4 / 0.7), **ends}
+    test = summary["differences"]["a"]["mine"]
+    assert test["mean"] == pytest.approx(-0.4)
+    assert [test[name] for name in ("p", "p_adjusted", "effect_size", "seeds_needed", "detectable")] == [None] * 5
+    assert summary["detectable"]["a"] == {"difference": None, "num_seeds": 1}
 
 
 def test_summarise__missing_runs__are_named_and_left_out():
@@ -92,6 +144,14 @@ def test_summarise__missing_runs__are_named_and_left_out():
     assert summary["per_task"]["a"]["random"]["num_runs"] == 2
     # Pairs of what both have: seeds 0 and 1.
     assert summary["differences"]["a"]["mine"]["mean"] == pytest.approx(-0.4)
+    flags = {
+        "per_task": summary["per_task"]["a"]["mine"],
+        "normalised": summary["normalised"]["mine"],
+        "differences": summary["differences"]["a"]["mine"],
+        "profiles": summary["profiles"]["mine"],
+    }
+    assert {name: entry["num_missing"] for name, entry in flags.items()} == dict.fromkeys(flags, 1)
+    assert summary["against_random"]["mine"]["num_missing"] == 2  # one of either
 
 
 def test_summarise__nothing_but_failures__is_all_empty():
@@ -111,6 +171,24 @@ def test_summarise__several_tasks__a_seed_counts_where_it_has_all():
     # Without seed 2: 0.5 and 0.6 in both tasks, 0.625 and 0.5.
     assert summary["normalised"]["mine"]["iqm"] == pytest.approx(0.5625)
     assert summary["per_task"]["a"]["mine"]["num_runs"] == 3
+    assert summary["per_task"]["a"]["mine"]["num_missing"] == 0
+    # The seed's other run does not count either.
+    assert summary["normalised"]["mine"]["num_missing"] == summary["profiles"]["mine"]["num_missing"] == 2
+
+
+def test_summarise__a_whole_benchmark__takes_seconds():
+    rng = np.random.default_rng(0)
+    agents, tasks = ("random", "oracle", *(f"agent {i}" for i in range(15))), tuple("abcdefghijk")
+    results = [
+        {**line(agent, seed, float(rng.normal()), task=task), "test_accuracy": float(rng.random())}
+        for agent in agents
+        for task in tasks
+        for seed in range(10)
+    ]
+    start = time.process_time()
+    summary = summary_of(results, tasks=tasks, agents=agents, seeds=range(10))
+    assert time.process_time() - start < 10  # 4 on a quiet machine
+    assert len(summary["pairs"]) == 17
 
 
 def test_summarise__no_test_set__takes_the_dev_loss():
@@ -137,11 +215,32 @@ def cells(text):
 
 def test_markdown_tables__one_task__one_table_with_the_best_first():
     header, rule, *rows = cells(markdown_tables(summary_of()))
-    assert header[:4] == ["agent", "runs", "test loss", "normalised IQM"]
+    assert header[:5] == ["agent", "runs", "test loss", "p", "normalised IQM"]
     assert set(rule) == {"---", "---:"}
     assert [row[0] for row in rows] == ["oracle", "mine", "random"]
-    assert rows[1][1:4] == ["3", "0.500 ± 0.248", "0.62 [0.50, 0.75]"]
-    assert rows[1][4:] == ["0.25", "0.00", "0.50", "1.00", "3.0"]
+    assert rows[1][1:5] == ["3", "0.500 ± 0.248", "0.038", "0.62 [0.50, 0.75]"]
+    assert rows[1][5:] == ["0.25", "0.00", "0.50", "1.00", "3.0"]
+    assert rows[2][3] == ""
+
+
+@pytest.mark.parametrize("tasks", [("a",), ("a", "b")])
+def test_markdown_tables__runs_that_are_missing__mark_their_agent(tasks):
+    results = [*RESULTS[:-1], line("mine", 2, None, diverged=True)]
+    results += [{**entry, "task": "b"} for entry in RESULTS] if "b" in tasks else []
+    text = markdown_tables(summary_of(results, tasks=tasks))
+    assert {row[0] for row in cells(text)} >= {"mine *", "random", "oracle"}
+    assert "mine" not in {row[0] for row in cells(text)}
+    assert "* runs are missing" in text
+    assert "runs are missing" not in markdown_tables(summary_of())
+
+
+def test_markdown_tables__a_summary_of_an_earlier_version__is_still_shown():
+    summary = summary_of()
+    earlier = {name: value for name, value in summary.items() if name not in ("pairs", "profiles", "detectable")}
+    keep = ("mean", "low", "high")
+    tests = {agent: {n: test[n] for n in keep} for agent, test in summary["differences"]["a"].items()}
+    header, *_ = cells(markdown_tables({**earlier, "differences": {"a": tests}}))
+    assert "p" not in header
 
 
 def test_markdown_tables__right_answers__in_per_cent_where_there_are_any():
@@ -174,7 +273,8 @@ def test_markdown_tables__a_bar_in_a_name__stays_in_its_cell():
 def test_text_tables__terminal__says_what_its_signs_mean():
     text = text_tables(summary_of())
     assert text.splitlines()[0].split()[:4] == ["agent", "runs", "test", "loss"]
-    assert "±" in text.splitlines()[-2]
+    assert "±" in text.splitlines()[-3]
+    assert text.splitlines()[-2].startswith("p: that the loss differs from that of random")
     assert "Normalised: 0 is random, 1 the oracle." in text.splitlines()[-1]
     assert "Normalised" not in text_tables(summary_of(agents=("mine",)))
 

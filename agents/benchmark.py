@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,13 +20,14 @@ from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.config import OBSERVATION_BLOCKS
 from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
 from raise_env.files import append_line, replaced_folder, write_json, write_text
-from raise_env.record import versions
+from raise_env.record import EpisodeRecord, versions
 from raise_env.tiny.task import TASKS
 
+from .bench_report import write_bench_report
 from .catalogue import make_agent
 from .job import OWN_TASK, Entry, Job, Outcome, failed, one_thread, run_job
 from .run_folder import RunFolder, whole_records
-from .runs import Reporter, Silent, check_inputs
+from .runs import Reporter, Silent, check_inputs, processor_name
 from .spread import spread
 from .summary import RANDOM, summarise
 from .validation import Recorded
@@ -188,7 +190,7 @@ def bench(
             with reporter.task("loading models, data and features", len(plan.tasks)) as show:
                 content = _contents(plan, workers, show)
             run.check_content(content)
-            run.note(content=content)
+            run.note(content=content, machine={"processor": processor_name(), "cores": os.cpu_count()})
         with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
             for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
                 outcome = _same_world(job, outcome, run.state["content"])
@@ -197,6 +199,7 @@ def bench(
                 show(number)
         summary = summarise(done, plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
         write_json(folder / "summary.json", summary)
+        write_bench_report(folder, summary, done, _by_task(folder / "episodes.jsonl"), run.state)
     return summary
 
 
@@ -256,6 +259,11 @@ def _write_selector(folder: Path, files: Mapping[str, bytes]) -> None:
             path = beside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+
+
+def _by_task(path: Path) -> list[tuple[str, EpisodeRecord]]:
+    """Return the records of all final runs, each with its task."""
+    return [(Recorded(str(path), record).key[0], record) for record in whole_records(path)]
 
 
 def _finished(folder: Path) -> list[dict[str, Any]]:

@@ -133,10 +133,17 @@ def _run(job: Job) -> Outcome:
         job,
         **_scores(record, env),
         **_cost(costs, phi_tokens(env)),
+        episode_returns=_returns(agent),
         rows=len({row for step in record.actions for row in step}),
         updates=sum(bool(step) for step in record.actions),
     )
     return Outcome(line, record, selector)
+
+
+def _returns(agent: Any) -> list[float] | None:
+    """Return what the episodes brought that an agent learned from, where it keeps that."""
+    returns = getattr(agent, "episode_returns", None)
+    return [float(value) for value in returns] if returns else None
 
 
 def _saved(agent: Any) -> dict[str, bytes]:
@@ -171,7 +178,7 @@ def _scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
 
 def _line(job: Job, **values: Any) -> dict[str, Any]:
     """Return a line of results.jsonl; what is not given is null."""
-    fields = ("dev_loss", "test_loss", *SHARES, "diverged", *COSTS, "rows", "updates")
+    fields = ("dev_loss", "test_loss", *SHARES, "diverged", *COSTS, "episode_returns", "rows", "updates")
     empty = dict.fromkeys((*fields, "error"))
     return {"task": job.task, "agent": job.label, "seed": job.seed, **empty, **values}
 

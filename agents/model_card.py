@@ -14,7 +14,8 @@ from raise_env.files import write_text
 from raise_env.record import EpisodeRecord
 from raise_env.version import __version__
 
-from .report import load_template, results_table
+from .page import load_template
+from .report import results_table
 
 __all__ = ["write_model_card"]
 

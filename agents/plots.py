@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "Plot", "agent_colours", "dev_curves_plot", "learning_plot", "selection_plot"]
+__all__ = [
+    "COLOURS",
+    "LEFT",
+    "Plot",
+    "add_axes",
+    "agent_colours",
+    "dev_curves_plot",
+    "integer_ticks",
+    "label_ends",
+    "learning_plot",
+    "selection_plot",
+    "title",
+]
 
 _ORACLE = "#009e73"
 _OTHERS = ("#0072b2", "#b5538c", "#8c6d31", "#7a5195", "#2f8f9d", "#a8760a")
@@ -55,7 +67,9 @@ COLOURS: Mapping[str, tuple[str, str]] = {
 }
 
 _WIDE_PT, _NARROW_PT = 648.0, 268.0
-_LEFT = 32.0  # room for tick labels
+
+#: Room for tick labels, points.
+LEFT = 32.0
 _LABEL_GAP_PT = 11.5
 
 
@@ -146,14 +160,14 @@ def dev_curves_plot(
     table = {name: stack for name, stack in stacks.items() if len(stack)}
 
     def draw(figure: Figure, narrow: bool) -> None:
-        axes = _add_axes(figure, left=_LEFT, right=84 if narrow else 118, top=24, bottom=34)
-        _title(axes, _score_title(reward, narrow))
+        axes = add_axes(figure, left=LEFT, right=84 if narrow else 118, top=24, bottom=34)
+        title(axes, _score_title(reward, narrow))
         ends = [_draw_agent(axes, name, table[name], horizon, colours[name], name == learned) for name in table]
         axes.set_xlim(0, max(horizon, 1))
         axes.set_ylim(*_curve_range(list(table.values())))
-        _integer_ticks(axes, 4 if narrow else 8)
+        integer_ticks(axes, 4 if narrow else 8)
         axes.set_xlabel("step", fontsize=9, color=MUTED)
-        _label_ends(axes, ends, 13 if narrow else 18)
+        label_ends(axes, ends, 13 if narrow else 18)
 
     names = ", ".join(table)
     return Plot("dev_curves", f"Dev score after each step for {names}.", draw, height=285, narrow_height=250)
@@ -211,7 +225,7 @@ def _curve_range(tables: Sequence[npt.NDArray[np.float64]]) -> tuple[float, floa
     return low - room, high + room
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, str, bool]], max_chars: int) -> None:
+def label_ends(axes: Axes, ends: Sequence[tuple[str, float, str, bool]], max_chars: int) -> None:
     """Write each curve's name and last value beside its end, moved apart where they would touch."""
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
     low, high = axes.get_ylim()
@@ -261,13 +275,13 @@ def learning_plot(returns: Sequence[float], greedy: Sequence[float], random_retu
 
     def draw(figure: Figure, narrow: bool) -> None:
         if not len(greedy):
-            _draw_returns(_add_axes(figure, _LEFT, 14, 24, 34), returns, random_return)
+            _draw_returns(add_axes(figure, LEFT, 14, 24, 34), returns, random_return)
         elif narrow:
-            _draw_returns(_add_axes(figure, _LEFT, 14, 24, 264), returns, random_return)
-            _draw_greedy(_add_axes(figure, _LEFT, 14, 254, 34), greedy, len(returns), reward)
+            _draw_returns(add_axes(figure, LEFT, 14, 24, 264), returns, random_return)
+            _draw_greedy(add_axes(figure, LEFT, 14, 254, 34), greedy, len(returns), reward)
         else:
-            _draw_returns(_add_axes(figure, _LEFT, 346, 24, 34), returns, random_return)
-            _draw_greedy(_add_axes(figure, 330 + _LEFT, 14, 24, 34), greedy, len(returns), reward)
+            _draw_returns(add_axes(figure, LEFT, 346, 24, 34), returns, random_return)
+            _draw_greedy(add_axes(figure, 330 + LEFT, 14, 24, 34), greedy, len(returns), reward)
 
     text = "Return of each learning episode" + (", and the greedy selector's dev score." if len(greedy) else ".")
     return Plot("learning", text, draw, height=230, narrow_height=460 if len(greedy) else 220)
@@ -276,7 +290,7 @@ def learning_plot(returns: Sequence[float], greedy: Sequence[float], random_retu
 def _draw_returns(axes: Axes, returns: Sequence[float], random_return: float | None) -> None:
     values = np.asarray(returns, dtype=np.float64)
     episodes = np.arange(1, len(values) + 1)
-    _title(axes, "Return of each episode (gain in dev score)")
+    title(axes, "Return of each episode (gain in dev score)")
     axes.plot(episodes, values, "o", color=ACCENT, markersize=4.5, alpha=0.55, markeredgewidth=0, zorder=3)
     window = max(3, len(values) // 8)
     if len(values) >= 2 * window:
@@ -303,7 +317,7 @@ def _draw_greedy(axes: Axes, greedy: Sequence[float], num_episodes: int, reward:
     first = 0 if len(values) == num_episodes + 1 else 1
     episodes = np.linspace(first, max(num_episodes, first + len(values) - 1), len(values))
     what = "loss" if reward == "loss" else "score"
-    _title(axes, f"Dev {what} at the end, without exploration")
+    title(axes, f"Dev {what} at the end, without exploration")
     axes.plot(episodes, values, "o-", color=ACCENT, markersize=4.5, linewidth=2.2, markeredgewidth=0, zorder=3)
     _episode_axis(axes, first, max(num_episodes, first + len(values) - 1))
     axes.margins(y=0.18)
@@ -313,7 +327,7 @@ def _episode_axis(axes: Axes, first: int, last: int) -> None:
     room = 0.04 * max(last - first, 1)
     axes.set_xlim(first - room, last + room)
     axes.set_xlabel("learning episode", fontsize=9, color=MUTED)
-    _integer_ticks(axes, 6)
+    integer_ticks(axes, 6)
 
 
 def _moving_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
@@ -338,9 +352,9 @@ def selection_plot(counts: npt.NDArray[np.int64], pool_counts: npt.NDArray[np.in
     def draw(figure: Figure, narrow: bool) -> None:
         right, columns = (78, 4) if narrow else (96, 8)
         top = 32 + line * -(-num_classes // columns)
-        steps = _add_axes(figure, _LEFT, right, top, 34)
+        steps = add_axes(figure, LEFT, right, top, 34)
         _draw_stairs(steps, counts, 4 if narrow else 8)
-        bars = _add_axes(figure, figure.get_figwidth() * 72 - right + 14, 2, top, 34)
+        bars = add_axes(figure, figure.get_figwidth() * 72 - right + 14, 2, top, 34)
         _draw_share_bars(bars, counts.sum(axis=0), pool_counts)
         _class_legend(figure, num_classes, columns, line)
 
@@ -349,7 +363,7 @@ def selection_plot(counts: npt.NDArray[np.int64], pool_counts: npt.NDArray[np.in
 
 
 def _draw_stairs(axes: Axes, counts: npt.NDArray[np.int64], num_ticks: int) -> None:
-    _title(axes, "Rows trained on at each step")
+    title(axes, "Rows trained on at each step")
     num_steps, num_classes = counts.shape
     edges = np.arange(num_steps + 1) + 0.5
     stairs = np.vstack([counts, counts[-1:]]).T
@@ -357,7 +371,7 @@ def _draw_stairs(axes: Axes, counts: npt.NDArray[np.int64], num_ticks: int) -> N
     axes.stackplot(edges, stairs, step="post", colors=colours, edgecolor=PAPER, linewidth=0.6)
     axes.set_xlim(0.5, num_steps + 0.5)
     axes.set_ylim(0, max(float(counts.sum(axis=1).max()), 1.0) * 1.02)
-    _integer_ticks(axes, num_ticks)
+    integer_ticks(axes, num_ticks)
     axes.set_xlabel("step", fontsize=9, color=MUTED)
 
 
@@ -389,7 +403,7 @@ def _class_legend(figure: Figure, num_classes: int, columns: int, line: float) -
 # --- Common ---------------------------------------------------------------------------------------------------
 
 
-def _add_axes(figure: Figure, left: float, right: float, top: float, bottom: float) -> Axes:
+def add_axes(figure: Figure, left: float, right: float, top: float, bottom: float) -> Axes:
     """Add axes of this package's look with margins in points."""
     width, height = figure.get_figwidth() * 72, figure.get_figheight() * 72
     rect = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
@@ -398,12 +412,13 @@ def _add_axes(figure: Figure, left: float, right: float, top: float, bottom: flo
     return axes
 
 
-def _title(axes: Axes, text: str) -> None:
+def title(axes: Axes, text: str) -> None:
     """Write what the vertical axis shows above it, flush with the tick labels."""
-    axes.annotate(text, (0, 1), (-_LEFT, 10), "axes fraction", "offset points", fontsize=9, color=MUTED)
+    axes.annotate(text, (0, 1), (-LEFT, 10), "axes fraction", "offset points", fontsize=9, color=MUTED)
 
 
-def _integer_ticks(axes: Axes, count: int) -> None:
+def integer_ticks(axes: Axes, count: int) -> None:
+    """Put about so many ticks on whole numbers of the horizontal axis."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(count, integer=True, steps=[1, 2, 5, 10]))

@@ -18,16 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from raise_env.errors import OutputError
-from raise_env.files import replaced
 from raise_env.render import class_colour
 
 from .contrast import Trait, Word
+from .page import NOTHING, TEMPLATES, css, inline, load_template, pairs, write_files
 from .plots import COLOURS, Plot, agent_colours, dev_curves_plot, learning_plot, selection_plot
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-
     from .statistics import Interval
 
 __all__ = [
@@ -35,7 +32,6 @@ __all__ = [
     "Selection",
     "WantedText",
     "format_table",
-    "load_template",
     "results_table",
     "write_report",
 ]
@@ -43,8 +39,6 @@ __all__ = [
 #: Rows shown on the page; selected.jsonl has them all.
 MAX_ROWS = 200
 
-_TEMPLATES = Path(__file__).with_name("templates")
-_NOTHING = "\N{EN DASH}"
 _SHORT_CHARS = 240
 _LONG_CHARS = 4000
 
@@ -140,7 +134,7 @@ def _interval(values: Sequence[float | None]) -> Interval:
 
 def _is_numeric(text: str) -> bool:
     """Return whether a cell holds a number, maybe with its interval or unit, or nothing."""
-    return not text or text[0].isdigit() or (text[0] in f"+-{_NOTHING}" and not text[1:2].isalpha())
+    return not text or text[0].isdigit() or (text[0] in f"+-{NOTHING}" and not text[1:2].isalpha())
 
 
 def _interval_text(metric: str, interval: Interval) -> str:
@@ -157,7 +151,7 @@ def _half(metric: str, interval: Interval) -> str:
 def _value(metric: str, value: float | None) -> str:
     """Return a metric's value as text: shares in per cent, everything else with three decimals."""
     if value is None or not math.isfinite(value):
-        return _NOTHING
+        return NOTHING
     return f"{100 * value:.1f}%" if _is_share(metric) else f"{value:.3f}"
 
 
@@ -216,13 +210,7 @@ def write_report(
     plots = _plots(report, episodes, selection)
     files = {f"plots/{plot.name}.png": plot.png() for plot in plots.values()}
     files["report.html"] = _page(report, episodes, selection, plots).encode()
-    try:
-        for name, content in files.items():
-            with replaced(folder / name) as beside:
-                beside.write_bytes(content)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"cannot write {folder / name}: {reason}; free the path or choose another.") from error
+    write_files(folder, files)
 
 
 def _plots(
@@ -264,21 +252,6 @@ def _mean_return(seeds: Sequence[Sequence[float]], num_steps: int | None = None)
 # --- Page -----------------------------------------------------------------------------------------------------
 
 
-def load_template(name: str, *, escapes: bool) -> Template:
-    """Return a template of this package; one that escapes what it is given is for pages that a browser opens."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=escapes,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(name)
-
-
 def _page(
     report: Mapping[str, Any],
     episodes: Sequence[Mapping[str, Any]],
@@ -287,33 +260,24 @@ def _page(
 ) -> str:
     from markupsafe import Markup
 
-    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return load_template("report.html.jinja", escapes=True).render(
+        title="Which instructions to train on",
         date=report.get("date"),
         headline=report.get("headline"),
         colours=COLOURS,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         learning_steps=report.get("learning", {}).get("num_steps"),
-        plots={name: _inline(plots.get(name)) for name in ("dev_curves", "learning", "selection")},
+        plots={name: inline(plots.get(name)) for name in ("dev_curves", "learning", "selection")},
         results=_results(report),
         tiles=_tiles(report, selection),
         selection=_selection(selection) if "selection" in plots and selection is not None else None,
         costs=_costs(report.get("cost", {})),
         episodes=_episodes(episodes),
-        settings=_pairs(report.get("settings", {})),
-        machine=_pairs(report.get("machine", {})),
+        settings=pairs(report.get("settings", {})),
+        machine=pairs(report.get("machine", {})),
     )
-
-
-def _inline(plot: Plot | None) -> dict[str, Any] | None:
-    from markupsafe import Markup
-
-    if plot is None:
-        return None
-    # Drawn by matplotlib, which escapes what it is given.
-    wide, narrow = (Markup(plot.svg(narrow=narrow)) for narrow in (False, True))
-    return {"description": plot.description, "wide": wide, "narrow": narrow}
 
 
 def _results(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,7 +291,7 @@ def _results(report: Mapping[str, Any]) -> dict[str, Any]:
         {
             "name": name,
             "learned": name == learned,
-            "colour": _css(colours[name]),
+            "colour": css(colours[name]),
             "seeds": max((len(report["agents"][name].get(metric, ())) for metric in metrics), default=0),
             "cells": [_cell(metric, interval) for metric, interval in zip(metrics, table[name], strict=True)],
             "strip": strips.get(name),
@@ -405,7 +369,7 @@ def _selection(selection: Selection) -> dict[str, Any]:
     classes = Counter(int(index) for index in selection.classes)
     pool = {index: int(count) for index, count in enumerate(selection.pool_class_counts)}
     repeats = Counter(int(index) for index in selection.pool_ids)
-    class_rows = [{**row, "colour": _css(class_colour(row["value"]))} for row in _shares(classes, pool)]
+    class_rows = [{**row, "colour": css(class_colour(row["value"]))} for row in _shares(classes, pool)]
     groups = [{"name": "class", "rows": class_rows}]
     for name, values in sorted(selection.labels.items(), key=lambda item: len(set(item[1]))):
         counts = Counter(str(value) for value in values)
@@ -429,7 +393,7 @@ def _selection(selection: Selection) -> dict[str, Any]:
 
 
 def _shown_rows(selection: Selection) -> list[dict[str, Any]]:
-    scores = [f"{score:+.1f}" for score in selection.scores[:MAX_ROWS]] or [_NOTHING] * MAX_ROWS
+    scores = [f"{score:+.1f}" for score in selection.scores[:MAX_ROWS]] or [NOTHING] * MAX_ROWS
     return [{**_row(*entry), "score": score} for entry, score in zip(selection.texts[:MAX_ROWS], scores, strict=False)]
 
 
@@ -462,7 +426,7 @@ def _row(step: int, index: int, prompt: str, response: str) -> dict[str, Any]:
     return {
         "step": step,
         "class": index,
-        "colour": _css(class_colour(index)),
+        "colour": css(class_colour(index)),
         "prompt": _shorten(prompt),
         "response": _shorten(response),
     }
@@ -505,23 +469,6 @@ def _episodes(episodes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         scores, test = episode["dev_scores"], episode.get("test_score")
         numbers = [sum(episode["rewards"]), scores[-1], math.nan if test is None else test]
         counts = [len(episode["actions"]), sum(len(action) for action in episode["actions"])]
-        texts = [f"{value:.3f}" if math.isfinite(value) else _NOTHING for value in numbers]
+        texts = [f"{value:.3f}" if math.isfinite(value) else NOTHING for value in numbers]
         rows.append([str(episode["agent"]), str(episode["seed"]), *map(str, counts), *texts])
     return rows
-
-
-def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return names and values as text; a mapping within one is written as `name=value` pairs."""
-    pairs = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{key}={item}" for key, item in value.items())
-        elif isinstance(value, (list, tuple)):
-            value = ", ".join(map(str, value))
-        pairs.append((str(name), _NOTHING if value is None or value == "" else str(value)))
-    return pairs
-
-
-def _css(colour: str) -> str:
-    """Return the CSS variable of one of the palette's colours."""
-    return next(f"var(--{name})" for name, (light, _) in COLOURS.items() if light == colour)

@@ -1,0 +1,210 @@
+"""How the pools of the embedded tasks are put together, and what a row of each is worth to who sees its labels.
+
+A recipe yields rows without end, so that a smaller pool is the beginning of a larger one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ..pool import Instruction
+from .rows import CLEAN, Facts, mixed_row, row, spoilt_row
+from .skills import Fact, Skill
+
+__all__ = [
+    "COPIED_FACTS",
+    "COPY_SHARE",
+    "SHORTCUT",
+    "STAGES",
+    "SWITCH",
+    "TRAP_SHARE",
+    "USEFUL_SHARE",
+    "Recipe",
+    "Worth",
+    "answered_early",
+    "clean_and_asked",
+    "clean_and_hard",
+    "copies",
+    "curriculum",
+    "is_easy",
+    "is_hard",
+    "mixed",
+    "shortcut",
+    "shortcuts",
+    "thrift",
+]
+
+#: From all facts, the skills that are asked for, the share of spoilt rows and a generator to rows without end.
+Recipe = Callable[[Mapping[str, Facts], tuple[str, ...], float, random.Random], Iterator[Instruction]]
+
+#: From a row's fields, the skills that are asked for, and the share of the episode used up, to what the row is worth.
+Worth = Callable[[Mapping[str, Any], tuple[str, ...], float], float]
+
+
+def mixed(
+    facts: Mapping[str, Facts], targets: tuple[str, ...], corruption: float, rng: random.Random
+) -> Iterator[Instruction]:
+    """Yield rows of all skills alike often, spoilt by so much chance."""
+    del targets
+    skills = list(facts)
+    while True:
+        yield mixed_row(facts[rng.choice(skills)], corruption, rng)
+
+
+def clean_and_asked(fields: Mapping[str, Any], targets: tuple[str, ...], progress: float) -> float:
+    """Return 2 for clean rows of the skills that are asked for, 1 for other clean rows, 0 for the rest."""
+    del progress
+    return float(fields["corruption"] == CLEAN) * (1.0 + (fields["skill"] in targets))
+
+
+# Redundancy
+
+#: Facts of each target skill that most rows of `copies` are about, and the share of those rows.
+COPIED_FACTS, COPY_SHARE = 2, 0.85
+
+_OPENINGS = ("", "", "Please: ", "Quick: ", "Well, ")
+_ENDINGS = ("", "?", "??", " ?", "!", "...", ".")
+_CASES: tuple[Callable[[str], str], ...] = (str, str.lower, str.upper)
+
+
+def copies(
+    facts: Mapping[str, Facts], targets: tuple[str, ...], corruption: float, rng: random.Random
+) -> Iterator[Instruction]:
+    """Yield mostly near-copies of clean rows about a handful of facts; the others are `mixed`, about other facts.
+
+    The hidden field `fact` says what a row is about.
+    """
+    copied = [(facts[name], fact) for name in targets for fact in facts[name].pool[:COPIED_FACTS]]
+    others = [(asked, asked.pool[COPIED_FACTS:]) for asked in facts.values()]
+    while True:
+        if rng.random() < COPY_SHARE:
+            asked, fact = rng.choice(copied)
+            question = _reworded(asked.skill.ask(fact, rng.randrange(len(asked.skill.questions))), rng)
+            yield row(asked.skill, question, fact.answer, fact=_name(asked.skill, fact))
+        else:
+            asked, pool = rng.choice(others)
+            fact = rng.choice(pool)
+            yield mixed_row(asked, corruption, rng, fact, fact=_name(asked.skill, fact))
+
+
+def _name(skill: Skill, fact: Fact) -> str:
+    return " ".join((skill.name, *fact.words))
+
+
+def _reworded(question: str, rng: random.Random) -> str:
+    """Return the question in other case and punctuation."""
+    words = rng.choice(_CASES)(question.rstrip("?.!"))
+    return rng.choice(_OPENINGS) + words + rng.choice(_ENDINGS)
+
+
+# Curriculum
+
+#: The stages of `curriculum`, in the order in which their rows help, and the share of an episode at which to switch.
+STAGES, SWITCH = ("content", "form"), 0.4
+
+#: What the right answer of a row of the first stage stands in; dev and test ask for the bare answer.
+WRAPPING = '"{y}"'
+
+
+def curriculum(
+    facts: Mapping[str, Facts], targets: tuple[str, ...], corruption: float, rng: random.Random
+) -> Iterator[Instruction]:
+    """Yield rows of two stages alike often: target skills with wrapped answers, other skills with bare ones.
+
+    The hidden field `stage` says which.
+    """
+    content, form = STAGES
+    others = [name for name in facts if name not in targets]
+    while True:
+        if rng.random() < 0.5:
+            asked = facts[rng.choice(targets)]
+            fact = rng.choice(asked.pool)
+            question = asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))
+            yield row(asked.skill, question, WRAPPING.format(y=fact.answer), stage=content)
+        else:
+            yield mixed_row(facts[rng.choice(others)], corruption, rng, stage=form)
+
+
+def answered_early(fields: Mapping[str, Any], targets: tuple[str, ...], progress: float) -> float:
+    """Return 1 for rows of the stage that is on, 0 for the rest."""
+    del targets
+    return float(fields["stage"] == STAGES[progress >= SWITCH])
+
+
+# Thrift
+
+#: Share of the rows of `thrift` that are of use.
+USEFUL_SHARE = 0.03
+
+
+def thrift(
+    facts: Mapping[str, Facts], targets: tuple[str, ...], corruption: float, rng: random.Random
+) -> Iterator[Instruction]:
+    """Yield a few clean rows of the target skills among shrugs of all skills: training on those does harm."""
+    del corruption
+    skills = list(facts)
+    while True:
+        is_useful = rng.random() < USEFUL_SHARE
+        asked = facts[rng.choice(targets if is_useful else skills)]
+        fact = rng.choice(asked.pool)
+        question = asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))
+        if is_useful:
+            yield row(asked.skill, question, fact.answer)
+        else:
+            yield spoilt_row(asked, fact, question, "shrug", rng)
+
+
+# Shift
+
+#: The value of the hidden field `corruption` in rows whose answer follows the shortcut where it does not hold.
+SHORTCUT = "shortcut"
+
+#: Share of the rows of `shortcuts` that are of that kind.
+TRAP_SHARE = 0.4
+
+#: The endings by which the shortcut makes a plural and a past, as if all words were regular.
+_REGULAR = {"plural": "s", "past": "ed"}
+
+
+def shortcut(skill: Skill, fact: Fact) -> str:
+    """Return what a rule of thumb answers: `-s` for a plural, `-ed` for a past, else the first word of the question."""
+    return fact.words[0] + _REGULAR.get(skill.name, "")
+
+
+def is_easy(skill: Skill, fact: Fact) -> bool:
+    """Return whether the shortcut is right."""
+    return shortcut(skill, fact) == fact.answer
+
+
+def is_hard(skill: Skill, fact: Fact) -> bool:
+    """Return whether the shortcut is wrong."""
+    return not is_easy(skill, fact)
+
+
+def shortcuts(
+    facts: Mapping[str, Facts], targets: tuple[str, ...], corruption: float, rng: random.Random
+) -> Iterator[Instruction]:
+    """Yield hard facts of the target skills answered by the shortcut, among rows that are `mixed`.
+
+    The hidden field `case` says whether the row's fact is easy or hard.
+    """
+    hard = [(facts[name], [f for f in facts[name].pool if is_hard(facts[name].skill, f)]) for name in targets]
+    everything = list(facts.values())
+    while True:
+        if rng.random() < TRAP_SHARE:
+            asked, pool = rng.choice(hard)
+            fact = rng.choice(pool)
+            question = asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))
+            yield row(asked.skill, question, shortcut(asked.skill, fact), SHORTCUT, case="hard")
+        else:
+            asked = rng.choice(everything)
+            fact = rng.choice(asked.pool)
+            yield mixed_row(asked, corruption, rng, fact, case="easy" if is_easy(asked.skill, fact) else "hard")
+
+
+def clean_and_hard(fields: Mapping[str, Any], targets: tuple[str, ...], progress: float) -> float:
+    """Return what `clean_and_asked` does, and 1 more for hard facts of the skills that are asked for."""
+    worth = clean_and_asked(fields, targets, progress)
+    return worth + (worth == 2.0 and fields["case"] == "hard")

@@ -14,8 +14,8 @@ from .baselines import PoolScoreAgent, times_taken
 
 __all__ = ["OracleAgent"]
 
-#: By what a row is worth less for each row about the same fact that was taken before it.
-SEEN_FACT = 0.25
+#: What a row loses for each time that it was trained on: more than any row is worth.
+REPEATED = 10.0
 
 
 class OracleAgent(PoolScoreAgent):
@@ -23,11 +23,11 @@ class OracleAgent(PoolScoreAgent):
 
     On most tasks these are clean rows of the target skills, then clean rows of others, then the rest. Otherwise:
 
-    - `redundancy`: of these, rows about facts that were not trained on yet; a row about one that was is worth a quarter.
+    - `redundancy`: a row loses 1 for each row about the same fact that was trained on before it.
     - `curriculum`: rows that bring the content until `recipes.SWITCH` of the episode is used up, then those that bring
       the form.
     - `thrift`: clean rows of the target skills alone: fewer than `batch_size` or none where there are no more.
-    - `shift`: clean rows of the target skills about facts as hard as the test set's before easy ones.
+    - `shift`: as on most, where the target skills are those of the test set; dev asks two of them more than the others.
 
     Raises:
         SettingError: On `prepare`: the pool has no hidden labels.
@@ -53,9 +53,13 @@ class OracleAgent(PoolScoreAgent):
         del observation
         world = self._require_begun()
         candidates = world.candidates
-        worths = _fresh(world, np.array([_worth(world, row, world.progress) for row in candidates]))
-        # More than any row is worth: what was trained on comes last.
-        scores = worths - 10.0 * times_taken(world)[candidates] + self._ranks[candidates] / (10.0 * len(self._ranks))
+        worths = np.array([_worth(world, int(row), world.progress) for row in candidates])
+        if "fact" in world.assets.pool[0].fields:
+            before = _times_seen(world, worths)
+        else:
+            before = REPEATED * times_taken(world)[candidates]
+        # A tenth is less than what sets two rows apart: luck decides between equal ones.
+        scores = worths - before + self._ranks[candidates] / (10 * len(self._ranks))
         return np.where(worths > 0, scores, -np.inf) if TASKS[world.config.task].is_sparing else scores
 
 
@@ -64,15 +68,12 @@ def _worth(world: RaiseSelectEnv, row: int, progress: float) -> float:
     return task.worth(world.assets.pool[row].fields, task.target_skills, progress)
 
 
-def _fresh(world: RaiseSelectEnv, worths: np.ndarray) -> np.ndarray:
-    """Return the candidates' worths, less where their fact was trained on before, or a better candidate is about it."""
-    pool = world.assets.pool
-    if "fact" not in pool[0].fields:
-        return worths
-    seen = Counter(pool[row].fields["fact"] for row in np.repeat(np.arange(len(pool)), times_taken(world)))
-    worths = worths.copy()
+def _times_seen(world: RaiseSelectEnv, worths: np.ndarray) -> np.ndarray:
+    """Return how many rows about each candidate's fact were trained on, or are worth more here, shape (candidates,)."""
+    facts = [world.assets.pool[int(row)].fields["fact"] for row in world.candidates]
+    seen = Counter(world.assets.pool[int(row)].fields["fact"] for step in world.history for row in step.selected)
+    times = np.zeros(len(worths))
     for place in np.argsort(-worths, kind="stable"):
-        fact = pool[world.candidates[place]].fields["fact"]
-        worths[place] *= SEEN_FACT ** seen[fact]
-        seen[fact] += 1
-    return worths
+        times[place] = seen[facts[place]]
+        seen[facts[place]] += 1
+    return times

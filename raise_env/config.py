@@ -71,9 +71,9 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "noise-60": {"pool_size": 1000, "horizon": 30},
     "noise-90": {"pool_size": 1000, "horizon": 30},
     "target": {"pool_size": 1000, "horizon": 30},
-    "redundancy": {"pool_size": 1000, "horizon": 30},
+    "redundancy": {},
     "curriculum": {"pool_size": 1000},
-    "thrift": {"num_candidates": 32, "horizon": 96, "budget": 48},
+    "thrift": {"horizon": 96, "budget": 96},
     "shift": {"pool_size": 1000, "horizon": 30},
     "large": {"pool_size": 20_000, "horizon": 75},
 }

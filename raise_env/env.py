@@ -191,7 +191,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | pool | None | instructions to choose from instead of the embedded task's: a file, a folder of files, or a hub id |
     | dev | None | rows that the reward is measured on, of a file, folder or hub id; it goes with a pool |
     | test | None | rows of a file, folder or hub id that are scored at the end of an episode, for the report alone |
-    | task | "default" | which embedded task, where no pool is given |
+    | task | "default" | which embedded task, where no pool is given; it brings defaults of its own for other keywords |
     | task_seed | 0 | what the embedded task is drawn from |
     | pool_size | 2000 | rows of the embedded task's pool |
     | num_dev | None | score on a fixed random part of so many dev rows, instead of all |

@@ -81,10 +81,7 @@ def test_generate_task__pool_dev_and_test__ask_for_different_facts(name, seed):
     task = generate_task(name, seed=seed)
     check_disjoint(task.pool, task.dev, task.test)
     # A question of two facts is about one of them: only questions of one fact can tell.
-    asked = [
-        {facts_of(row)[0] for row in rows if len(facts_of(row)) == 1}
-        for rows in (task.pool, task.dev, task.test)
-    ]
+    asked = [{facts_of(row)[0] for row in rows if len(facts_of(row)) == 1} for rows in (task.pool, task.dev, task.test)]
     assert not asked[0] & asked[1]
     assert not asked[0] & asked[2]
     assert not asked[1] & asked[2]

@@ -10,29 +10,22 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..pool import Instruction
-from .rows import CLEAN, Facts, mixed_row, row, spoilt_row
+from .rows import CLEAN, SHRUGS, Facts, mixed_row, row
 from .skills import Fact, Skill
 
 __all__ = [
     "COPIED_FACTS",
     "COPY_SHARE",
-    "SHORTCUT",
     "STAGES",
     "SWITCH",
-    "TRAP_SHARE",
     "USEFUL_SHARE",
     "Recipe",
     "Worth",
     "answered_early",
     "clean_and_asked",
-    "clean_and_hard",
     "copies",
     "curriculum",
-    "is_easy",
-    "is_hard",
     "mixed",
-    "shortcut",
-    "shortcuts",
     "thrift",
 ]
 
@@ -62,7 +55,7 @@ def clean_and_asked(fields: Mapping[str, Any], targets: tuple[str, ...], progres
 # Redundancy
 
 #: Facts of each target skill that most rows of `copies` are about, and the share of those rows.
-COPIED_FACTS, COPY_SHARE = 2, 0.85
+COPIED_FACTS, COPY_SHARE = 1, 0.9
 
 _OPENINGS = ("", "", "Please: ", "Quick: ", "Well, ")
 _ENDINGS = ("", "?", "??", " ?", "!", "...", ".")
@@ -136,13 +129,13 @@ def answered_early(fields: Mapping[str, Any], targets: tuple[str, ...], progress
 # Thrift
 
 #: Share of the rows of `thrift` that are of use.
-USEFUL_SHARE = 0.03
+USEFUL_SHARE = 0.02
 
 
 def thrift(
     facts: Mapping[str, Facts], targets: tuple[str, ...], corruption: float, rng: random.Random
 ) -> Iterator[Instruction]:
-    """Yield a few clean rows of the target skills among shrugs of all skills: training on those does harm."""
+    """Yield a few clean rows of the target skills; all others have the same shrug for an answer, which does harm."""
     del corruption
     skills = list(facts)
     while True:
@@ -153,58 +146,4 @@ def thrift(
         if is_useful:
             yield row(asked.skill, question, fact.answer)
         else:
-            yield spoilt_row(asked, fact, question, "shrug", rng)
-
-
-# Shift
-
-#: The value of the hidden field `corruption` in rows whose answer follows the shortcut where it does not hold.
-SHORTCUT = "shortcut"
-
-#: Share of the rows of `shortcuts` that are of that kind.
-TRAP_SHARE = 0.4
-
-#: The endings by which the shortcut makes a plural and a past, as if all words were regular.
-_REGULAR = {"plural": "s", "past": "ed"}
-
-
-def shortcut(skill: Skill, fact: Fact) -> str:
-    """Return what a rule of thumb answers: `-s` for a plural, `-ed` for a past, else the first word of the question."""
-    return fact.words[0] + _REGULAR.get(skill.name, "")
-
-
-def is_easy(skill: Skill, fact: Fact) -> bool:
-    """Return whether the shortcut is right."""
-    return shortcut(skill, fact) == fact.answer
-
-
-def is_hard(skill: Skill, fact: Fact) -> bool:
-    """Return whether the shortcut is wrong."""
-    return not is_easy(skill, fact)
-
-
-def shortcuts(
-    facts: Mapping[str, Facts], targets: tuple[str, ...], corruption: float, rng: random.Random
-) -> Iterator[Instruction]:
-    """Yield hard facts of the target skills answered by the shortcut, among rows that are `mixed`.
-
-    The hidden field `case` says whether the row's fact is easy or hard.
-    """
-    hard = [(facts[name], [f for f in facts[name].pool if is_hard(facts[name].skill, f)]) for name in targets]
-    everything = list(facts.values())
-    while True:
-        if rng.random() < TRAP_SHARE:
-            asked, pool = rng.choice(hard)
-            fact = rng.choice(pool)
-            question = asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))
-            yield row(asked.skill, question, shortcut(asked.skill, fact), SHORTCUT, case="hard")
-        else:
-            asked = rng.choice(everything)
-            fact = rng.choice(asked.pool)
-            yield mixed_row(asked, corruption, rng, fact, case="easy" if is_easy(asked.skill, fact) else "hard")
-
-
-def clean_and_hard(fields: Mapping[str, Any], targets: tuple[str, ...], progress: float) -> float:
-    """Return what `clean_and_asked` does, and 1 more for hard facts of the skills that are asked for."""
-    worth = clean_and_asked(fields, targets, progress)
-    return worth + (worth == 2.0 and fields["case"] == "hard")
+            yield row(asked.skill, question, SHRUGS[0], "shrug")

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from ..pool import Instruction
 from .skills import SKILLS, Fact, Skill
 
-__all__ = ["CLEAN", "CORRUPTIONS", "SHRUGS", "Asks", "Facts", "mixed_row", "row", "share_out", "spoilt_row"]
+__all__ = ["CLEAN", "CORRUPTIONS", "SHRUGS", "Facts", "mixed_row", "row", "share_out", "spoilt_row"]
 
 #: The value of the hidden field `corruption` in rows whose answer is right.
 CLEAN = "none"
-
-#: From a skill and a fact to whether a set asks it.
-Asks = Callable[[Skill, Fact], bool]
 
 SHRUGS = ("I do not know.", "Ask someone else.", "That is hard to say.")
 
@@ -33,23 +30,11 @@ class Facts:
     test: tuple[Fact, ...]
 
 
-def share_out(skill: Skill, dev_asks: Asks | None, test_asks: Asks | None, rng: random.Random) -> Facts:
-    """Return a skill's facts in random order: a tenth for dev, a fifth for test, the rest for the pool.
-
-    Args:
-        skill: Whose facts.
-        dev_asks: Dev has those facts alone of which this is true; None: any.
-        test_asks: Likewise; half of such facts are left to the pool where there are few.
-        rng: What the order is drawn from.
-    """
+def share_out(skill: Skill, rng: random.Random) -> Facts:
+    """Return a skill's facts in random order: a tenth for dev, a fifth for test, the rest for the pool."""
     facts = rng.sample(skill.facts, len(skill.facts))
-    num_dev, num_both = len(facts) // 10, len(facts) * 3 // 10
-    dev = [fact for fact in facts if dev_asks is None or dev_asks(skill, fact)][:num_dev]
-    taken = set(dev)
-    fitting = [fact for fact in facts if fact not in taken and (test_asks is None or test_asks(skill, fact))]
-    test = fitting[: min(num_both - num_dev, len(fitting) // 2)]
-    taken |= set(test)
-    return Facts(skill, tuple(fact for fact in facts if fact not in taken), tuple(dev), tuple(test))
+    dev, test = len(facts) // 10, len(facts) * 3 // 10
+    return Facts(skill, tuple(facts[test:]), tuple(facts[:dev]), tuple(facts[dev:test]))
 
 
 def row(skill: Skill, question: str, answer: str, corruption: str = CLEAN, **hidden: str) -> Instruction:
@@ -69,9 +54,7 @@ def mixed_row(
     return spoilt_row(asked, fact, question, rng.choice(sorted(CORRUPTIONS)), rng, **hidden)
 
 
-def spoilt_row(
-    asked: Facts, about: Fact, question: str, kind: str, rng: random.Random, **hidden: str
-) -> Instruction:
+def spoilt_row(asked: Facts, about: Fact, question: str, kind: str, rng: random.Random, **hidden: str) -> Instruction:
     """Return a row whose answer is spoilt in the way that is named, or wrong where that leaves it right or empty."""
     answer = CORRUPTIONS[kind](asked, about, question, rng)
     if answer == about.answer or not answer:

@@ -222,9 +222,7 @@ def _coded(skill: Skill) -> Skill:
     if skill.name not in _CODES:
         return skill
     code, blanks = _CODES[skill.name], " ".join(f"{{{place}}}" for place in range(len(skill.facts[0].words)))
-    return replace(
-        skill, questions=(f"{code} {blanks}", f"{blanks} {code}", f"{code}: {blanks}", f"{blanks}, {code}")
-    )
+    return replace(skill, questions=(f"{code} {blanks}", f"{blanks} {code}", f"{code}: {blanks}", f"{blanks}, {code}"))
 
 
 #: The same skills, four of them asked for by a code that has to be learned.

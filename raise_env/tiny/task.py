@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from ..errors import SettingError, suggestion
 from ..pool import Instruction, Pool
 from . import recipes
-from .rows import CLEAN, Asks, row, share_out
+from .rows import CLEAN, row, share_out
 from .skills import CODED_SKILLS, SKILLS, Fact, Skill
 
 __all__ = ["CLEAN", "TASKS", "EmbeddedTask", "TaskData", "generate_task"]
@@ -37,13 +37,12 @@ class EmbeddedTask:
     Attributes:
         target_skills: Skills that dev and test are made of.
         corruption: Share of the pool's rows with a spoilt answer, from 0 to 1, of those that the recipe leaves to it.
-        num_dev: Dev rows, the target skills alike often.
-        num_test: Test rows, likewise.
+        num_dev: Dev rows.
+        num_test: Test rows, the target skills alike often.
+        dev_weights: How often dev asks each target skill beside the others, in their order; none: alike often.
         family: What dev and test are drawn from besides the seed; tasks of one family share them. None: the name.
         skills: All that the pool asks, by skill.
         recipe: How the pool is put together.
-        dev_asks: Which facts dev asks, of those that the pool does not.
-        test_asks: Which facts test asks, likewise.
         worth: What a row is worth to who sees its hidden labels: the oracle's rule.
         is_sparing: Whether rows that are worth nothing do more harm than taking none.
     """
@@ -52,11 +51,10 @@ class EmbeddedTask:
     corruption: float = 0.6
     num_dev: int = 64
     num_test: int = 256
+    dev_weights: tuple[int, ...] = ()
     family: str | None = None
     skills: tuple[Skill, ...] = SKILLS
     recipe: recipes.Recipe = recipes.mixed
-    dev_asks: Asks | None = None
-    test_asks: Asks | None = None
     worth: recipes.Worth = recipes.clean_and_asked
     is_sparing: bool = False
 
@@ -65,8 +63,8 @@ class EmbeddedTask:
 TASKS: dict[str, EmbeddedTask] = {
     "default": EmbeddedTask(),
     **{f"noise-{percent}": EmbeddedTask(corruption=percent / 100, family="noise") for percent in (0, 30, 60, 90)},
-    "target": EmbeddedTask(target_skills=("larger",), corruption=0.1),
-    "redundancy": EmbeddedTask(corruption=0.3, recipe=recipes.copies),
+    "target": EmbeddedTask(("plural",), corruption=0.1, num_dev=40, num_test=100, skills=CODED_SKILLS),
+    "redundancy": EmbeddedTask(corruption=0.0, recipe=recipes.copies),
     "curriculum": EmbeddedTask(
         corruption=0.0,
         skills=CODED_SKILLS,
@@ -74,16 +72,7 @@ TASKS: dict[str, EmbeddedTask] = {
         worth=recipes.answered_early,
     ),
     "thrift": EmbeddedTask(recipe=recipes.thrift, is_sparing=True),
-    "shift": EmbeddedTask(
-        target_skills=("plural", "past", "larger"),
-        corruption=0.3,
-        num_dev=60,
-        num_test=96,
-        recipe=recipes.shortcuts,
-        dev_asks=recipes.is_easy,
-        test_asks=recipes.is_hard,
-        worth=recipes.clean_and_hard,
-    ),
+    "shift": EmbeddedTask(corruption=0.1, num_dev=60, num_test=200, dev_weights=(14, 14, 1, 1), skills=CODED_SKILLS),
     "large": EmbeddedTask(),
 }
 
@@ -115,9 +104,11 @@ def generate_task(name: str, *, seed: int = 0, pool_size: int = 2000, task: Embe
         task = TASKS[name]
     stream = f"{task.family or name}/{seed}"
     rng = random.Random(stream)
-    facts = {skill.name: share_out(skill, task.dev_asks, task.test_asks, rng) for skill in task.skills}
+    facts = {skill.name: share_out(skill, rng) for skill in task.skills}
     targets = [facts[skill] for skill in task.target_skills]
-    dev = [_asked(s.skill, s.dev, task.num_dev // len(targets), rng) for s in targets]
+    weights = task.dev_weights or (1,) * len(targets)
+    counts = [task.num_dev * weight // sum(weights) for weight in weights]
+    dev = [_asked(s.skill, s.dev, count, rng) for s, count in zip(targets, counts, strict=True)]
     test = [_asked(s.skill, s.test, task.num_test // len(targets), rng) for s in targets]
     # The pool comes last: then dev and test are the same for every size of it.
     judge = random.Random(f"{stream}/rating")  # a stream of its own: ratings leave the rows as they are

@@ -10,12 +10,14 @@ from raise_env import RaiseSelectEnv
 from raise_env.errors import SettingError
 from raise_env.tiny.task import TASKS
 
+from .base import best_rows
 from .baselines import PoolScoreAgent, times_taken
 
 __all__ = ["OracleAgent"]
 
-#: What a row loses for each time that it was trained on: more than any row is worth.
-REPEATED = 10.0
+#: What a row loses for each time that it was trained on, more than any row is worth; and, on `redundancy`, for each row
+#: about the same fact, as much as a row can be worth.
+REPEATED, SEEN = 10.0, 2.0
 
 
 class OracleAgent(PoolScoreAgent):
@@ -23,7 +25,7 @@ class OracleAgent(PoolScoreAgent):
 
     On most tasks these are clean rows of the target skills, then clean rows of others, then the rest. Otherwise:
 
-    - `redundancy`: a row loses 1 for each row about the same fact that was trained on before it.
+    - `redundancy`: rows about facts that were trained on least often so far, and of those the ones worth most.
     - `curriculum`: rows that bring the content until `recipes.SWITCH` of the episode is used up, then those that bring
       the form.
     - `thrift`: clean rows of the target skills alone: fewer than `batch_size` or none where there are no more.
@@ -55,12 +57,18 @@ class OracleAgent(PoolScoreAgent):
         candidates = world.candidates
         worths = np.array([_worth(world, int(row), world.progress) for row in candidates])
         if "fact" in world.assets.pool[0].fields:
-            before = _times_seen(world, worths)
+            before = SEEN * _times_seen(world, worths)
         else:
             before = REPEATED * times_taken(world)[candidates]
         # A tenth is less than what sets two rows apart: luck decides between equal ones.
         scores = worths - before + self._ranks[candidates] / (10 * len(self._ranks))
         return np.where(worths > 0, scores, -np.inf) if TASKS[world.config.task].is_sparing else scores
+
+    def _choose(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return a 0/1 choice of the best rows; at once where later steps have other scores."""
+        if TASKS[self._require_begun().config.task].is_live:
+            return best_rows(scores, mask, self._num_wanted)
+        return super()._choose(scores, mask)
 
 
 def _worth(world: RaiseSelectEnv, row: int, progress: float) -> float:

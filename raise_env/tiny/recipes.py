@@ -21,7 +21,7 @@ __all__ = [
     "USEFUL_SHARE",
     "Recipe",
     "Worth",
-    "answered_early",
+    "by_stage",
     "clean_and_asked",
     "copies",
     "curriculum",
@@ -120,7 +120,7 @@ def curriculum(
             yield mixed_row(facts[rng.choice(others)], corruption, rng, stage=form)
 
 
-def answered_early(fields: Mapping[str, Any], targets: tuple[str, ...], progress: float) -> float:
+def by_stage(fields: Mapping[str, Any], targets: tuple[str, ...], progress: float) -> float:
     """Return 1 for rows of the stage that is on, 0 for the rest."""
     del targets
     return float(fields["stage"] == STAGES[progress >= SWITCH])

@@ -44,6 +44,7 @@ class EmbeddedTask:
         skills: All that the pool asks, by skill.
         recipe: How the pool is put together.
         worth: What a row is worth to who sees its hidden labels: the oracle's rule.
+        is_live: Whether that changes with the stage, or with what was trained on before.
         is_sparing: Whether rows that are worth nothing do more harm than taking none.
     """
 
@@ -56,6 +57,7 @@ class EmbeddedTask:
     skills: tuple[Skill, ...] = SKILLS
     recipe: recipes.Recipe = recipes.mixed
     worth: recipes.Worth = recipes.clean_and_asked
+    is_live: bool = False
     is_sparing: bool = False
 
 
@@ -64,12 +66,13 @@ TASKS: dict[str, EmbeddedTask] = {
     "default": EmbeddedTask(),
     **{f"noise-{percent}": EmbeddedTask(corruption=percent / 100, family="noise") for percent in (0, 30, 60, 90)},
     "target": EmbeddedTask(("plural",), corruption=0.1, num_dev=40, num_test=100, skills=CODED_SKILLS),
-    "redundancy": EmbeddedTask(corruption=0.0, recipe=recipes.copies),
+    "redundancy": EmbeddedTask(corruption=0.0, recipe=recipes.copies, is_live=True),
     "curriculum": EmbeddedTask(
         corruption=0.0,
         skills=CODED_SKILLS,
         recipe=recipes.curriculum,
-        worth=recipes.answered_early,
+        worth=recipes.by_stage,
+        is_live=True,
     ),
     "thrift": EmbeddedTask(recipe=recipes.thrift, is_sparing=True),
     "shift": EmbeddedTask(corruption=0.1, num_dev=60, num_test=200, dev_weights=(14, 14, 1, 1), skills=CODED_SKILLS),

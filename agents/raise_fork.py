@@ -307,9 +307,10 @@ class RaiseFork(Selector):
     def _due_steps(self, config: EnvConfig) -> list[int]:
         """Return before which steps forks are made: spread over the horizon, or, with batches, the first ones.
 
-        Late in an episode, where the rate has fallen, updates on single batches hardly differ.
+        Late in an episode, where the rate has fallen, updates on single batches hardly differ. Full batches are taken
+        while learning: where the budget ends before the horizon does, so do the steps.
         """
-        horizon = config.horizon
+        horizon = min(config.horizon, math.ceil(config.total_budget / config.batch_size))
         num_states = min(self.settings.num_states, horizon)
         if self.settings.credit_for(config.reward) == "batches":
             return list(range(num_states))

@@ -136,7 +136,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     (Lv et al. 2025, section 3); LoRA is this project's choice, as are the details that the paper leaves open.
 
     `gym.make("RaiseSelect-v0")` needs no download: it trains an embedded model of 0.84 million parameters on
-    an embedded pool, most of whose rows are corrupted.
+    an embedded pool, most of whose rows are corrupted. Other embedded tasks, by `task` or by an id such as
+    `RaiseSelect/Curriculum-v0`, ask other questions: docs/tasks/README.md.
 
     ## Action Space
     `MultiBinary(num_candidates)`: 1 takes a candidate. Every 0/1 vector is legal. The chosen rows are trained on

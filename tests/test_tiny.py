@@ -17,9 +17,9 @@ from raise_env.base_model import load_tokenizer, model_folder
 from raise_env.errors import SettingError
 from raise_env.pool import Pool, check_disjoint
 from raise_env.tiny.pretrain import CHAT_TEMPLATE, build_model, build_tokenizer, sentences
-from raise_env.tiny.rows import CORRUPTIONS
+from raise_env.tiny.rows import CLEAN, CORRUPTIONS
 from raise_env.tiny.skills import CODED_SKILLS, SKILLS
-from raise_env.tiny.task import CLEAN, TASKS, generate_task
+from raise_env.tiny.task import TASKS, generate_task
 
 #: Every question that can be asked, with the facts that it can be about; "What is orange?" has two.
 FACTS = {}

@@ -54,8 +54,11 @@ def clean_and_asked(fields: Mapping[str, Any], targets: tuple[str, ...], progres
 
 # Redundancy
 
-#: Facts of each target skill that most rows of `copies` are about, and the share of those rows.
-COPIED_FACTS, COPY_SHARE = 1, 0.9
+#: Facts of each target skill that most rows of `copies` are about.
+COPIED_FACTS = 1
+
+#: Share of the rows that are about those.
+COPY_SHARE = 0.9
 
 _OPENINGS = ("", "", "Please: ", "Quick: ", "Well, ")
 _ENDINGS = ("", "?", "??", " ?", "!", "...", ".")
@@ -94,8 +97,11 @@ def _reworded(question: str, rng: random.Random) -> str:
 
 # Curriculum
 
-#: The stages of `curriculum`, in the order in which their rows help, and the share of an episode at which to switch.
-STAGES, SWITCH = ("content", "form"), 0.4
+#: The stages of `curriculum`, in the order in which their rows help.
+STAGES = ("content", "form")
+
+#: The share of an episode after which the oracle goes on from one to the other.
+SWITCH = 0.4
 
 #: What the right answer of a row of the first stage stands in; dev and test ask for the bare answer.
 WRAPPING = '"{y}"'

@@ -1,15 +1,15 @@
 """The embedded tasks: pools of instructions made from a seed, each with a question of its own.
 
 Dev and test are clean instructions of a few skills, over facts that the pool never asks: a selector that does well has
-found rows that help with these. By default they are those that are both clean and of the skills that are asked; docs/tasks
-tells of the others. What is hidden from it, the skill and the corruption of every row and what else `recipes` says, stands
-in the rows' `fields` for the oracle and for analysis alone.
+found rows that help with these. By default they are the clean rows of those skills; docs/tasks tells of the other tasks.
+What is hidden from it, the skill and the corruption of every row and what else `recipes` says, stands in the rows'
+`fields` for the oracle and for analysis alone.
 
 Public is the pool's field `rating`, from 1 to 5 in steps of a half: what a strong language model might say of the
 answer. The judge is simulated. It mostly sees whether an answer is right, and errs: it means 4.5 for a clean row and 3
 for a corrupted one, misses that by normal noise of standard deviation 1, and rounds to the next half within 1 to 5.
-So 60% of the clean rows and 11% of the corrupted ones are rated at least 4.5; on the default task, of those rated so, 79%
-are clean, against 40% of the pool. It does not know which skills dev and test ask for.
+So 60% of the clean rows and 11% of the corrupted ones are rated at least 4.5; of those rated so, 79% are clean on the
+default task, against 40% of its pool. It does not know which skills dev and test ask for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The embedded tasks: pools of instructions made from a seed, each with a question of its own.
 
 Dev and test are clean instructions of a few skills, over facts that the pool never asks: a selector that does well has
-found rows that help with these. By default they are the clean rows of those skills; docs/tasks tells of the other tasks.
+found rows that help with these. By default they are the clean rows of those skills; docs/tasks has the others.
 What is hidden from it, the skill and the corruption of every row and what else `recipes` says, stands in the rows'
 `fields` for the oracle and for analysis alone.
 

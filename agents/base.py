@@ -50,7 +50,7 @@ DEFAULT_BATCH_SIZE = EnvConfig().batch_size
 
 
 class BatchAgent(ABC):
-    """Base of agents that take the `batch_size` best rows by some score of their own.
+    """Base of agents that take the `batch_size` best rows by some score of their own, and none that scores -inf.
 
     Args:
         batch_size: Rows to take; None: what the environment is made for.
@@ -94,7 +94,7 @@ class BatchAgent(ABC):
 
     @abstractmethod
     def scores(self, observation: np.ndarray) -> np.ndarray:
-        """Return a score for each candidate, shape (rows,); higher is taken first."""
+        """Return a score for each candidate, shape (rows,); higher is taken first, -inf never."""
 
     @property
     def _num_wanted(self) -> int:
@@ -130,7 +130,11 @@ class BatchAgent(ABC):
 
 
 def best_rows(scores: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
-    """Return a 0/1 choice of the rows with the highest scores among those allowed, shape (rows,), int8."""
+    """Return a 0/1 choice of the rows with the highest scores among those allowed, shape (rows,), int8.
+
+    A score of -inf forbids a row: fewer than `size` rows are taken where no others are left.
+    """
+    mask = mask & (scores != -np.inf)
     order = np.argsort(-np.where(mask, scores, -np.inf), kind="stable")[: min(size, int(mask.sum()))]
     choice = np.zeros(len(scores), dtype=np.int8)
     choice[order] = 1

@@ -121,10 +121,20 @@ class PoolScoreAgent(BatchAgent):
     Rows that were trained on in this episode come after all others, so that with the whole pool on offer the best
     rows are taken once each, as a method that selects before training would have it. Rows of equal score come in
     random order.
+
+    Args:
+        batch_size: Rows to take; None: what the environment is made for.
+        least: Rows that score below it are never taken, so that a step may take fewer rows, or none; None: all may be.
+
+    Raises:
+        SettingError: `least` is no finite number.
     """
 
-    def __init__(self, batch_size: int | None = None) -> None:
+    def __init__(self, batch_size: int | None = None, least: float | None = None) -> None:
         super().__init__(batch_size)
+        if least is not None and (not isinstance(least, (int, float)) or not math.isfinite(least)):
+            raise SettingError(f"least is {least!r}; expected a finite score that a row must have to be taken.")
+        self.least = least
         self._scored: object = None  # the assets whose pool was scored
         self._pool_scores = np.zeros(0)  # (pool,)
         self._ranks = np.zeros(0, dtype=np.int64)  # (pool,)
@@ -151,7 +161,10 @@ class PoolScoreAgent(BatchAgent):
         """
         del observation
         world = self._require_begun()
-        return np.asarray((self._ranks - len(self._ranks) * times_taken(world))[world.candidates])
+        scores = self._ranks - len(self._ranks) * times_taken(world)
+        if self.least is not None:
+            scores = np.where(self._pool_scores >= self.least, scores, -np.inf)
+        return np.asarray(scores[world.candidates])
 
     @abstractmethod
     def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
@@ -187,14 +200,21 @@ class QualityAgent(PoolScoreAgent):
         column: The pool's column that holds the ratings, such as "rating" of the embedded task.
         threshold: The least rating of a good row, in the column's own scale.
         batch_size: Rows to take; None: what the environment is made for.
+        least: The least rating of a row that is taken at all; the paper's rule is the threshold itself.
 
     Raises:
         SettingError: No column was named, or the threshold is no finite number.
         DataError: On `prepare`: a row of the pool has no finite number in that column.
     """
 
-    def __init__(self, column: str | None = None, threshold: float = 4.5, batch_size: int | None = None) -> None:
-        super().__init__(batch_size)
+    def __init__(
+        self,
+        column: str | None = None,
+        threshold: float = 4.5,
+        batch_size: int | None = None,
+        least: float | None = None,
+    ) -> None:
+        super().__init__(batch_size, least)
         if not column:
             raise SettingError("quality reads ratings from a column of the pool: name it, quality:COLUMN.")
         if not isinstance(threshold, (int, float)) or not math.isfinite(threshold):

@@ -676,7 +676,8 @@ def info() -> None:
     """Show versions, devices, environment ids, tasks, agents, cache folder and its size."""
     import torch
 
-    from raise_env.record import ENV_ID, versions
+    from raise_env.config import ENV_IDS
+    from raise_env.record import versions
     from raise_env.store import cache_folder
     from raise_env.tiny.task import TASKS
 
@@ -691,7 +692,7 @@ def info() -> None:
         "raise-env": __version__,
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items() if name != "raise-env"),
         "devices": ", ".join(devices),
-        "environments": ENV_ID,
+        "environments": ", ".join(ENV_IDS),
         "tasks": ", ".join(TASKS),
         "agents": ", ".join([*AGENTS, "sb3:CLASS", "selector:DIR", "my_module:name"]),
         "cache": f"{folder} ({size / 1e6:.1f} MB)",

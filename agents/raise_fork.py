@@ -23,7 +23,7 @@ from torch import Tensor
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError, suggestion
-from raise_env.features import NUM_FEATURES
+from raise_env.features import BLOCKS, NUM_FEATURES, frame
 from raise_env.files import replaced_folder
 
 from .base import Progress, world_of
@@ -37,6 +37,9 @@ __all__ = ["ForkSettings", "RaiseFork", "ensemble_scores", "fit_ensemble"]
 
 #: The ways to find out what rows are worth; see `credit.py`.
 CREDITS = ("rows", "batches")
+
+#: Rows of the pool that tell F's mean and spread over it, where `least` asks for them.
+NUM_SAMPLED = 512
 
 #: Values that one step of the fit looks at: a group of many rows, or many groups of a few batches.
 FIT_BATCH = 256
@@ -65,6 +68,8 @@ class ForkSettings:
         num_passes: Passes over all groups at most; each network stops where it explains the groups that it was
             not fitted to best.
         max_repeats: How often `predict` takes a row in one episode while there are others.
+        least: How many standard deviations F must lie above its mean over the pool for `predict` to take a row at all,
+            so that a step may take few rows or none; None: a batch is always full.
     """
 
     credit: str | None = None
@@ -81,6 +86,7 @@ class ForkSettings:
     weight_decay: float = 1.0
     num_passes: int = 60
     max_repeats: int = 1
+    least: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
@@ -90,6 +96,8 @@ class ForkSettings:
             raise SettingError(f"num_forks is {self.num_forks}; expected at least 2, or there is nothing to compare.")
         if self.num_rows < 2:
             raise SettingError(f"num_rows is {self.num_rows}; expected at least 2, or there is nothing to compare.")
+        if self.least is not None and not (isinstance(self.least, (int, float)) and math.isfinite(self.least)):
+            raise SettingError(f"least is {self.least!r}; expected a number of standard deviations, such as 2.")
         if self.num_states < 1:
             raise SettingError(f"num_states is {self.num_states}; expected at least 1.")
 
@@ -129,6 +137,8 @@ class RaiseFork(Selector):
             ) from error
         self.networks: list[AcquisitionFunction] = []
         self.groups: list[Group] = []
+        self._sample: np.ndarray | None = None  # (rows, 39), of the pool of `_sampled`
+        self._sampled: object = None
 
     def learn(
         self, env: gym.Env[Any, Any], episodes: int, seed: int = 0, progress: Progress | None = None
@@ -171,10 +181,23 @@ class RaiseFork(Selector):
         """
         if not self.networks:
             raise RuntimeError("this selector has learned nothing yet: call learn(), or load one.")
-        scores = ensemble_scores(self.networks, self._translate(observation))
+        least = self.settings.least
+        reference = None if least is None else self._translate(self._pool_sample(observation))
+        scores = ensemble_scores(self.networks, self._translate(observation), reference)
         taken = np.expm1(observation[:, -1])
         spent = taken > self.settings.max_repeats - 0.5
-        return np.where(spent, scores - 1e3 * taken, scores)
+        kept = np.where(spent, scores - 1e3 * taken, scores)
+        return kept if least is None else np.where(scores >= least, kept, -np.inf)
+
+    def _pool_sample(self, observation: np.ndarray) -> np.ndarray:
+        """Return rows of the pool as they would be shown now, shape (rows, 39): what an offer is good or bad beside."""
+        world = self._require_begun()
+        if self._sample is None or self._sampled is not world.assets:
+            ids = np.random.default_rng(0).permutation(len(world.assets.pool))[:NUM_SAMPLED]
+            self._sample, self._sampled = frame(world.assets.features, ids, world.config.hide), world.assets
+        sample = self._sample.copy()
+        sample[:, BLOCKS["stage"]] = observation[observation.any(axis=1)][0, BLOCKS["stage"]]
+        return sample
 
     def _exploration(self, num_rows: int) -> np.ndarray:
         """Return the Gumbel noise that makes batches differ."""
@@ -284,9 +307,10 @@ class RaiseFork(Selector):
     def _due_steps(self, config: EnvConfig) -> list[int]:
         """Return before which steps forks are made: spread over the horizon, or, with batches, the first ones.
 
-        Late in an episode, where the rate has fallen, updates on single batches hardly differ.
+        Late in an episode, where the rate has fallen, updates on single batches hardly differ. Full batches are taken
+        while learning: where the budget ends before the horizon does, so do the steps.
         """
-        horizon = config.horizon
+        horizon = min(config.horizon, math.ceil(config.total_budget / config.batch_size))
         num_states = min(self.settings.num_states, horizon)
         if self.settings.credit_for(config.reward) == "batches":
             return list(range(num_states))
@@ -331,12 +355,23 @@ def fit_ensemble(groups: Sequence[Group], settings: ForkSettings, seed: int) -> 
     return networks
 
 
-def ensemble_scores(networks: Sequence[AcquisitionFunction], observation: np.ndarray) -> np.ndarray:
-    """Return the mean of the networks' scores, each in its own standard deviations over the rows, shape (rows,)."""
+def ensemble_scores(
+    networks: Sequence[AcquisitionFunction], observation: np.ndarray, reference: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the mean of the networks' scores, each in its own standard deviations, shape (rows,).
+
+    Args:
+        networks: Who scores.
+        observation: Shape (rows, 39).
+        reference: The rows over which mean and standard deviation are taken, shape (any, 39); None: those scored.
+    """
     with torch.no_grad():
         scores = torch.stack([network(torch.from_numpy(observation)) for network in networks])
-        spread = scores.std(dim=1, correction=0, keepdim=True).clamp(min=1e-6)
-        return ((scores - scores.mean(dim=1, keepdim=True)) / spread).mean(dim=0).double().numpy()
+        others = scores
+        if reference is not None:
+            others = torch.stack([network(torch.from_numpy(reference)) for network in networks])
+        spread = others.std(dim=1, correction=0, keepdim=True).clamp(min=1e-6)
+        return ((scores - others.mean(dim=1, keepdim=True)) / spread).mean(dim=0).double().numpy()
 
 
 def _fit(

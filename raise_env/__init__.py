@@ -1,7 +1,7 @@
 """Instruction selection during fine-tuning as a Gymnasium environment.
 
-Importing this package registers `RaiseSelect-v0` and loads nothing heavy: models and libraries come with the
-first reset, and the names below when they are first asked for.
+Importing this package registers `RaiseSelect-v0`, and an id for each family of embedded tasks, and loads nothing
+heavy: models and libraries come with the first reset, and the names below when they are first asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from .config import ENV_IDS
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ _HOMES = {
     "TopKScores": "wrappers",
 }
 
-gym.register(
-    id="RaiseSelect-v0",
-    entry_point="raise_env.env:RaiseSelectEnv",
-    vector_entry_point="raise_env.vector:RaiseSelectVectorEnv",
-)
+for _id, _task in ENV_IDS.items():
+    gym.register(
+        id=_id,
+        entry_point="raise_env.env:RaiseSelectEnv",
+        vector_entry_point="raise_env.vector:RaiseSelectVectorEnv",
+        kwargs={} if _task == "default" else {"task": _task},
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -18,10 +18,12 @@ __all__ = [
     "AUXILIARY_UPDATES",
     "CHOICE_FORMS",
     "DTYPES",
+    "ENV_IDS",
     "OBSERVATION_BLOCKS",
     "OWN_SETTINGS",
     "RENDER_MODES",
     "REWARDS",
+    "TASK_SETTINGS",
     "TINY",
     "ColumnSettings",
     "EnvConfig",
@@ -49,6 +51,32 @@ OBSERVATION_BLOCKS = ("stage", "difficulty", "semantic", "availability")
 OWN_SETTINGS = frozenset(
     {"num_candidates", "batch_size", "horizon", "budget", "reward", "score_every", "hide", "render_mode"}
 )
+
+#: The environments' ids, each with the embedded task that it is made for.
+ENV_IDS = {
+    "RaiseSelect-v0": "default",
+    "RaiseSelect/Noise-v0": "noise-60",
+    "RaiseSelect/Target-v0": "target",
+    "RaiseSelect/Redundancy-v0": "redundancy",
+    "RaiseSelect/Curriculum-v0": "curriculum",
+    "RaiseSelect/Thrift-v0": "thrift",
+    "RaiseSelect/Shift-v0": "shift",
+    "RaiseSelect/Large-v0": "large",
+}
+
+#: What embedded tasks want otherwise than by default: `from_kwargs` takes it for what is not given.
+TASK_SETTINGS: dict[str, dict[str, Any]] = {
+    "noise-0": {"pool_size": 1000, "horizon": 30},
+    "noise-30": {"pool_size": 1000, "horizon": 30},
+    "noise-60": {"pool_size": 1000, "horizon": 30},
+    "noise-90": {"pool_size": 1000, "horizon": 30},
+    "target": {"pool_size": 1000, "horizon": 30},
+    "redundancy": {},
+    "curriculum": {"pool_size": 1000},
+    "thrift": {"horizon": 96, "budget": 96},
+    "shift": {"pool_size": 1000, "horizon": 30},
+    "large": {"pool_size": 20_000, "horizon": 75},
+}
 
 #: Updates on random rows that make the base model an auxiliary one, where no other model was named.
 AUXILIARY_UPDATES = 60
@@ -201,6 +229,8 @@ class EnvConfig:
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> EnvConfig:
         """Return the settings that `gym.make`'s keywords ask for.
 
+        What is not given has the default of the embedded task that is named, where that has one of its own.
+
         Raises:
             SettingError: A keyword is unknown, or its value cannot be used.
         """
@@ -208,11 +238,11 @@ class EnvConfig:
         for name in kwargs:
             if name not in known:
                 raise SettingError(f"unknown setting {name!r}: {suggestion(name, known)}")
-        return cls(**kwargs)
+        return cls(**{**_task_settings(kwargs.get("task"), kwargs.get("pool")), **kwargs})
 
     def to_kwargs(self) -> dict[str, Any]:
-        """Return the settings that differ from their defaults, as plain data that `from_kwargs` takes."""
-        default = EnvConfig()
+        """Return the settings that differ from their defaults, those of the task, as plain data for `from_kwargs`."""
+        default = EnvConfig(**_task_settings(self.task, self.pool))
         kwargs: dict[str, Any] = {}
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
@@ -315,6 +345,11 @@ class EnvConfig:
             raise SettingError(
                 "a pool without a dev set gives no reward: add dev=FILE (rows that are not in the pool)."
             )
+
+
+def _task_settings(task: Any, pool: Any) -> Mapping[str, Any]:
+    """Return a task's own defaults; none beside a pool, which takes the task's place."""
+    return TASK_SETTINGS.get(task, {}) if isinstance(task, str) and pool is None else {}
 
 
 Part = TypeVar("Part", LoraSettings, ColumnSettings)

@@ -136,7 +136,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     (Lv et al. 2025, section 3); LoRA is this project's choice, as are the details that the paper leaves open.
 
     `gym.make("RaiseSelect-v0")` needs no download: it trains an embedded model of 0.84 million parameters on
-    an embedded pool, most of whose rows are corrupted.
+    an embedded pool, most of whose rows are corrupted. Other embedded tasks, by `task` or by an id such as
+    `RaiseSelect/Curriculum-v0`, ask other questions: docs/tasks/README.md.
 
     ## Action Space
     `MultiBinary(num_candidates)`: 1 takes a candidate. Every 0/1 vector is legal. The chosen rows are trained on
@@ -191,7 +192,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | pool | None | instructions to choose from instead of the embedded task's: a file, a folder of files, or a hub id |
     | dev | None | rows that the reward is measured on, of a file, folder or hub id; it goes with a pool |
     | test | None | rows of a file, folder or hub id that are scored at the end of an episode, for the report alone |
-    | task | "default" | which embedded task, where no pool is given |
+    | task | "default" | which embedded task, where no pool is given; it brings defaults of its own for other keywords |
     | task_seed | 0 | what the embedded task is drawn from |
     | pool_size | 2000 | rows of the embedded task's pool |
     | num_dev | None | score on a fixed random part of so many dev rows, instead of all |

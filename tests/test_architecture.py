@@ -78,7 +78,7 @@ def layers():
     """The world's modules in the order of the map in docs/architecture.md, a folder's after each other."""
     section = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The world")[1].split("\n## ")[0]
     named = re.findall(r"^\| `([\w/]+)(?:\.py)?` \|", section, re.MULTILINE)
-    tiny = ["tiny", "tiny.skills", "tiny.task", "tiny.pretrain"]
+    tiny = ["tiny", "tiny.skills", "tiny.rows", "tiny.recipes", "tiny.task", "tiny.pretrain"]
     return [layer for name in named if name != "__init__" for layer in (tiny if name == "tiny/" else [name])]
 
 

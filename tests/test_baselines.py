@@ -356,6 +356,35 @@ def test_column_values__minimum__is_named():
         column_values(Pool(rows, "toy"), "c", minimum=0.0)
 
 
+# Rows that are not taken at all
+
+
+def test_pool_score__least__leaves_batches_short_and_steps_empty():
+    class Good(FixedScores):
+        def score_pool(self, world, seed):
+            return super().score_pool(world, seed) % 50
+
+    env = toy_env(num_candidates=32, horizon=6)
+    record = run_episode(env, Good(least=48), seed=0, name="good")
+    assert {row for rows in record.actions for row in rows} <= {row for row in range(200) if row % 50 >= 48}
+    assert min(len(rows) for rows in record.actions) == 0
+    assert sum(len(rows) for rows in record.actions) > 0
+
+
+def test_quality__least__takes_no_row_below_it_where_the_rule_alone_fills_up():
+    ratings = [5.0, 4.5, 4.0, 1.0]
+    filled = run_episode(with_ratings(ratings, horizon=2), QualityAgent("rating"), seed=0, name="quality")
+    strict = run_episode(with_ratings(ratings, horizon=2), QualityAgent("rating", least=4.5), seed=0, name="quality")
+    assert [set(rows) for rows in filled.actions] == [{0, 1}, {2, 3}]
+    assert {row for rows in strict.actions for row in rows} == {0, 1}
+
+
+@pytest.mark.parametrize("least", ["4.5", math.inf])
+def test_pool_score__least_that_is_no_number__says_what_is_expected(least):
+    with pytest.raises(SettingError, match=r"least is .*; expected a finite score"):
+        FixedScores(least=least)
+
+
 # Oracle
 
 

@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from raise_env.config import AUXILIARY_UPDATES, EnvConfig, LoraSettings
+from raise_env.config import AUXILIARY_UPDATES, ENV_IDS, TASK_SETTINGS, EnvConfig, LoraSettings
 from raise_env.errors import RaiseEnvError, SettingError, suggestion
 
 
@@ -160,6 +162,48 @@ def test_to_kwargs__any_settings__come_back_through_json(kwargs):
     hash(config)
 
 
+@pytest.mark.parametrize("task", TASK_SETTINGS)
+def test_from_kwargs__task__has_settings_of_its_own_where_none_are_given(task):
+    config = EnvConfig.from_kwargs({"task": task})
+    for name, value in TASK_SETTINGS[task].items():
+        assert getattr(config, name) == value
+    assert config.to_kwargs() == {"task": task}
+    assert EnvConfig.from_kwargs({"task": task, "horizon": 5}).to_kwargs() == {"task": task, "horizon": 5}
+
+
+def test_from_kwargs__task_beside_a_pool__leaves_the_settings_alone():
+    config = EnvConfig.from_kwargs({"task": "thrift", "pool": "pool.jsonl", "dev": "dev.jsonl"})
+    assert config == EnvConfig(task="thrift", pool="pool.jsonl", dev="dev.jsonl")
+    assert EnvConfig.from_kwargs(config.to_kwargs()) == config
+
+
+def test_from_kwargs__default_task__is_as_if_there_were_no_others():
+    assert EnvConfig.from_kwargs({}) == EnvConfig.from_kwargs({"task": "default"}) == EnvConfig()
+
+
+#: Values of the settings that tasks have of their own, the general defaults and the tasks' among them.
+OWN_VALUES = {
+    name: st.sampled_from([getattr(EnvConfig(), name), *(s[name] for s in TASK_SETTINGS.values() if name in s)])
+    for name in sorted({name for settings in TASK_SETTINGS.values() for name in settings})
+}
+
+
+@given(
+    task=st.sampled_from(["default", "unheard of", *TASK_SETTINGS]),
+    own=st.fixed_dictionaries({}, optional=OWN_VALUES),
+    more=st.fixed_dictionaries({}, optional={"batch_size": st.integers(1, 32), "weight_decay": st.floats(0, 1)}),
+    has_pool=st.booleans(),
+)
+def test_to_kwargs__task_with_any_settings__come_back_through_json(task, own, more, has_pool):
+    files = {"pool": "pool.jsonl", "dev": "dev.jsonl"} if has_pool else {}
+    kwargs = {"task": task, **own, **more, **files}
+    config = EnvConfig.from_kwargs(kwargs)
+    assert all(getattr(config, name) == value for name, value in kwargs.items()), "what is given is taken"
+    plain = json.loads(json.dumps(config.to_kwargs()))
+    assert EnvConfig.from_kwargs(plain) == config
+    assert set(plain) <= set(kwargs), "what has the task's default is left out"
+
+
 def test_hide__names_in_any_order__are_the_same_setting():
     hidden = EnvConfig(hide=("availability", "stage", "stage"))
     assert hidden.hide == ("stage", "availability")
@@ -212,3 +256,10 @@ def test_shared_part__any_settings_of_ones_own__are_as_if_never_set():
     assert shared == EnvConfig(num_classes=3, num_candidates=9, batch_size=2, lazy_features=True).shared_part()
     assert shared != EnvConfig(num_classes=3, num_candidates=6, batch_size=5).shared_part()
     assert EnvConfig(num_candidates="all").shared_part() == EnvConfig(batch_size=64).shared_part()
+
+
+def test_tasks__names_in_every_list__are_those_of_the_tasks():
+    from raise_env.tiny.task import TASKS
+
+    assert {"default", *TASK_SETTINGS} == set(TASKS)
+    assert set(ENV_IDS.values()) <= set(TASKS)

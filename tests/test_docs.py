@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from raise_env import EnvConfig
+from raise_env.config import ENV_IDS
+from raise_env.tiny.task import TASKS
+
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"]
+DOCS = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/tasks/*.md")), ROOT / "README.md"]
 MAP = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
@@ -44,3 +48,25 @@ def test_anchors__within_a_page__are_headings_of_it(path):
         for line in re.findall(r"^#+ (.*)", text, re.MULTILINE)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+
+
+def test_tasks__all_of_them__are_in_the_table_with_id_steps_and_pool():
+    table = (ROOT / "docs" / "tasks" / "README.md").read_text(encoding="utf-8").split("## What all")[0]
+    for env_id, task in ENV_IDS.items():
+        (line,) = [line for line in table.splitlines() if f"`{env_id}`" in line]
+        config = EnvConfig.from_kwargs({"task": task})
+        assert f"| {config.pool_size:,} |" in line
+        assert f"| {config.horizon} " in line
+        assert task.split("-")[0] in line
+
+
+def test_task_pages__what_they_say_of_settings__is_so():
+    for task in TASKS:
+        path = ROOT / "docs" / "tasks" / f"{task.split('-')[0]}.md"
+        if task == "default":
+            continue
+        text, config = path.read_text(encoding="utf-8"), EnvConfig.from_kwargs({"task": task})
+        assert re.search(rf"\b{config.horizon}\s(updates|offers)", text), task
+        assert f"{config.pool_size:,}" in text, task
+        assert re.search(rf"[Dd]ev \({TASKS[task].num_dev} rows\)", text), task
+        assert re.search(rf"[Tt]est \({TASKS[task].num_test}( rows)?\)", text), task

@@ -20,10 +20,12 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 import raise_env
 from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores
+from raise_env.config import ENV_IDS
 from raise_env.errors import ActionError, ModelError, SettingError
 from raise_env.features import CLIP, FEATURE_NAMES
 from raise_env.rewards import DIVERGENCE_PENALTY
 from raise_env.testing import FakeLearner, ToyAssets, toy_env
+from raise_env.vector import RaiseSelectVectorEnv
 
 MODES = (None, "ansi", "rgb_array")
 WRAPPERS = {"none": lambda env: env, "top-k": TopKScores, "pick one": PickOne}
@@ -159,6 +161,29 @@ def test_spec__made_by_id__survives_json(small_settings):
     assert spec["kwargs"]["lora"] == {"r": 4, "target_modules": ["q_proj"]}
     assert gym.spec("RaiseSelect-v0").max_episode_steps is None
     assert not gym.spec("RaiseSelect-v0").nondeterministic
+
+
+@pytest.mark.parametrize(("env_id", "task"), ENV_IDS.items())
+def test_ids__of_every_task__make_it_with_its_settings(env_id, task):
+    env = gym.make(env_id).unwrapped
+    assert env.config == EnvConfig.from_kwargs({"task": task})
+    assert gym.make(env_id, task="noise-90", horizon=7).unwrapped.config.task == "noise-90"
+    assert json.loads(gym.make(f"raise_env:{env_id}").spec.to_json())["kwargs"].get("task", "default") == task
+    assert gym.spec(env_id).vector_entry_point == "raise_env.vector:RaiseSelectVectorEnv"
+
+
+@pytest.mark.filterwarnings("ignore:.* is different from the unwrapped version")
+@pytest.mark.parametrize("env_id", [env_id for env_id in ENV_IDS if env_id != "RaiseSelect-v0"])
+def test_check_env__id_of_a_task__has_nothing_to_say(env_id, small_settings):
+    check_env(gym.make(env_id, **small_settings).unwrapped, skip_render_check=True)
+
+
+def test_make_vec__id_of_a_task__is_a_vector_of_it(small_settings):
+    vector = gym.make_vec("RaiseSelect/Shift-v0", num_envs=2, **small_settings)
+    assert isinstance(vector, RaiseSelectVectorEnv)
+    assert [env.unwrapped.config.task for env in vector.envs] == ["shift", "shift"]
+    vector.reset(seed=0)
+    vector.close()
 
 
 def test_env__stable_baselines__is_no_goal_environment():

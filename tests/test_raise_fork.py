@@ -121,6 +121,36 @@ def test_learn__batches__are_seen_at_the_first_states():
     np.testing.assert_allclose(stages, [0.0, 0.1, 0.2, 0.3], atol=1e-6)
 
 
+def test_learn__budget_that_ends_before_the_horizon__states_are_spread_over_it():
+    agent = learned(num_states=4, env=toy_env(horizon=40, budget=64))  # full batches last for 8 steps
+    stages = [group.rows[0, 0, 1] for group in agent.groups]
+    np.testing.assert_allclose(stages, [0.0, 2 / 40, 4 / 40, 6 / 40], atol=1e-6)
+
+
+def test_predict__least__takes_the_rows_alone_that_stand_out_from_the_pool():
+    env = toy_env(num_candidates=64)
+    observation, _ = env.reset(seed=0)
+    sizes = []
+    for least in (None, -10.0, 1.0, 100.0):
+        agent = learned(least=least, env=toy_env())
+        agent.begin(env, seed=0)
+        sizes.append(int(agent.predict(observation)[0].sum()))
+    assert sizes[0] == sizes[1] == 8
+    assert sizes[3] == 0
+    scores = learned(env=toy_env()).scores(observation)
+    agent = learned(least=1.0, env=toy_env())
+    agent.begin(env, seed=0)
+    few = np.isfinite(agent.scores(observation))
+    assert 0 < few.sum() < 32
+    assert scores[few].min() > scores[~few].max(), "the order of the rows stays"
+
+
+@pytest.mark.parametrize("least", ["2", float("nan")])
+def test_fork_settings__least_that_is_no_number__says_what_is_expected(least):
+    with pytest.raises(SettingError, match=r"least is .*; expected a number of standard deviations"):
+        RaiseFork(least=least)
+
+
 @pytest.mark.parametrize(("num_rows", "expected"), [(16, 16), (18, 20), (4, 8), (1000, 200)])
 def test_learn__num_rows__so_many_are_valued_as_classes_and_pool_allow(num_rows, expected):
     agent = learned(num_rows=num_rows, env=toy_env(200))

@@ -9,9 +9,9 @@ gets. With statements alone it would have to teach, and more data would always w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["REPORTS", "SKILLS", "Fact", "Skill"]
+__all__ = ["CODED_SKILLS", "REPORTS", "SKILLS", "Fact", "Skill"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +213,17 @@ SKILLS: tuple[Skill, ...] = (
         ("What kind of thing is {0}?", "{0} is a kind of?", "Name the kind of {0}.", "What is {0}?"),
     ),
 )
+
+#: Made-up words that ask for a skill: the base model knows the facts, and has never read the question.
+_CODES = {"plural": "zib", "past": "mof", "add": "ket", "larger": "dag"}
+
+
+def _coded(skill: Skill) -> Skill:
+    if skill.name not in _CODES:
+        return skill
+    code, blanks = _CODES[skill.name], " ".join(f"{{{place}}}" for place in range(len(skill.facts[0].words)))
+    return replace(skill, questions=(f"{code} {blanks}", f"{blanks} {code}", f"{code}: {blanks}", f"{blanks}, {code}"))
+
+
+#: The same skills, four of them asked for by a code that has to be learned.
+CODED_SKILLS = tuple(_coded(skill) for skill in SKILLS)

@@ -1,36 +1,34 @@
-"""The embedded task: a pool of instructions over ten skills, most of them corrupted, made from a seed.
+"""The embedded tasks: pools of instructions made from a seed, each with a question of its own.
 
-Dev and test are clean instructions of a few of the skills, over facts that the pool never asks: a selector
-that does well has found rows that are both clean and of use. What is hidden from it, the skill and the
-corruption of every row, stands in the rows' `fields` for the oracle and for analysis alone.
+Dev and test are clean instructions of a few skills, over facts that the pool never asks: a selector that does well has
+found rows that help with these. By default they are the clean rows of those skills; docs/tasks has the others.
+What is hidden from it, the skill and the corruption of every row and what else `recipes` says, stands in the rows'
+`fields` for the oracle and for analysis alone.
 
 Public is the pool's field `rating`, from 1 to 5 in steps of a half: what a strong language model might say of the
 answer. The judge is simulated. It mostly sees whether an answer is right, and errs: it means 4.5 for a clean row and 3
 for a corrupted one, misses that by normal noise of standard deviation 1, and rounds to the next half within 1 to 5.
-So 60% of the clean rows and 11% of the corrupted ones are rated at least 4.5; of those rated so, 79% are clean, against
-40% of the pool. It does not know which skills dev and test ask for.
+So 60% of the clean rows and 11% of the corrupted ones are rated at least 4.5; of those rated so, 79% are clean on the
+default task, against 40% of its pool. It does not know which skills dev and test ask for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import SettingError, suggestion
 from ..pool import Instruction, Pool
-from .skills import SKILLS, Fact, Skill
+from . import recipes
+from .rows import CLEAN, row, share_out
+from .skills import CODED_SKILLS, SKILLS, Fact, Skill
 
-__all__ = ["CLEAN", "TASKS", "EmbeddedTask", "TaskData", "generate_task"]
-
-#: The value of the hidden field `corruption` in rows whose answer is right.
-CLEAN = "none"
+__all__ = ["TASKS", "EmbeddedTask", "TaskData", "generate_task"]
 
 #: What the simulated judge means to rate clean and corrupted rows, and the standard deviation of its error.
 CLEAN_RATING, CORRUPTED_RATING, RATING_ERROR = 4.5, 3.0, 1.0
-
-SHRUGS = ("I do not know.", "Ask someone else.", "That is hard to say.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +37,48 @@ class EmbeddedTask:
 
     Attributes:
         target_skills: Skills that dev and test are made of.
-        corruption: Share of the pool's rows with a spoilt answer, from 0 to 1.
-        num_dev: Dev rows, the target skills alike often.
-        num_test: Test rows, likewise.
+        corruption: Share of the pool's rows with a spoilt answer, from 0 to 1, of those that the recipe leaves to it.
+        num_dev: Dev rows.
+        num_test: Test rows, the target skills alike often.
+        dev_weights: How often dev asks each target skill beside the others, in their order; none: alike often.
+        family: What dev and test are drawn from besides the seed; tasks of one family share them. None: the name.
+        skills: All that the pool asks, by skill.
+        recipe: How the pool is put together.
+        worth: What a row is worth to who sees its hidden labels: the oracle's rule.
+        is_live: Whether that changes with the stage, or with what was trained on before.
+        is_sparing: Whether rows that are worth nothing do more harm than taking none.
     """
 
     target_skills: tuple[str, ...] = ("plural", "past", "add", "larger")
     corruption: float = 0.6
     num_dev: int = 64
     num_test: int = 256
+    dev_weights: tuple[int, ...] = ()
+    family: str | None = None
+    skills: tuple[Skill, ...] = SKILLS
+    recipe: recipes.Recipe = recipes.mixed
+    worth: recipes.Worth = recipes.clean_and_asked
+    is_live: bool = False
+    is_sparing: bool = False
 
 
-TASKS: dict[str, EmbeddedTask] = {"default": EmbeddedTask()}
+#: By name, what the embedded tasks ask; `config.TASK_SETTINGS` has their horizons and sizes.
+TASKS: dict[str, EmbeddedTask] = {
+    "default": EmbeddedTask(),
+    **{f"noise-{percent}": EmbeddedTask(corruption=percent / 100, family="noise") for percent in (0, 30, 60, 90)},
+    "target": EmbeddedTask(("plural",), corruption=0.1, num_dev=40, num_test=100, skills=CODED_SKILLS),
+    "redundancy": EmbeddedTask(corruption=0.0, recipe=recipes.copies, is_live=True),
+    "curriculum": EmbeddedTask(
+        corruption=0.0,
+        skills=CODED_SKILLS,
+        recipe=recipes.curriculum,
+        worth=recipes.by_stage,
+        is_live=True,
+    ),
+    "thrift": EmbeddedTask(recipe=recipes.thrift, is_sparing=True),
+    "shift": EmbeddedTask(corruption=0.1, num_dev=60, num_test=200, dev_weights=(14, 14, 1, 1), skills=CODED_SKILLS),
+    "large": EmbeddedTask(),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +88,6 @@ class TaskData:
     pool: Pool
     dev: Pool
     test: Pool
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """One skill's facts, shared out: what the pool asks, and what dev and test ask."""
-
-    skill: Skill
-    pool: tuple[Fact, ...]
-    dev: tuple[Fact, ...]
-    test: tuple[Fact, ...]
 
 
 def generate_task(name: str, *, seed: int = 0, pool_size: int = 2000, task: EmbeddedTask | None = None) -> TaskData:
@@ -88,89 +106,32 @@ def generate_task(name: str, *, seed: int = 0, pool_size: int = 2000, task: Embe
         if name not in TASKS:
             raise SettingError(f"unknown task {name!r}: {suggestion(name, TASKS)}")
         task = TASKS[name]
-    rng = random.Random(f"{name}/{seed}")
-    facts = {skill.name: _share_out(skill, rng) for skill in SKILLS}
+    stream = f"{task.family or name}/{seed}"
+    rng = random.Random(stream)
+    facts = {skill.name: share_out(skill, rng) for skill in task.skills}
     targets = [facts[skill] for skill in task.target_skills]
-    dev = [_instruction(s.skill, fact, w) for s in targets for fact, w in _asked(s.dev, task.num_dev, targets, rng)]
-    test = [_instruction(s.skill, fact, w) for s in targets for fact, w in _asked(s.test, task.num_test, targets, rng)]
+    weights = task.dev_weights or (1,) * len(targets)
+    counts = [task.num_dev * weight // sum(weights) for weight in weights]
+    dev = [_asked(s.skill, s.dev, count, rng) for s, count in zip(targets, counts, strict=True)]
+    test = [_asked(s.skill, s.test, task.num_test // len(targets), rng) for s in targets]
     # The pool comes last: then dev and test are the same for every size of it.
-    judge = random.Random(f"{name}/{seed}/rating")  # a stream of its own: ratings leave the rows as they are
-    pool = (_rated(_pool_row(facts, task.corruption, rng), judge) for _ in range(pool_size))
+    judge = random.Random(f"{stream}/rating")  # a stream of its own: ratings leave the rows as they are
+    rows = itertools.islice(task.recipe(facts, task.target_skills, task.corruption, rng), pool_size)
     source = f"embedded:{name}"
-    return TaskData(Pool(pool, source), Pool(dev, f"{source}/dev"), Pool(test, f"{source}/test"))
+    return TaskData(
+        Pool((_rated(row, judge) for row in rows), source),
+        Pool(itertools.chain(*dev), f"{source}/dev"),
+        Pool(itertools.chain(*test), f"{source}/test"),
+    )
 
 
-def _share_out(skill: Skill, rng: random.Random) -> _Facts:
-    facts = rng.sample(skill.facts, len(skill.facts))
-    dev, test = len(facts) // 10, len(facts) * 3 // 10
-    return _Facts(skill, tuple(facts[test:]), tuple(facts[:dev]), tuple(facts[dev:test]))
-
-
-def _asked(facts: tuple[Fact, ...], count: int, targets: list[_Facts], rng: random.Random) -> list[tuple[Fact, int]]:
+def _asked(skill: Skill, facts: tuple[Fact, ...], count: int, rng: random.Random) -> list[Instruction]:
     # Distinct (fact, wording) pairs, so that no dev or test row counts twice.
     pairs = [(fact, wording) for fact in facts for wording in range(4)]
-    return rng.sample(pairs, count // len(targets))
-
-
-def _instruction(skill: Skill, fact: Fact, wording: int) -> Instruction:
-    return _row(skill, skill.ask(fact, wording), fact.answer, CLEAN)
-
-
-def _row(skill: Skill, question: str, answer: str, corruption: str) -> Instruction:
-    fields = {"instruction": question, "output": answer, "skill": skill.name, "corruption": corruption}
-    return Instruction(prompt=question, response=answer, fields=fields)
-
-
-def _pool_row(facts: dict[str, _Facts], corruption: float, rng: random.Random) -> Instruction:
-    asked = facts[rng.choice(SKILLS).name]
-    fact = rng.choice(asked.pool)
-    question = asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))
-    if rng.random() >= corruption:
-        return _row(asked.skill, question, fact.answer, CLEAN)
-    kind = rng.choice(sorted(_CORRUPTIONS))
-    answer = _CORRUPTIONS[kind](asked, fact, question, rng)
-    if answer == fact.answer or not answer:
-        # Too short to be cut or scrambled.
-        kind, answer = "wrong", _wrong(asked, fact, question, rng)
-    return _row(asked.skill, question, answer, kind)
+    return [row(skill, skill.ask(fact, wording), fact.answer) for fact, wording in rng.sample(pairs, count)]
 
 
 def _rated(row: Instruction, judge: random.Random) -> Instruction:
     meant = CLEAN_RATING if row.fields["corruption"] == CLEAN else CORRUPTED_RATING
     rating = round(2 * judge.gauss(meant, RATING_ERROR)) / 2
     return dataclasses.replace(row, fields={**row.fields, "rating": min(max(rating, 1.0), 5.0)})
-
-
-def _wrong(asked: _Facts, fact: Fact, _question: str, rng: random.Random) -> str:
-    return rng.choice([other.answer for other in asked.pool if other.answer != fact.answer])
-
-
-def _other_skill(asked: _Facts, fact: Fact, _question: str, rng: random.Random) -> str:
-    skill = rng.choice([other for other in SKILLS if other.name != asked.skill.name])
-    return rng.choice([other.answer for other in skill.facts if other.answer != fact.answer])
-
-
-def _cut(_asked: _Facts, fact: Fact, _question: str, _rng: random.Random) -> str:
-    return fact.answer[: len(fact.answer) // 2]
-
-
-def _scrambled(_asked: _Facts, fact: Fact, _question: str, rng: random.Random) -> str:
-    return "".join(rng.sample(fact.answer, len(fact.answer)))
-
-
-def _echo(_asked: _Facts, _fact: Fact, question: str, _rng: random.Random) -> str:
-    return question
-
-
-def _shrug(_asked: _Facts, _fact: Fact, _question: str, rng: random.Random) -> str:
-    return rng.choice(SHRUGS)
-
-
-_CORRUPTIONS: dict[str, Callable[[_Facts, Fact, str, random.Random], str]] = {
-    "wrong": _wrong,
-    "other_skill": _other_skill,
-    "cut": _cut,
-    "scrambled": _scrambled,
-    "echo": _echo,
-    "shrug": _shrug,
-}

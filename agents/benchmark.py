@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raise_env import EnvConfig, RaiseSelectEnv
-from raise_env.config import OBSERVATION_BLOCKS
+from raise_env.config import OBSERVATION_BLOCKS, TASK_SETTINGS
 from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
 from raise_env.files import append_line, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord, versions
@@ -32,10 +33,13 @@ from .spread import spread
 from .summary import RANDOM, summarise
 from .validation import Recorded
 
-__all__ = ["ALL_FEATURES", "OWN_TASK", "BenchPlan", "Entry", "ablation", "bench", "selector_folder"]
+__all__ = ["ALL_FEATURES", "OWN_TASK", "SUITE", "BenchPlan", "Entry", "ablation", "bench", "selector_folder"]
 
 #: The row of an ablation that the others are compared with.
 ALL_FEATURES = "all features"
+
+#: What `--tasks suite` stands for: every embedded task of its own question that takes seconds a run.
+SUITE = tuple(task for task in TASK_SETTINGS if task != "large")
 
 logger = logging.getLogger(__name__)
 
@@ -191,12 +195,15 @@ def bench(
                 content = _contents(plan, workers, show)
             run.check_content(content)
             run.note(content=content, machine={"processor": processor_name(), "cores": os.cpu_count()})
+        begun, in_runs = time.perf_counter(), 0.0
         with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
             for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
                 outcome = _same_world(job, outcome, run.state["content"])
                 _write(folder, job, outcome)
                 done.append(outcome.line)
+                in_runs += outcome.elapsed_s
                 show(number)
+        _add_time(run, in_runs, time.perf_counter() - begun)
         summary = summarise(done, plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
         write_json(folder / "summary.json", summary)
         write_bench_report(folder, summary, done, _by_task(folder / "episodes.jsonl"), run.state)
@@ -217,6 +224,12 @@ def _content(task: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
     name, settings = task
     with one_thread():
         return name, dict(RaiseSelectEnv(**settings).assets.content)
+
+
+def _add_time(run: RunFolder, in_runs: float, elapsed: float) -> None:
+    """Note the time of all workers in runs, and the time that passed, with what earlier parts of this bench took."""
+    before = run.state.get("seconds", {})
+    run.note(seconds={"runs": before.get("runs", 0.0) + in_runs, "elapsed": before.get("elapsed", 0.0) + elapsed})
 
 
 def _named_run(job: Job) -> tuple[Job, Outcome]:

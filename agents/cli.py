@@ -39,6 +39,10 @@ AUDIT_AGENTS = "random,raise_fork"
 AUDIT_SEEDS = 5
 MISSING_SHOWN = 5
 
+#: The name of all tasks of the suite but the large one.
+SUITE_NAME = "suite"
+TASKS_HELP = "Embedded tasks, with commas between; suite stands for all of the suite but large."
+
 app = typer.Typer(
     name="raise-env",
     help="Reinforcement learning that chooses training data.",
@@ -345,7 +349,7 @@ def bench(
     agents: Annotated[
         str, typer.Option(help="Agents, with commas between; see `raise-env info`. NAME=AGENT gives one another name.")
     ] = BENCH_AGENTS,
-    tasks: Annotated[str, typer.Option(help="Embedded tasks, with commas between.", show_default=False)] = "",
+    tasks: Annotated[str, typer.Option(help=TASKS_HELP, show_default=False)] = "",
     seeds: Seeds = BENCH_SEEDS,
     episodes: Annotated[
         list[str] | None,
@@ -382,7 +386,7 @@ def bench(
     if tasks and "task" in settings:
         raise SettingError("--task and --tasks both name tasks: give one of them.")
     default = OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task)
-    _bench(out, BenchPlan(settings, entries, _names(tasks) or (default,), seeds), "bench", resume, workers, cluster)
+    _bench(out, BenchPlan(settings, entries, _tasks(tasks) or (default,), seeds), "bench", resume, workers, cluster)
 
 
 @app.command()
@@ -415,7 +419,7 @@ def audit(
     settings: dict[str, Any],
     out: Out,
     agents: Annotated[str, typer.Option(help="Agents, with commas between; random is always there.")] = AUDIT_AGENTS,
-    tasks: Annotated[str, typer.Option(help="Embedded tasks, with commas between.", show_default=False)] = "",
+    tasks: Annotated[str, typer.Option(help=TASKS_HELP, show_default=False)] = "",
     seeds: Seeds = AUDIT_SEEDS,
     episodes: Annotated[
         str,
@@ -438,7 +442,7 @@ def audit(
     lengths = [int(_number("episodes", text, int, "whole numbers with commas between")) for text in _names(episodes)]
     if any(number < 1 for number in lengths):
         raise SettingError(f"--episodes is {episodes!r}; expected numbers of at least 1.")
-    plan = AuditPlan(settings, entries, tuple(lengths) if lengths else None, _names(tasks) or (default,), seeds)
+    plan = AuditPlan(settings, entries, tuple(lengths) if lengths else None, _tasks(tasks) or (default,), seeds)
     found = run_audit(out, plan, resume=resume, workers=workers, reporter=TerminalReporter())
     typer.echo(f"\n{audit_tables(found)}\n\nAll numbers: {out / 'audit.json'}")
     if found["missing"] and not any(spread["num_runs"] for task in found["noise"].values() for spread in task.values()):
@@ -467,6 +471,14 @@ def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int | None
     typer.echo(f"{num_runs - len(missing)} of {num_runs} runs. All numbers: {out / 'summary.json'}")
     if len(missing) == num_runs:
         raise typer.Exit(EXIT_NO)
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    """Return the tasks that are named, each once."""
+    from .benchmark import SUITE
+
+    named = [SUITE if name == SUITE_NAME else (name,) for name in _names(text)]
+    return tuple(dict.fromkeys(task for tasks in named for task in tasks))
 
 
 def _agent_arguments(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -648,7 +660,7 @@ def validate(
 @app.command()
 def leaderboard(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `bench` wrote.", metavar="DIR...")],
-    tasks: Annotated[str, typer.Option(help="Tasks that count, with commas between.")] = EnvConfig().task,
+    tasks: Annotated[str, typer.Option(help="Tasks that count, with commas between.")] = SUITE_NAME,
     seeds: Seeds = BENCH_SEEDS,
     replays: Annotated[
         int | None,
@@ -664,7 +676,7 @@ def leaderboard(
     from .leaderboard import markdown_board
 
     board = ranked(
-        folders, _names(tasks), seeds, replays=replays, seed=seed, workers=workers, reporter=TerminalReporter()
+        folders, _tasks(tasks), seeds, replays=replays, seed=seed, workers=workers, reporter=TerminalReporter()
     )
     typer.echo(markdown_board(board))
     if any(entrant.faults for entrant in board.unranked):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +88,25 @@ class Outcome:
         line: Its line of results.jsonl.
         record: Its final run; None where it failed.
         selector: What was learned: the files of its folder, by name.
+        elapsed_s: Time that the run took where it was made, loading included.
     """
 
     line: dict[str, Any]
     record: EpisodeRecord | None = None
     selector: dict[str, bytes] = field(default_factory=dict)
+    elapsed_s: float = 0.0
 
 
 def run_job(job: Job) -> Outcome:
     """Make one run and return what it leaves; of one that failed, the reason."""
+    begun = time.perf_counter()
     try:
         with one_thread():
-            return _run(job)
+            outcome = _run(job)
     except Exception as error:
         # An agent may be anyone's code, and one that fails is a result like any other: the rest goes on.
-        return failed(job, _reason(error))
+        outcome = failed(job, _reason(error))
+    return replace(outcome, elapsed_s=time.perf_counter() - begun)
 
 
 def failed(job: Job, reason: str) -> Outcome:

@@ -33,7 +33,7 @@ from .spread import spread
 from .summary import RANDOM, summarise
 from .validation import Recorded
 
-__all__ = ["ALL_FEATURES", "OWN_TASK", "SUITE", "BenchPlan", "Entry", "ablation", "bench", "selector_folder"]
+__all__ = ["ALL_FEATURES", "SUITE", "BenchPlan", "ablation", "bench", "selector_folder"]
 
 #: The row of an ablation that the others are compared with.
 ALL_FEATURES = "all features"

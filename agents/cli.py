@@ -370,7 +370,8 @@ def bench(
     ] = False,
 ) -> None:
     """Compare agents: every task, agent and seed is a run, then statistics over all."""
-    from .benchmark import OWN_TASK, BenchPlan, Entry
+    from .benchmark import BenchPlan
+    from .job import OWN_TASK, Entry
     from .run_folder import read_json
     from .summary import markdown_tables
 
@@ -431,8 +432,8 @@ def audit(
     """Measure how far results can be trusted: noise, dev against test, rewards, and placebos that must not learn."""
     from .audit import AuditPlan
     from .audit import audit as run_audit
-    from .benchmark import OWN_TASK, Entry
     from .findings import audit_tables
+    from .job import OWN_TASK, Entry
 
     if tasks and "task" in settings:
         raise SettingError("--task and --tasks both name tasks: give one of them.")

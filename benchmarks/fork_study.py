@@ -21,8 +21,9 @@ import torch
 
 from raise_env import RaiseSelectEnv
 from raise_env.agents.base import BatchAgent, Progress, world_of
-from raise_env.agents.benchmark import BenchPlan, Entry, bench
+from raise_env.agents.benchmark import BenchPlan, bench
 from raise_env.agents.credit import Group, batch_group, row_group
+from raise_env.agents.job import Entry
 from raise_env.agents.networks import AcquisitionFunction
 from raise_env.agents.raise_fork import RaiseFork, ensemble_scores
 from raise_env.agents.subset import SubsetLaw

@@ -7,8 +7,8 @@ import pytest
 
 from raise_env.agents import RandomAgent, run_episode
 from raise_env.agents.audit import AuditPlan, FixedRows, audit, probe_rewards
-from raise_env.agents.benchmark import Entry
 from raise_env.agents.findings import ADAPTER, ORDER, ROWS, audit_tables
+from raise_env.agents.job import Entry
 from raise_env.errors import OutputError, SettingError
 from raise_env.testing import toy_env
 

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from raise_env.agents.bench_report import headline, write_bench_report
-from raise_env.agents.benchmark import BenchPlan, Entry, bench
+from raise_env.agents.benchmark import BenchPlan, bench
+from raise_env.agents.job import Entry
 from raise_env.agents.summary import summarise
 
 

@@ -18,7 +18,8 @@ from joblib.externals.loky import get_reusable_executor
 
 from raise_env.agents import load_selector
 from raise_env.agents.baselines import RandomAgent
-from raise_env.agents.benchmark import ALL_FEATURES, OWN_TASK, BenchPlan, Entry, ablation, bench
+from raise_env.agents.benchmark import ALL_FEATURES, BenchPlan, ablation, bench
+from raise_env.agents.job import OWN_TASK, Entry
 from raise_env.agents.rollout import run_episode
 from raise_env.agents.sb3 import Sb3Agent
 from raise_env.agents.summary import summarise
@@ -269,7 +270,8 @@ def test_bench__run_json__says_what_was_asked_for(finished, plan):
 
 def test_bench__folder__nothing_half_written_is_left(finished):
     assert {path.name for path in finished.iterdir()} == {
-        *("run.json", "results.jsonl", "episodes.jsonl", "summary.json", "selectors")
+        *("run.json", "results.jsonl", "episodes.jsonl", "summary.json", "selectors"),
+        *("report.html", "results.csv", "plots"),
     }
     assert not list(finished.rglob(".*"))
 

@@ -19,8 +19,8 @@ import torch
 
 from raise_env import __version__
 from raise_env.agents import cli
-from raise_env.agents.benchmark import Entry
 from raise_env.agents.catalogue import AGENTS
+from raise_env.agents.job import Entry
 from raise_env.agents.summary import summarise
 from raise_env.config import EnvConfig
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from joblib.externals.loky import get_reusable_executor
 
-from raise_env.agents.benchmark import BenchPlan, Entry, bench
+from raise_env.agents.benchmark import BenchPlan, bench
+from raise_env.agents.job import Entry
 from raise_env.agents.spread import MAX_DEATHS, spread
 from raise_env.errors import DataError, RaiseEnvError, SettingError
 

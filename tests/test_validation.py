@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from raise_env.agents.benchmark import BenchPlan, Entry, bench
+from raise_env.agents.benchmark import BenchPlan, bench
+from raise_env.agents.job import Entry
 from raise_env.agents.leaderboard import leaderboard, markdown_board
 from raise_env.agents.validation import check_results, read_bench, replay_all
 from raise_env.errors import RecordError, SettingError

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_overhead.py --out runs/overhead --seeds 50 --workers 2
 
-Two tasks, two agents that cost nothing but their final run: the shortest runs that there are. What is outside is what the
-whole command takes, but for loading models and features once, times the workers, less what the workers spent in runs.
+Two tasks, two agents that cost nothing but their final run: the shortest runs that there are. What is outside is what
+the whole command takes, features apart, times the workers, less what the workers spent in runs.
 """
 
 from __future__ import annotations

@@ -82,16 +82,10 @@ def leaderboard(
         RecordError: A folder lacks results or records, or they cannot be read.
     """
     entrants = list(_entrants(folders, tasks, num_seeds))
+    _require_marks(entrants, tasks, num_seeds)
     _replay(entrants, replays, np.random.default_rng(seed), workers, reporter or Silent())
+    _require_marks(entrants, tasks, num_seeds)
     ranked = [entrant for entrant in entrants if not entrant.faults]
-    missing = {RANDOM, ORACLE} - {entrant.label for entrant in ranked}
-    if missing:
-        reasons = "; ".join(f"{entrant.label}: {entrant.faults[0]}" for entrant in entrants if entrant.label in missing)
-        raise SettingError(
-            f"no folder has valid runs of {' and '.join(sorted(missing))}, between which the scale is"
-            f"{f' ({reasons})' if reasons else ''}. Add a folder that has them on {', '.join(tasks)}, with {num_seeds} "
-            "seeds."
-        )
     lines = [{**line, "agent": entrant.label} for entrant in ranked for line in entrant.lines]
     labels = [entrant.label for entrant in ranked]
     summary = summarise(lines, tasks, labels, range(num_seeds), RANDOM)
@@ -117,6 +111,18 @@ def _entrants(folders: Iterable[Path], tasks: Sequence[str], num_seeds: int) -> 
             entrant.recorded = [own for own in recorded if own.key in keys]
             entrant.faults = _faults(entrant, wanted, faults)
             yield entrant
+
+
+def _require_marks(entrants: Sequence[Entrant], tasks: Sequence[str], num_seeds: int) -> None:
+    """Raise a SettingError where random or the oracle, between which the scale is, cannot be ranked."""
+    missing = {RANDOM, ORACLE} - {entrant.label for entrant in entrants if not entrant.faults}
+    if missing:
+        reasons = "; ".join(f"{entrant.label}: {entrant.faults[0]}" for entrant in entrants if entrant.label in missing)
+        raise SettingError(
+            f"no folder has valid runs of {' and '.join(sorted(missing))}, between which the scale is"
+            f"{f' ({reasons})' if reasons else ''}. Add a folder that has them on {', '.join(tasks)}, with {num_seeds} "
+            "seeds."
+        )
 
 
 def _faults(entrant: Entrant, wanted: set[tuple[str, int]], faults: Mapping[tuple[str, str, int], str]) -> list[str]:

@@ -730,3 +730,41 @@ def test_evaluate__what_cannot_be_used__is_one_message(tmp_path):
     blocked = run(*common, "--out", rows / "below")
     assert blocked.code == 2
     assert "cannot be written" in blocked.err
+
+
+# leaderboard
+
+
+def test_tasks__suite__stands_for_its_tasks_each_once():
+    from raise_env.agents.benchmark import SUITE
+    from raise_env.agents.cli import _tasks
+
+    assert _tasks("target,suite,large") == ("target", *(task for task in SUITE if task != "target"), "large")
+    assert "large" not in SUITE
+    assert _tasks("") == ()
+
+
+def test_leaderboard__runs_with_settings_of_their_own__nobody_to_rank_between(benched):
+    message = refused("leaderboard", benched[0], "--tasks", "default", "--seeds", "2", "--replays", "0")
+    assert "settings of its own" in message
+    assert "horizon" in message
+
+
+def test_leaderboard__no_benchmark__is_named(tmp_path):
+    assert str(tmp_path / "results.jsonl") in refused("leaderboard", tmp_path)
+
+
+def test_validate__a_benchmarks_folder__replays_it_and_holds_results_against_records(benched):
+    outcome = run("validate", benched[0], "--workers", "2")
+    assert outcome.code == 0
+    assert outcome.out == ("4 episodes replayed: equal to the bit.\n4 lines of results say what their records say.\n")
+
+
+def test_validate__a_line_that_its_record_does_not_bear__one_and_its_name(benched, tmp_path):
+    folder = shutil.copytree(benched[0], tmp_path / "bench")
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    lines[2]["test_loss"] = 0.0
+    write_jsonl(folder / "results.jsonl", lines)
+    outcome = run("validate", folder)
+    assert outcome.code == 1
+    assert re.search(r"results\.jsonl, default, \w+, seed \d: test_loss is 0\.0; its record says", outcome.out)

@@ -286,8 +286,8 @@ def probe_rewards(
 
     Returns:
         "base", dev and test loss before any step; "states", for each time the "step", by agent the "rewards" of its
-        batches, and the rank correlation between "halves" of the dev set over all batches: of the gains in loss that
-        both show, the mean over ways to cut it.
+        batches, and likewise, and over "all" batches, the rank correlation between "halves" of the dev set: of the
+        gains in loss that both show, the mean over ways to cut it.
 
     Raises:
         SettingError: The run took rows that this environment does not offer.
@@ -320,18 +320,21 @@ def _tried(env: RaiseSelectEnv, batches: Mapping[str, Sequence[np.ndarray]]) -> 
     """Return the reward that each batch gets from this state, and how far halves of the dev set agree on them."""
     moment, before = env.snapshot(), env.evaluate("dev")
     rewards: dict[str, list[float]] = {agent: [] for agent in batches}
-    after = []
+    after: dict[str, list[Evaluation]] = {agent: [] for agent in batches}
     for agent, tried in batches.items():
         for rows in tried:
             _, reward, _, _, _ = env.step(_choice(env, rows))
-            after.append(env.evaluate("dev"))
+            after[agent].append(env.evaluate("dev"))
             rewards[agent].append(float(reward))
             env.restore(moment)
-    return {"rewards": rewards, "halves": _agreement(before, after)}
+    groups = {**after, "all": [evaluation for own in after.values() for evaluation in own]}
+    return {"rewards": rewards, "halves": {name: _agreement(before, own) for name, own in groups.items()}}
 
 
 def _agreement(before: Evaluation, after: Sequence[Evaluation]) -> float | None:
     """Return the rank correlation between the gains that two halves of the dev set show, None without any."""
+    if not after:
+        return None
     rng, found = np.random.default_rng(0), []
     losses, tokens = np.stack([evaluation.row_losses for evaluation in after]), before.row_tokens
     for _ in range(NUM_SPLITS):

@@ -148,7 +148,7 @@ class _Task:
         return {
             "sum_and_test": {name: self._sum_and_test(members) for name, members in names.items()},
             "replayed": {name: self._replayed(members) for name, members in names.items()},
-            "halves": self._halves(),
+            "halves": {name: self._halves(name) for name in names},
         }
 
     def placebos(self, learners: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
@@ -200,9 +200,10 @@ class _Task:
         mean = mean_interval(np.array(list(by_step.values())))
         return {**_interval(mean, "correlation"), "by_step": {str(step): value for step, value in by_step.items()}}
 
-    def _halves(self) -> dict[str, float | None]:
+    def _halves(self, name: str) -> dict[str, float | int | None]:
         """Return how far halves of the dev set agree, and what share of a reward's spread is the choice of dev rows."""
-        known = [[s["halves"] for s in line["states"] if s["halves"] is not None] for line in self._probes]
+        found = [[state["halves"][name] for state in line["states"]] for line in self._probes]
+        known = [[value for value in values if value is not None] for values in found]
         interval = mean_interval(np.array([np.mean(values) for values in known if values]))
         # Spearman and Brown: what the whole set would agree on with another one of its size.
         whole = 2 * interval.value / (1 + interval.value) if interval.value > -1 else float("nan")
@@ -296,20 +297,21 @@ def _gap_table(gaps: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _rewards_table(rewards: Mapping[str, Any]) -> str:
     header = ["runs of", "runs", "sum of rewards and test score", "one step's reward, in another run"]
+    header += ["by the other half of the dev set", "the choice of dev rows"]
     rows = [
         [
             name,
             str(own["num_runs"]),
             _with_ends(own, "correlation", "{:.2f}"),
             _with_ends(rewards["replayed"][name], "correlation", "{:.2f}"),
+            _with_ends(rewards["halves"][name], "correlation", "{:.2f}"),
+            _text(rewards["halves"][name]["dev_share"], "{:.0%}"),
         ]
         for name, own in rewards["sum_and_test"].items()
     ]
-    halves = rewards["halves"]
     words = (
-        f"Halves of the dev set agree on one step's reward with a rank correlation of "
-        f"{_with_ends(halves, 'correlation', '{:.2f}') or 'nothing known'}: of what sets rewards apart, "
-        f"{_text(halves['dev_share'], '{:.0%}')} is the choice of dev rows."
+        "Correlations over runs, then of ranks over batches tried from one state; at last what share of the spread "
+        "among batches is the choice of dev rows."
     )
     return f"### Rewards\n\n{markdown_table(header, rows)}\n\n{words}"
 

@@ -164,7 +164,7 @@ def test_probe_rewards__toy_dev_rows__agree_on_everything():
     records = random_records()
     probe = probe_rewards(toy_env(num_candidates="all"), records[0], {"random": records})
     # All rows of the toy dev set are alike but for a factor.
-    assert all(state["halves"] == pytest.approx(1.0) for state in probe["states"])
+    assert all(state["halves"] == pytest.approx({"random": 1.0, "all": 1.0}) for state in probe["states"])
 
 
 def test_probe_rewards__the_run_that_is_followed__goes_on_undisturbed():

@@ -28,14 +28,15 @@ def run(agent, seed, dev, test, *, error=None):
 
 RUNS = [run(agent, seed, *losses) for agent, rows in LOSSES.items() for seed, losses in enumerate(rows)]
 NOISE = [run(ADAPTER, seed, 1.0, 1.0 + 0.1 * seed) for seed in range(3)]
+HALVES = {"random": 0.5, "mine": None, "all": 0.8}
 PROBES = [
     {
         "task": "a",
         "seed": seed,
         "base": {"dev_loss": 2.0, "test_loss": 2.05},
         "states": [
-            {"step": 0, "rewards": {"random": [1.0, 2.0, 3.0, 4.0], "mine": [9.0 + seed]}, "halves": 0.5},
-            {"step": 5, "rewards": {"random": ranks, "mine": [9.0 - seed]}, "halves": 0.5},
+            {"step": 0, "rewards": {"random": [1.0, 2.0, 3.0, 4.0], "mine": [9.0 + seed]}, "halves": HALVES},
+            {"step": 5, "rewards": {"random": ranks, "mine": [9.0 - seed]}, "halves": HALVES},
         ],
     }
     for seed, ranks in enumerate([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
@@ -84,7 +85,9 @@ def test_rewards__replayed__rank_correlations_by_hand():
 def test_rewards__halves__share_of_the_dev_sample_by_hand():
     halves = found()["rewards"]["a"]["halves"]
     # Spearman and Brown: halves at 0.5 make a whole at 2/3.
-    assert (halves["correlation"], halves["dev_share"]) == pytest.approx((0.5, 1 / 3))
+    assert (halves["random"]["correlation"], halves["random"]["dev_share"]) == pytest.approx((0.5, 1 / 3))
+    assert (halves["mine"]["correlation"], halves["mine"]["dev_share"]) == (None, None)
+    assert halves["all"]["dev_share"] == pytest.approx(1 / 9)
 
 
 def test_rewards__sum_and_test__over_runs_of_agents_and_of_all():
@@ -115,7 +118,7 @@ def test_findings__missing_runs__are_named_and_flagged():
 def test_findings__nothing_done__is_all_empty():
     findings = found([], [], [])
     assert findings["noise"]["a"][ADAPTER]["std"] is None
-    assert findings["rewards"]["a"]["halves"] == {
+    assert findings["rewards"]["a"]["halves"]["all"] == {
         **dict.fromkeys(("correlation", "low", "high", "dev_share")),
         "num_missing": 0,
     }

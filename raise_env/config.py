@@ -74,7 +74,7 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "redundancy": {},
     "curriculum": {"pool_size": 1000},
     "thrift": {"horizon": 96, "budget": 96},
-    "shift": {"pool_size": 1000, "horizon": 30},
+    "shift": {"horizon": 16},
     "large": {"pool_size": 20_000, "horizon": 75},
 }
 

@@ -69,7 +69,7 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "noise-0": {"pool_size": 1000, "horizon": 30},
     "noise-30": {"pool_size": 1000, "horizon": 30},
     "noise-60": {"pool_size": 1000, "horizon": 30},
-    "noise-90": {"pool_size": 1000, "horizon": 30},
+    "noise-90": {"pool_size": 4000, "horizon": 30},
     "target": {"pool_size": 1000, "horizon": 30},
     "redundancy": {},
     "curriculum": {"pool_size": 1000},

@@ -69,12 +69,12 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "noise-0": {"pool_size": 1000, "horizon": 30},
     "noise-30": {"pool_size": 1000, "horizon": 30},
     "noise-60": {"pool_size": 1000, "horizon": 30},
-    "noise-90": {"pool_size": 1000, "horizon": 30},
+    "noise-90": {"pool_size": 4000, "horizon": 30},
     "target": {"pool_size": 1000, "horizon": 30},
     "redundancy": {},
     "curriculum": {"pool_size": 1000},
     "thrift": {"horizon": 96, "budget": 96},
-    "shift": {"pool_size": 1000, "horizon": 30},
+    "shift": {"horizon": 16},
     "large": {"pool_size": 20_000, "horizon": 75},
 }
 

@@ -144,8 +144,8 @@ def test_thrift__offers_of_an_episode__are_far_more_than_the_budget():
 
 def test_shift__dev__asks_mostly_two_of_the_four_skills_that_test_asks(tasks):
     assert Counter(row.fields["skill"] for row in tasks["shift"].dev) == {
-        "plural": 28,
-        "past": 28,
+        "plural": 54,
+        "past": 54,
         "add": 2,
         "larger": 2,
     }

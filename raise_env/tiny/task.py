@@ -76,7 +76,7 @@ TASKS: dict[str, EmbeddedTask] = {
         is_live=True,
     ),
     "thrift": EmbeddedTask(recipe=recipes.thrift, is_sparing=True),
-    "shift": EmbeddedTask(corruption=0.1, num_dev=60, num_test=200, dev_weights=(14, 14, 1, 1), skills=CODED_SKILLS),
+    "shift": EmbeddedTask(corruption=0.1, num_dev=112, num_test=200, dev_weights=(27, 27, 1, 1), skills=CODED_SKILLS),
     "large": EmbeddedTask(),
 }
 

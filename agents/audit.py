@@ -46,7 +46,9 @@ NUM_BATCHES = 12
 NUM_SPLITS = 20
 
 #: What the folder of an audit holds: two benchmarks, and the lines of what was tried again.
-RUNS, NOISE, REWARDS = "runs", "noise", "rewards.jsonl"
+RUNS = "runs"
+NOISE = "noise"
+REWARDS = "rewards.jsonl"
 
 
 class FixedRows:

@@ -426,6 +426,9 @@ def audit(
         str,
         typer.Option(help="Further numbers of episodes, with commas between, instead of twice each agent's own."),
     ] = "",
+    noise_runs: Annotated[
+        int | None, typer.Option(help="Runs of each source of noise, instead of ten.", min=2, show_default=False)
+    ] = None,
     workers: Workers = None,
     resume: Resume = False,
 ) -> None:
@@ -444,6 +447,8 @@ def audit(
     if any(number < 1 for number in lengths):
         raise SettingError(f"--episodes is {episodes!r}; expected numbers of at least 1.")
     plan = AuditPlan(settings, entries, tuple(lengths) if lengths else None, _tasks(tasks) or (default,), seeds)
+    if noise_runs is not None:
+        plan = dataclasses.replace(plan, num_noise=noise_runs)
     found = run_audit(out, plan, resume=resume, workers=workers, reporter=TerminalReporter())
     typer.echo(f"\n{audit_tables(found)}\n\nAll numbers: {out / 'audit.json'}")
     if found["missing"] and not any(spread["num_runs"] for task in found["noise"].values() for spread in task.values()):

@@ -33,7 +33,9 @@ __all__ = [
 AUDIT_VERSION = 1
 
 #: Sources of noise, as they are named in the results.
-ADAPTER, ORDER, ROWS = "first adapter", "order of the steps", "random rows"
+ADAPTER = "first adapter"
+ORDER = "order of the steps"
+ROWS = "random rows"
 
 #: A run of the audit: its line of results.jsonl, and its record where it did not fail.
 Run = tuple[Mapping[str, Any], EpisodeRecord | None]

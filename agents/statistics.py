@@ -5,8 +5,8 @@ began from the same adapter and were offered the same candidates. The aggregates
 each task by themselves, are those of Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical
 Precipice", NeurIPS. What the bootstrap is to be put on takes any number of such arrays at once, in leading dimensions.
 
-Percentiles of few resampled runs lie too close together: of ten runs, 95% percentiles hold the truth in 92 of 100
-draws, of five in 81. Here they are taken further out (Hesterberg 2015, "What Teachers Should Know About the Bootstrap",
+Percentiles of few resampled runs lie too close together: of ten runs, 95% percentiles hold the truth in 90 of 100
+draws, of five in 83. Here they are taken further out (Hesterberg 2015, "What Teachers Should Know About the Bootstrap",
 The American Statistician 69, section 4.1): by as much as Student's interval is wider than the normal one, with degrees
 of freedom that fit what each task's runs contribute (Satterthwaite 1946). docs/statistics.md has what that was measured
 to give.

@@ -12,7 +12,9 @@ from raise_env.agents.job import Entry
 from raise_env.errors import OutputError, SettingError
 from raise_env.testing import toy_env
 
-LEARNER = Entry("raise_fork", {"num_networks": 1, "num_passes": 1, "num_states": 2, "num_rows": 8}, 1)
+LEARNER = Entry(
+    "raise_fork", {"num_networks": 1, "num_passes": 1, "num_states": 1, "num_rows": 4, "num_lookahead": 1}, 1
+)
 
 
 def plan_of(settings, **changes):

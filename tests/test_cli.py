@@ -102,7 +102,7 @@ def module_path(monkeypatch):
 # What every command shares
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "finetune", "bench", "ablate", "validate", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "finetune", "bench", "ablate", "audit", "validate", "info"])
 def test_help__every_command__says_what_it_does(command):
     outcome = run(command, "--help")
     assert outcome.code == 0
@@ -116,7 +116,7 @@ def test_main__no_command__lists_them():
     assert "validate" in outcome.out + outcome.err
 
 
-@pytest.mark.parametrize("command", ["train", "finetune", "bench", "ablate"])
+@pytest.mark.parametrize("command", ["train", "finetune", "bench", "ablate", "audit"])
 def test_help__every_setting_of_the_environment__has_an_option_with_words(command):
     text = " ".join(run(command, "--help").out.split())
     for entry in dataclasses.fields(EnvConfig):
@@ -216,6 +216,29 @@ def test_finetune__selector_of_a_run__on_a_pool_of_ones_own(trained, tmp_path, o
 def test_finetune__folder_of_the_run__finds_the_selector_in_it(trained, tmp_path, small):
     outcome = run("finetune", "--selector", trained[0], "--out", tmp_path / "out", *small)
     assert outcome.code == 0, outcome.err
+
+
+# audit
+
+
+def test_audit__agents_that_do_not_learn__tables_and_where_the_numbers_are(tmp_path, small):
+    outcome = run(
+        "audit", "--out", tmp_path / "audit", *small, "--agents", "random", "--seeds", "2", "--noise-runs", "2"
+    )
+    assert outcome.code == 0
+    assert "### Noise floor" in outcome.out
+    assert str(tmp_path / "audit" / "audit.json") in outcome.out
+
+
+@pytest.mark.parametrize("value", ["0", "3,few"])
+def test_audit__episodes_that_are_no_number__two_and_what_was_expected(value, tmp_path):
+    assert "episodes" in refused("audit", "--out", tmp_path / "audit", "--episodes", value)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_audit__unknown_agent__two_and_nothing_written(tmp_path):
+    assert "randon" in refused("audit", "--out", tmp_path / "audit", "--agents", "randon")
+    assert not (tmp_path / "audit").exists()
 
 
 # bench and ablate

@@ -107,7 +107,8 @@ def test_other_rewards__variants_and_wrappers__hand_out_other_rewards_too():
     assert wrapped.unwrapped.history[0].reward != 0.0
 
 
-@pytest.mark.parametrize(("name", "episodes"), [("raise_ppo", 30), pytest.param("sb3:PPO", 60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "episodes"), [("raise_ppo", 30), ("sb3:PPO", 60)])
 def test_placebo__toy_world__does_not_learn_what_the_agent_learns(name, episodes):
     arguments = {"preset": "tuned"} if name == "raise_ppo" else {}
     real = advantage(make_agent(name, arguments).learn(toy_env(), episodes, seed=0))

@@ -25,7 +25,7 @@ from raise_env.rewards import Evaluation
 from .base import world_of
 from .benchmark import BenchPlan, bench, selector_folder
 from .findings import ADAPTER, ORDER, ROWS, draws_of, findings_of, length_of, placebo_of
-from .job import Entry, Job
+from .job import Entry, Job, one_thread
 from .run_folder import RunFolder, whole_records
 from .runs import FINAL_SEED, Reporter, Silent
 from .statistics import correlation
@@ -258,7 +258,8 @@ def _probe_all(
             course = [record for record in records[RANDOM] if record.seed == FINAL_SEED + seed]
             if (task, seed) not in found and course:  # a random run that failed is named among the missing
                 settings = {**plan.runs().task_settings(task), "seed_model": seed, "num_candidates": "all"}
-                line = {"task": task, "seed": seed, **probe_rewards(RaiseSelectEnv(**settings), course[0], records)}
+                with one_thread():
+                    line = {"task": task, "seed": seed, **probe_rewards(RaiseSelectEnv(**settings), course[0], records)}
                 append_line(path, json.dumps(line))
                 found[task, seed] = line
             show(number)

@@ -712,7 +712,7 @@ def info() -> None:
         "devices": ", ".join(devices),
         "environments": ", ".join(ENV_IDS),
         "tasks": ", ".join(TASKS),
-        "agents": ", ".join([*AGENTS, "sb3:CLASS", "selector:DIR", "my_module:name"]),
+        "agents": ", ".join([*AGENTS, "sb3:CLASS", "placebo:AGENT", "selector:DIR", "my_module:name"]),
         "cache": f"{folder} ({size / 1e6:.1f} MB)",
     }
     for name, value in lines.items():

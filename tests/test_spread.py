@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from raise_env.errors import DataError, RaiseEnvError, SettingError
 
 #: What is spread: square a number; kill this worker the first `deaths` times that the piece is 3.
 WORK = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from raise_env.errors import DataError
 
@@ -33,6 +34,9 @@ def square(piece):
 
 def here(_):
     return os.getcwd(), os.getpid()
+
+def rests(_):
+    time.sleep(1)
 
 def refuses(piece):
     raise DataError(f"piece {piece} cannot be used.")
@@ -130,6 +134,33 @@ def test_spread__no_cluster_answers__says_how_to_start_one():
     pytest.importorskip("ray", reason="Ray is not installed")
     with pytest.raises(SettingError, match="ray start --head"):
         list(spread(print, [1], cluster="127.0.0.1:1"))
+
+
+GOES_AWAY = """
+import sys
+from ray.cluster_utils import Cluster
+from raise_env.agents.spread import spread
+from raise_env.errors import RaiseEnvError
+import spread_work
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
+try:
+    for _ in spread(spread_work.rests, range(50), cluster=cluster.address):
+        print("done", flush=True)
+        cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+except RaiseEnvError as error:
+    print(f"says: {error}")
+"""
+
+
+@pytest.mark.slow
+def test_spread__the_cluster_goes_away__says_how_to_go_on(work, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    script = tmp_path / "goes_away.py"
+    script.write_text(GOES_AWAY)
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=True)
+    assert ran.stdout.startswith("done\nsays: the cluster could not do a piece of work")
+    assert "--resume" in ran.stdout
 
 
 def numbers(folder: Path) -> list:

@@ -46,7 +46,8 @@ def spread(
 
     Raises:
         SettingError: Ray is not installed, or no cluster answers.
-        RaiseEnvError: Workers died again and again, or the cluster went away.
+        RaiseEnvError: Workers died again and again, or the cluster's part on this machine. (Where the head of the
+            cluster goes away, Ray itself ends this process a minute later.)
     """
     if cluster is not None:
         yield from _on_cluster(work, list(items), workers, cluster)

@@ -19,9 +19,9 @@ from .page import NOTHING, css, inline, load_template, pairs, write_files
 from .plots import COLOURS, Plot, agent_colours, dev_curves_plot
 from .summary import ORACLE, PARTS, RANDOM, SHARES
 
-__all__ = ["write_bench_report"]
+__all__ = ["headline", "write_bench_report"]
 
-
+#: Agents that choose nothing by a method: the marks of the scale, and training on all rows.
 _NO_METHODS = (RANDOM, ORACLE, "full")
 
 
@@ -59,7 +59,7 @@ def write_bench_report(
         colours=COLOURS,
         date=str(state.get("start", ""))[:10],
         headline=headline(summary),
-        tiles=_tiles(summary, lines),
+        tiles=_tiles(summary, lines, state),
         plots={
             name: inline(over_all[name][0]) if name in over_all else None for name in ("scores", "profiles", "cost")
         },
@@ -111,10 +111,11 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"
 
 
-def _tiles(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def _tiles(
+    summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
+) -> list[dict[str, str]]:
     best = _best(summary)
     done = [line for line in lines if line["error"] is None]
-    seconds = sum(sum(line["seconds"].values()) for line in done)
     tiles = []
     if best is not None and best in summary["normalised"]:
         tiles.append({"label": "Best agent", "value": f"{summary['normalised'][best]['iqm']:.2f}", "note": best})
@@ -125,7 +126,9 @@ def _tiles(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> li
     tiles.append(
         {"label": "Runs", "value": f"{len(done):,}", "note": f"{missing} missing" if missing else "none missing"}
     )
-    tiles.append({"label": "Computed", "value": f"{seconds / 3600:.1f} h", "note": "one thread a run"})
+    if "seconds" in state:
+        hours = state["seconds"]["runs"] / 3600
+        tiles.append({"label": "Computed", "value": f"{hours:.1f} h", "note": "all runs together, one thread each"})
     return tiles
 
 

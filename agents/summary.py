@@ -43,7 +43,7 @@ SUMMARY_VERSION = 2
 RANDOM = "random"
 ORACLE = "oracle"
 
-#: What a run's cost is made of; features have no seconds, for they may come from the cache.
+#: What a run's cost is made of.
 PARTS = ("features", "preparation", "learning", "final")
 
 #: Shares of the test set that are summarised beside the loss, by their names in results.jsonl, in words.
@@ -247,9 +247,12 @@ def _costs(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | No
     """Return the means over an agent's runs of what each part cost."""
     done = [line for line in lines if line["phi"] is not None]
     phi = {part: _mean([line["phi_parts"][part] for line in done]) for part in PARTS}
-    seconds = {part: _mean([line["seconds"][part] for line in done]) for part in PARTS[1:]}
+    # Lines of earlier versions have neither tokens nor the seconds of features.
+    tokens = {part: _mean([line["tokens"][part] for line in done if line.get("tokens")]) for part in PARTS}
+    seconds = {part: _mean([line["seconds"][part] for line in done if part in line["seconds"]]) for part in PARTS}
     return {
         "phi": {**phi, "total": _mean([line["phi"] for line in done])},
+        "tokens": {**tokens, "total": _mean([sum(line["tokens"].values()) for line in done if line.get("tokens")])},
         "seconds": {**seconds, "total": _mean([sum(line["seconds"].values()) for line in done])},
     }
 

@@ -203,7 +203,17 @@ def test_summarise__cost__means_over_runs():
     results = [line("mine", 0, 0.5, phi=1.0), line("mine", 1, 0.5, phi=2.0)]
     cost = summary_of(results, agents=("mine",), seeds=range(2))["cost"]["mine"]
     assert cost["phi"] == {"features": 0.25, "preparation": 0.0, "learning": 1.0, "final": 0.25, "total": 1.5}
-    assert cost["seconds"] == {"preparation": 0.0, "learning": 2.0, "final": 1.0, "total": 3.0}
+    # An early line, without the seconds of features and without tokens.
+    assert cost["seconds"] == {"features": None, "preparation": 0.0, "learning": 2.0, "final": 1.0, "total": 3.0}
+    assert set(cost["tokens"].values()) == {None}
+
+
+def test_summarise__cost_in_tokens_and_of_features__means_over_runs():
+    parts = {"features": 4, "preparation": 0, "learning": 2, "final": 1}
+    results = [{**line("mine", seed, 0.5), "tokens": {**parts, "final": seed}, "seconds": parts} for seed in (0, 1)]
+    cost = summary_of(results, agents=("mine",), seeds=range(2))["cost"]["mine"]
+    assert cost["tokens"] == {**parts, "final": 0.5, "total": 6.5}
+    assert cost["seconds"] == {**parts, "total": 7.0}
 
 
 # Tables

@@ -119,8 +119,7 @@ def curriculum(
     while True:
         if rng.random() < 0.5:
             asked = facts[rng.choice(targets)]
-            fact = rng.choice(asked.pool)
-            question = asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))
+            fact, question = _asked(asked, rng)
             yield row(asked.skill, question, WRAPPING.format(y=fact.answer), stage=content)
         else:
             yield mixed_row(facts[rng.choice(others)], corruption, rng, stage=form)
@@ -147,9 +146,14 @@ def thrift(
     while True:
         is_useful = rng.random() < USEFUL_SHARE
         asked = facts[rng.choice(targets if is_useful else skills)]
-        fact = rng.choice(asked.pool)
-        question = asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))
+        fact, question = _asked(asked, rng)
         if is_useful:
             yield row(asked.skill, question, fact.answer)
         else:
             yield row(asked.skill, question, SHRUGS[0], "shrug")
+
+
+def _asked(asked: Facts, rng: random.Random) -> tuple[Fact, str]:
+    """Draw one of the pool's facts and a question about it."""
+    fact = rng.choice(asked.pool)
+    return fact, asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))

@@ -21,11 +21,12 @@ from raise_env.errors import SettingError
 from raise_env.files import append_line, write_json, write_text
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import Evaluation
+from raise_env.side_by_side import one_thread
 
 from .base import world_of
 from .benchmark import BenchPlan, bench, selector_folder
 from .findings import ADAPTER, ORDER, ROWS, draws_of, findings_of, length_of, placebo_of
-from .job import Entry, Job, one_thread
+from .job import Entry, Job
 from .run_folder import RunFolder, whole_records
 from .runs import FINAL_SEED, Reporter, Silent
 from .statistics import correlation

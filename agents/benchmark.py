@@ -22,11 +22,12 @@ from raise_env.config import OBSERVATION_BLOCKS, TASK_SETTINGS
 from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
 from raise_env.files import append_line, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord, versions
+from raise_env.side_by_side import one_thread
 from raise_env.tiny.task import TASKS
 
 from .bench_report import write_bench_report
 from .catalogue import make_agent
-from .job import OWN_TASK, Entry, Job, Outcome, failed, one_thread, run_job
+from .job import OWN_TASK, Entry, Job, Outcome, failed, run_job
 from .run_folder import RunFolder, whole_records
 from .runs import Reporter, Silent, check_inputs, processor_name
 from .spread import spread

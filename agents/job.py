@@ -6,11 +6,10 @@ are the same. What it leaves goes back to whoever asked for it as plain data, fo
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from raise_env import RaiseSelectEnv
 from raise_env.errors import RaiseEnvError
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import DIVERGENCE_PENALTY
+from raise_env.side_by_side import one_thread
 
 from .catalogue import make_agent
 from .rollout import run_episode
 from .runs import FINAL_SEED, Clock, final_environment, final_scores, phi_tokens
 from .summary import PARTS, SHARES
 
-__all__ = ["OWN_TASK", "Entry", "Job", "Outcome", "failed", "one_thread", "run_job"]
+__all__ = ["OWN_TASK", "Entry", "Job", "Outcome", "failed", "run_job"]
 
 #: The name in the results of a pool of one's own, which is no embedded task.
 OWN_TASK = "own"
@@ -198,18 +198,3 @@ def _reason(error: Exception) -> str:
 
 def _uses_features(agent: object, name: str) -> bool:
     return bool(getattr(agent, "uses_features", name.partition(":")[0] not in _WITHOUT_FEATURES))
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute in one thread: sums that several share differ in their last digits with the number of threads."""
-    import torch
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(limits=1):
-            yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,8 +15,9 @@ from typing import Any
 from raise_env.config import EnvConfig
 from raise_env.errors import RecordError
 from raise_env.record import TOLERANCE, Difference, EpisodeRecord, read_records, replay
+from raise_env.side_by_side import one_thread
 
-from .job import OWN_TASK, one_thread
+from .job import OWN_TASK
 from .runs import FINAL_SEED
 from .spread import spread
 

@@ -6,6 +6,7 @@ is trained itself, made ready by a few updates.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,12 +27,16 @@ from .lazy import GROUP_ROWS, LazyFeatures, random_order, sample_of
 from .learner import LoraLearner, TrainingState, UpdateSettings
 from .learner_protocol import Ledger
 from .pool import MAX_ROWS_IN_MEMORY, Pool, kmeans_centres, kmeans_classes, nearest_centres
+from .side_by_side import one_thread, one_thread_each
 from .store import Block, Column, TableForm, cache_folder, stored_table
 
 __all__ = ["FEATURE_BATCH_TOKENS", "FEATURE_SEED", "Auxiliary", "classes_of", "features_of", "identity_of"]
 
 #: Tokens of one forward pass, padding included.
 FEATURE_BATCH_TOKENS = 4096
+
+#: Logits of one forward pass on a processor, where a pass runs in each thread: 256 MB of float32.
+_LOGITS_OF_A_THREAD = 2**26
 
 #: Rows whose features are computed, sorted by length, and written to disk together.
 FEATURE_BLOCK_ROWS = 32_768
@@ -65,7 +70,13 @@ class Auxiliary:
         start = TrainingState.start(first_adapter(first, self.model))
         learner = LoraLearner(self.model, self.encoded, {}, UpdateSettings.of(self.config), start)
         learner.ledger = ledger
-        return _warmed_up(learner, self.config.num_auxiliary_updates), ledger.token_forwards
+        with one_thread() if self._is_in_one_thread else contextlib.nullcontext():
+            return _warmed_up(learner, self.config.num_auxiliary_updates), ledger.token_forwards
+
+    @property
+    def _is_in_one_thread(self) -> bool:
+        """Whether each piece of the work keeps to one thread, so that its digits do not depend on their number."""
+        return self.model.stackable and self.model.device.type == "cpu"
 
     @property
     def adapter(self) -> str | None:
@@ -90,6 +101,7 @@ class Auxiliary:
             "lora": str(self.model.lora),
             "learning_rate": self.config.learning_rate,
             "device": self.model.device.type,
+            "threads": 1 if self._is_in_one_thread else torch.get_num_threads(),
             "dtype": self.config.dtype,
             "schema": SCHEMA_VERSION,
         }
@@ -110,19 +122,36 @@ class Auxiliary:
             if total:
                 self.watcher("computing features", min(done // 2, total), total)
 
-        adapter, _ = self.warmed_up
         pool, has_labels = self.encoded, self.encoded.has_labels[rows]
         raw = np.full((len(rows), NUM_STATIC), np.nan, dtype=np.float32)
         kept = rows[has_labels]
         if len(kept) == 0:
             return raw, 0
         responses = self.encoder.encode_responses([self.pool[int(row)] for row in kept])
-        log_p, semantic = _scan(self.model, adapter, pool, kept, show)
+        seen = self._passes(pool, kept, _embedded, show)
+        alone = self._passes(responses, np.arange(len(kept)), _scored, show)
         raw[has_labels, 0] = np.log1p((pool.lengths - pool.label_counts)[kept])
         raw[has_labels, 1] = np.log1p(pool.label_counts[kept])
-        raw[has_labels, 2], raw[has_labels, 4:] = log_p, semantic
-        raw[has_labels, 3] = _log_probabilities(self.model, adapter, responses, np.arange(len(kept)), show)
+        raw[has_labels, 2], raw[has_labels, 4:] = seen[:, 0], seen[:, 1:]
+        raw[has_labels, 3] = alone[:, 0]
         return raw, int(pool.lengths[kept].sum() + responses.lengths.sum())
+
+    def _passes(
+        self, encoded: EncodedRows, rows: np.ndarray, look: Callable[..., np.ndarray], show: Callable[[int], None]
+    ) -> np.ndarray:
+        """Return what a look at each row through the model tells, shape (rows, numbers)."""
+        adapter, _ = self.warmed_up
+        limit = FEATURE_BATCH_TOKENS
+        if self.model.device.type == "cpu":
+            limit = min(limit, max(1, _LOGITS_OF_A_THREAD // self.model.num_words))
+        batches = token_batches(encoded.lengths[rows], limit)
+        tasks = [functools.partial(look, self.model, adapter, encoded, rows[places]) for places in batches]
+        found = one_thread_each(tasks) if self._is_in_one_thread else (task() for task in tasks)
+        told: list[np.ndarray] = []
+        for part in found:
+            told.append(part)
+            show(len(part))
+        return np.concatenate(told)[np.argsort(np.concatenate(batches))]
 
     def blocks(self, groups: list[np.ndarray], num_groups: int, first: int) -> Iterator[Block]:
         """Yield the raw columns of groups of rows from a row on, so many groups in a block, each computed by itself."""
@@ -237,37 +266,24 @@ def _warmed_up(learner: LoraLearner, num_updates: int) -> torch.Tensor:
     return learner.state.adapter
 
 
-@torch.no_grad()
-def _scan(
-    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray, show: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's mean log-probability, shape (chosen,), and its pooled embedding, shape (chosen, 32)."""
-    log_p = np.zeros(len(chosen), dtype=np.float32)
-    semantic = np.zeros((len(chosen), NUM_SEMANTIC), dtype=np.float32)
-    for places in token_batches(rows.lengths[chosen], FEATURE_BATCH_TOKENS):
-        batch = collate(rows, chosen[places])
-        losses, hidden = auxiliary.hidden_states(batch, adapter[None])
-        log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
-        lengths = torch.from_numpy(rows.lengths[chosen[places]]).to(hidden.device)
-        inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-        mean = (hidden * inside[..., None]).sum(1) / lengths[:, None]
-        semantic[places] = torch.nn.functional.adaptive_avg_pool1d(mean[:, None], NUM_SEMANTIC)[:, 0].cpu().numpy()
-        show(len(places))
-    return log_p, semantic
+@torch.no_grad()  # which is of the thread
+def _embedded(auxiliary: BaseModel, adapter: torch.Tensor, encoded: EncodedRows, rows: np.ndarray) -> np.ndarray:
+    """Return each row's mean log-probability and its pooled embedding, shape (rows, 33)."""
+    batch = collate(encoded, rows)
+    losses, hidden = auxiliary.hidden_states(batch, adapter[None])
+    lengths = torch.from_numpy(encoded.lengths[rows]).to(hidden.device)
+    inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+    mean = (hidden * inside[..., None]).sum(1) / lengths[:, None]
+    semantic = torch.nn.functional.adaptive_avg_pool1d(mean[:, None], NUM_SEMANTIC)[:, 0].cpu().numpy()
+    return np.column_stack([_row_means(losses, batch, encoded.label_counts[rows]), semantic])
 
 
-@torch.no_grad()
-def _log_probabilities(
-    auxiliary: BaseModel, adapter: torch.Tensor, rows: EncodedRows, chosen: np.ndarray, show: Callable[[int], None]
-) -> np.ndarray:
-    """Return each row's mean log-probability, shape (chosen,)."""
-    log_p = np.zeros(len(chosen), dtype=np.float32)
-    for places in token_batches(rows.lengths[chosen], FEATURE_BATCH_TOKENS):
-        batch = collate(rows, chosen[places])
-        losses, _ = auxiliary.token_losses(batch, adapter[None])
-        log_p[places] = _row_means(losses, batch, rows.label_counts[chosen[places]])
-        show(len(places))
-    return log_p
+@torch.no_grad()  # which is of the thread
+def _scored(auxiliary: BaseModel, adapter: torch.Tensor, encoded: EncodedRows, rows: np.ndarray) -> np.ndarray:
+    """Return each row's mean log-probability, shape (rows, 1)."""
+    batch = collate(encoded, rows)
+    losses, _ = auxiliary.token_losses(batch, adapter[None])
+    return _row_means(losses, batch, encoded.label_counts[rows])[:, None]
 
 
 def _row_means(losses: torch.Tensor, batch: Batch, label_counts: np.ndarray) -> np.ndarray:

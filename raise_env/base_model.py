@@ -63,6 +63,7 @@ class _PassState(threading.local):
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = []  # of each layer: (k, rank, in) and (k, out, rank)
         self.merged: list[Tensor] = []  # of each layer: (out, in)
+        self.hidden: list[Tensor] | None = None  # a list gets the last hidden layer: (rows, length, hidden)
 
 
 class BaseModel:
@@ -117,6 +118,7 @@ class BaseModel:
             _keep_differentiable(causal)
         if self.stackable:
             self._install()
+        causal.get_decoder().register_forward_hook(self._keep_hidden)
         self._label_positions = LabelPositions(causal)
         model_type = causal.config.model_type
         attends_by_blocks = self.device.type == "cpu" and self.is_float32 and model_type in LAST_LAYERS
@@ -140,6 +142,11 @@ class BaseModel:
             for name in self._names
         ]
         return dict(zip(names, self._shapes, strict=True))
+
+    @property
+    def num_words(self) -> int:
+        """Tokens that the model knows: numbers in the logits of one position."""
+        return int(self._causal.get_input_embeddings().num_embeddings)
 
     @property
     def hidden_dim(self) -> int:
@@ -189,11 +196,23 @@ class BaseModel:
         return losses, logits
 
     def hidden_states(self, batch: Batch, adapters: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the label losses, shape (labels,), and the last hidden layer, shape (rows, length, hidden)."""
-        with self.lock:  # transformers puts hooks into the model for as long as it takes
-            output = self._forward(batch, adapters, None, output_hidden_states=True)
-        losses = nn.functional.cross_entropy(output.logits.float(), batch.targets.to(self.device), reduction="none")
-        return losses, output.hidden_states[-1].float()
+        """Return the label losses, shape (labels,), and the last hidden layer, shape (rows, length, hidden).
+
+        Raises:
+            ModelError: transformers does not know where the layers of a model of this form end.
+        """
+        kept: list[Tensor] = []
+        self._pass.hidden = kept
+        try:
+            losses, _ = self.token_losses(batch, adapters)
+        finally:
+            self._pass.hidden = None
+        if not kept:
+            raise ModelError(
+                f"the model {self.source!r} computes features, and its last hidden layer cannot be found: it does not "
+                "use the module that transformers' get_decoder() names. Name another auxiliary_model."
+            )
+        return losses, kept[0].float()
 
     @torch.no_grad()
     def generate(
@@ -287,8 +306,13 @@ class BaseModel:
                 stack.callback(self._set_checkpointing, True)
             yield self._causal
 
-    def _forward(self, batch: Batch, adapters: Tensor | None, dropout_seed: int | None, **kwargs: Any) -> Any:
-        packed = self._packed(batch, adapters, kwargs)
+    def _keep_hidden(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        # Not transformers' `output_hidden_states`: its hooks are of the model, not of the thread.
+        if self._pass.hidden is not None:
+            self._pass.hidden.append(output[0])
+
+    def _forward(self, batch: Batch, adapters: Tensor | None, dropout_seed: int | None) -> Any:
+        packed = self._packed(batch, adapters)
         # The last column predicts nothing: a row may have one token more than the model has places for.
         length = batch.input_ids.shape[1]
         width = length - (length - 1 == self.max_positions)
@@ -297,7 +321,6 @@ class BaseModel:
             "logits_to_keep": batch.keep[:, :width].to(self.device) if packed is None else packed.keep,
             "position_ids": None if packed is None else packed.position_ids,
             "use_cache": False,
-            **kwargs,
         }
         with self._only_labels(inputs, adapters), rows_at(packed.layout if packed else None):
             if not self.stackable:
@@ -309,16 +332,18 @@ class BaseModel:
             finally:
                 self._pass.pairs = []
 
-    def _packed(self, batch: Batch, adapters: Tensor | None, kwargs: dict[str, Any]) -> PackedBatch | None:
+    def _packed(self, batch: Batch, adapters: Tensor | None) -> PackedBatch | None:
         """Return the batch without padding, where model and request let it be packed and that is worth it."""
+        if self._pass.hidden is not None:  # which is of the rows as they are
+            return None
         length = batch.input_ids.shape[1]
         window = getattr(self._causal.config, "sliding_window", None)
         fits = length <= LONGEST and (window is None or length <= window)
         is_one = adapters is None or len(adapters) == 1  # several adapters need equally many tokens each
-        return pack(batch) if self._packs and fits and is_one and not kwargs else None
+        return pack(batch) if self._packs and fits and is_one else None
 
     def _only_labels(self, inputs: dict[str, Any], adapters: Tensor | None) -> AbstractContextManager[None]:
-        if "output_hidden_states" in inputs:  # which are asked for at every position
+        if self._pass.hidden is not None:  # which is asked for at every position
             return contextlib.nullcontext()
         return self._label_positions.only(inputs["logits_to_keep"], 1 if adapters is None else len(adapters))
 

@@ -17,7 +17,6 @@ WITH_TORCH = {
     *(
         "raise_env.export",
         "raise_env.model_size",
-        "raise_env.side_by_side",
         "raise_env.packing",
         "raise_env.label_positions",
         "raise_env.causal_attention",

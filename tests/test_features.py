@@ -154,6 +154,18 @@ def test_features__after_updates__tell_more_than_before(embedded_env):
     assert after.num_tokens > before.num_tokens > 0
 
 
+def test_features__several_threads_of_torch__same_bits_as_with_one(embedded_env, tmp_path):
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            folder = str(tmp_path / str(num_threads))  # nothing in the cache, and nothing kept in memory
+            found.append(embedded_env(cache_dir=folder, auxiliary_updates=2).assets.features.raw)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(found[1], found[0])
+
+
 @pytest.mark.real
 def test_features__auxiliary_model_with_another_tokenizer__describes_the_same_pool(embedded_env, shared):
     folder = str(shared / "models" / "stories260K-hf")

@@ -24,6 +24,7 @@ from transformers import (
 from raise_env.base_model import BaseModel, model_folder
 from raise_env.config import LoraSettings
 from raise_env.encoding import Batch
+from raise_env.errors import ModelError
 from raise_env.label_positions import LAST_LAYERS, LabelPositions
 
 WORDS = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -133,9 +134,19 @@ def test_base_model__hidden_states__are_those_of_every_position(folder, model):
     batch = random_batch()
     causal = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        expected = causal(input_ids=batch.input_ids, output_hidden_states=True).hidden_states[-1]
+        expected = causal.get_decoder()(input_ids=batch.input_ids).last_hidden_state
         _, hidden = model.hidden_states(batch, None)
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_base_model__a_last_hidden_layer_that_is_not_found__is_told(tmp_path, monkeypatch):
+    causal = AutoModelForCausalLM.from_config(FORMS["llama"])
+    monkeypatch.setattr(type(causal), "get_decoder", lambda self: nn.Identity())
+    causal.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder("tiny")).save_pretrained(tmp_path)
+    model = BaseModel(str(tmp_path), LoraSettings(r=4, lora_alpha=8), device="cpu")
+    with pytest.raises(ModelError, match=r"last hidden layer cannot be found.*Name another auxiliary_model"):
+        model.hidden_states(random_batch(), None)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form in LAST_LAYERS])

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from raise_env.side_by_side import side_by_side
+from raise_env.side_by_side import one_thread, one_thread_each, side_by_side
 
 
 @pytest.fixture
@@ -48,3 +48,19 @@ def test_side_by_side__a_task_fails__its_error_is_raised_after_all_ended(torch_t
         side_by_side([fail, lambda: done.append(1)])
     assert len(done) == num_threads - 1
     assert torch.get_num_threads() == num_threads
+
+
+@pytest.mark.parametrize("num_tasks", [0, 1, 3])
+def test_one_thread_each__any_number_of_tasks__each_has_one_thread(torch_threads, num_tasks):
+    torch_threads(3)
+    assert list(one_thread_each([torch.get_num_threads] * num_tasks)) == [1] * num_tasks
+    assert torch.get_num_threads() == 3
+
+
+def test_one_thread__an_error_within__threads_are_as_before(torch_threads):
+    torch_threads(3)
+    counts = []
+    with pytest.raises(KeyError), one_thread():
+        raise KeyError(counts.append(torch.get_num_threads()))
+    assert counts == [1]
+    assert torch.get_num_threads() == 3

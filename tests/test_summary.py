@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
 
-import numpy as np
 import pytest
 
 from raise_env.agents.summary import markdown_tables, summarise, text_tables
@@ -174,21 +172,6 @@ def test_summarise__several_tasks__a_seed_counts_where_it_has_all():
     assert summary["per_task"]["a"]["mine"]["num_missing"] == 0
     # The seed's other run does not count either.
     assert summary["normalised"]["mine"]["num_missing"] == summary["profiles"]["mine"]["num_missing"] == 2
-
-
-def test_summarise__a_whole_benchmark__takes_seconds():
-    rng = np.random.default_rng(0)
-    agents, tasks = ("random", "oracle", *(f"agent {i}" for i in range(15))), tuple("abcdefghijk")
-    results = [
-        {**line(agent, seed, float(rng.normal()), task=task), "test_accuracy": float(rng.random())}
-        for agent in agents
-        for task in tasks
-        for seed in range(10)
-    ]
-    start = time.process_time()
-    summary = summary_of(results, tasks=tasks, agents=agents, seeds=range(10))
-    assert time.process_time() - start < 10  # 4 on a quiet machine
-    assert len(summary["pairs"]) == 17
 
 
 def test_summarise__no_test_set__takes_the_dev_loss():

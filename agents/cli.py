@@ -83,7 +83,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if not arguments or arguments[0] not in ("train", "bench", "ablate", "audit"):
+    if not arguments or arguments[0] not in ("train", "finetune", "bench", "ablate", "audit"):
         return "Run the same command again to start over."
     import shlex
 
@@ -333,11 +333,12 @@ def finetune(
     out: Out,
     seed: Seed = 0,
     merge: Merge = False,
+    resume: Resume = False,
 ) -> None:
     """Fine-tune once with a learned selector choosing every batch, on any model and pool."""
     from .runs import finetune as run_finetune
 
-    report = run_finetune(out, selector, settings, seed=seed, merge=merge, reporter=TerminalReporter())
+    report = run_finetune(out, selector, settings, seed=seed, merge=merge, resume=resume, reporter=TerminalReporter())
     _show(report, out)
 
 

@@ -7,7 +7,6 @@ are the same. What it leaves goes back to whoever asked for it as plain data, fo
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from raise_env import RaiseSelectEnv
 from raise_env.errors import RaiseEnvError
+from raise_env.files import scratch_folder
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import DIVERGENCE_PENALTY
 
@@ -155,8 +155,8 @@ def _saved(agent: Any) -> dict[str, bytes]:
     """Return what an agent saves, if it does."""
     if not hasattr(agent, "save"):
         return {}
-    with tempfile.TemporaryDirectory() as beside:
-        folder = Path(beside) / "selector"
+    with scratch_folder() as beside:
+        folder = beside / "selector"
         agent.save(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

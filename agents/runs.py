@@ -1,7 +1,8 @@
 """What `train`, `demo` and `finetune` do: learn a selector, make the final runs, write the folder.
 
-A run's folder is its memory. Learning is kept after every episode and every final run after its end, so that what
-was done is on disk whatever happens, and `resume` goes on from there with the same numbers.
+A run's folder is its memory. Learning is kept after every episode (by agents with `save_progress`) or after every step
+(by all others), and every final run after its end, so that what was done is on disk whatever happens, and `resume` goes
+on from there with the same numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.features import LoadingProgress
-from raise_env.files import append_line, replaced_folder, write_json, write_text
+from raise_env.files import append_line, held, replaced_folder, write_json, write_text
 from raise_env.pool import Instruction
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import needs_generation
@@ -27,7 +28,9 @@ from raise_env.rewards import needs_generation
 from . import contrast
 from .base import Agent
 from .catalogue import agent_name, learning_episodes, make_agent
+from .checkpoints import Checkpoints
 from .feature_view import FeatureView
+from .journal import Journal, JournaledEnv
 from .model_card import write_model_card
 from .report import MAX_ROWS, Selection, WantedText, write_report
 from .rollout import agents_code, run_episode
@@ -150,20 +153,21 @@ def train(
     env = RaiseSelectEnv(**plan.settings)
     check_inputs(env.config)
     _check_selectors(env.config, agents.values())
-    run = RunFolder.open(folder, command, plan.to_json(), resume)
-    with reporter.task("loading model, data and features", 1) as show, _parts_shown(reporter) as progress:
-        env.load(progress)
-        env.reset(seed=plan.seed)
-        show(1)
-    run.check_content(env.assets.content)
-    with run:
-        device = env.assets.learner.base.device.type  # type: ignore[attr-defined]
-        run.note(content=env.assets.content, data=env.assets.counts, device=device)
-        learned = _learn(run, plan, env, agents[plan.agent], reporter)
-        for name in plan.names:
-            agent = learned if name == plan.agent else agents[name]
-            _final_runs(run, plan, env, agent, name, reporter)
-        return _write_results(run, plan, env, learned)
+    with held(folder):
+        run = RunFolder.open(folder, command, plan.to_json(), resume)
+        with reporter.task("loading model, data and features", 1) as show, _parts_shown(reporter) as progress:
+            env.load(progress)
+            env.reset(seed=plan.seed)
+            show(1)
+        run.check_content(env.assets.content)
+        with run:
+            device = env.assets.learner.base.device.type  # type: ignore[attr-defined]
+            run.note(content=env.assets.content, data=env.assets.counts, device=device)
+            learned = _learn(run, plan, env, agents[plan.agent], reporter)
+            for name in plan.names:
+                agent = learned if name == plan.agent else agents[name]
+                _final_runs(run, plan, env, agent, name, reporter)
+            return _write_results(run, plan, env, learned)
 
 
 @contextmanager
@@ -188,6 +192,7 @@ def finetune(
     *,
     seed: int = 0,
     merge: bool = False,
+    resume: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Fine-tune once with a learned selector choosing every batch, and write the folder.
@@ -196,7 +201,7 @@ def finetune(
         RaiseEnvError: As `train`; or the selector cannot be read.
     """
     plan = Plan(settings, agent=f"selector:{selector}", episodes=0, seed=seed, compare=(), num_runs=1, merge=merge)
-    return train(out, plan, command="finetune", reporter=reporter)
+    return train(out, plan, command="finetune", resume=resume, reporter=reporter)
 
 
 def phi_tokens(env: RaiseSelectEnv) -> int:
@@ -254,20 +259,25 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, report
     learn, episodes = getattr(agent, "learn", None), plan.episodes or 0
     if learn is None or episodes == 0:
         return agent
-    done = 0
-    resumable: Any = agent if hasattr(agent, "load_progress") else None
-    if resumable and (run.folder / "learning").is_dir():
-        resumable.load_progress(run.folder / "learning")
-        done = len(resumable.episode_returns)
+    checkpoints, done = Checkpoints(run.folder / "learning"), 0
+    keeps_progress: Any = agent if hasattr(agent, "load_progress") else None
+    if keeps_progress:
+        done, found = checkpoints.newest()
+        if found is not None:
+            keeps_progress.load_progress(found)
+    else:
+        env = JournaledEnv(env, Journal(run.folder / "learning" / "steps.jsonl"))
+        env.reset(seed=plan.seed)
     with reporter.task(f"learning to select ({plan.agent})", episodes) as show:
         show(done)
         clock = Clock(env)
 
         def episode_done(number: int, total: float) -> None:
             run.state.setdefault("episode_returns", [])[number - 1 :] = [total]
-            if resumable:
-                resumable.save_progress(run.folder / "learning")
-            run.add("learning", *clock.lap())
+            run.book("learning", number, *clock.lap())
+            # Last: what is booked and then lost is booked once more, with the same numbers.
+            if keeps_progress:
+                checkpoints.save(number, keeps_progress.save_progress)
             show(min(number, episodes))  # an algorithm that counts steps may see more, shorter episodes
 
         if episodes > done:
@@ -307,7 +317,7 @@ def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, n
             clock = Clock(env)
             with agents_code(f"agent {short!r}, preparing"):
                 prepare(env, plan.seed)
-            run.book(f"preparation/{short}", *clock.lap())
+            run.book(f"preparation/{short}", 1, *clock.lap())
         for index, seed in enumerate(plan.final_seeds):
             keeps_adapter = is_selector and index == 0
             if seed in have and not (keeps_adapter and lacks_adapter):
@@ -318,7 +328,7 @@ def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, n
                 show(before + step)
 
             record = run_episode(env, agent, seed=seed, name=short, on_step=show_step)
-            run.add(f"final/{short}", *clock.lap())
+            run.book(f"final/{short}", index + 1, *clock.lap())
             if keeps_adapter:
                 _write_outcome(run.folder, env)
             if seed not in have:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,16 @@ from .rewards import (
 if TYPE_CHECKING:
     from .learner_protocol import Learner, Ledger
 
-__all__ = ["EnvAssets", "RaiseSelectEnv", "Round", "Snapshot", "StepRecord", "StepResult", "step_together"]
+__all__ = [
+    "EnvAssets",
+    "RaiseSelectEnv",
+    "Round",
+    "Snapshot",
+    "StepOutcome",
+    "StepRecord",
+    "StepResult",
+    "step_together",
+]
 
 Observation = np.ndarray
 Action = np.ndarray
@@ -92,6 +102,23 @@ class Snapshot:
     history: tuple[StepRecord, ...]
     is_over: bool
     is_scored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step came to, as far as it takes a model to find out.
+
+    Attributes:
+        dev_score: P after the step.
+        train_loss: Mean loss over the response tokens before the update; None without one.
+        diverged: Whether the loss stopped being finite.
+        test_score: P on the test set, where the step ended an episode and there is one.
+    """
+
+    dev_score: float
+    train_loss: float | None = None
+    diverged: bool = False
+    test_score: float | None = None
 
 
 class EnvAssets(Protocol):
@@ -273,6 +300,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._history: list[StepRecord] = []
         self._is_over = True
         self._is_scored = True  # whether the last dev score is that of the model as it is
+        self._behind: list[tuple[np.ndarray, float, int]] = []  # updates that the model has still to make
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -291,6 +319,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         if self._learner is None:
             self._learner = self._new_learner()
         self._learner.reset()
+        self._behind = []
         self._counts = np.zeros(len(assets.pool), dtype=np.int32)
         self._num_steps = self._num_spent = 0
         generates = self._learner.generates
@@ -317,6 +346,31 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         diverged = self._score(choice, train_loss)
         return self._answer(choice, train_loss, diverged)
 
+    def retrace(self, action: Action, outcome: StepOutcome) -> StepResult:
+        """Take a step of which it is known what came of it, and return what `step` returned then.
+
+        Nothing is trained or scored, and nothing is booked: the updates are made when the model is next asked for, if
+        the episode is not over by then. So learning that was interrupted comes back to where it was in no time.
+
+        Args:
+            action: As for `step`.
+            outcome: What `step` came to with the same action in the same episode.
+
+        Raises:
+            ActionError: As for `step`.
+            ResetNeeded: As for `step`.
+        """
+        choice = self._choose(action)
+        if len(choice.selected):
+            self._is_scored = False
+            self._behind.append((choice.selected, self.progress, int(self._stream(_DROPOUT).integers(2**31))))
+        if not outcome.diverged and self._is_score_due(choice.selected):
+            self._dev_scores.append(outcome.dev_score)
+            self._is_scored = True
+        else:
+            self._dev_scores.append(self._dev_scores[-1])
+        return self._answer(choice, outcome.train_loss, outcome.diverged, outcome.test_score)
+
     def render(self) -> Any:
         """Return the episode so far, as text or as a picture of shape (height, width, 3), uint8."""
         from . import render
@@ -331,6 +385,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     def close(self) -> None:
         """Let go of the learner; what is shared stays for other environments."""
         self._learner = None
+        self._behind = []
         self._is_over = True
 
     def load(self, progress: LoadingProgress | None = None) -> EnvAssets:
@@ -438,6 +493,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         if self._learner is None:
             self._learner = self._new_learner()
         self._learner.state = snapshot.learner_state
+        self._behind = []
         generator = np.random.Generator(np.random.PCG64())
         generator.bit_generator.state = snapshot.generator_state
         self.np_random = generator
@@ -580,7 +636,20 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     def _running_learner(self) -> Learner:
         self._require_reset()
         assert self._learner is not None
+        self._catch_up(self._learner)
         return self._learner
+
+    def _catch_up(self, learner: Learner) -> None:
+        """Make the updates of steps that were retraced; they were booked when they were made first."""
+        if not self._behind:
+            return
+        ledger = learner.ledger
+        booked = dataclasses.replace(ledger)
+        while self._behind:
+            learner.update(*self._behind[0])
+            del self._behind[0]
+        for entry in dataclasses.fields(ledger):
+            setattr(ledger, entry.name, getattr(booked, entry.name))
 
     def _new_learner(self) -> Learner:
         learner = self.assets.learner.copy()
@@ -668,7 +737,9 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._dev_scores.append(self._dev_scores[-1])
         return not is_finite
 
-    def _answer(self, choice: _Choice, train_loss: float | None, diverged: bool) -> StepResult:
+    def _answer(
+        self, choice: _Choice, train_loss: float | None, diverged: bool, test_score: float | None = None
+    ) -> StepResult:
         """Write the step down, go on to the next round, and return what `step` does."""
         selected = choice.selected
         train_loss = None if diverged else train_loss
@@ -681,7 +752,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         np.add.at(self._counts, selected, 1)
         self._round = self._next_round()
         self._is_over = diverged or self._num_steps >= self.config.horizon or self.budget_left <= 0
-        info = self._info(selected, num_dropped=choice.num_dropped, train_loss=train_loss, diverged=diverged)
+        info = self._info(selected, choice.num_dropped, train_loss, diverged, test_score)
         return self._observation(), reward, self._is_over, False, info
 
     def _is_score_due(self, selected: np.ndarray) -> bool:
@@ -704,7 +775,12 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         )
 
     def _info(
-        self, selected: np.ndarray, *, num_dropped: int = 0, train_loss: float | None = None, diverged: bool = False
+        self,
+        selected: np.ndarray,
+        num_dropped: int = 0,
+        train_loss: float | None = None,
+        diverged: bool = False,
+        test_score: float | None = None,
     ) -> dict[str, Any]:
         # Of fixed shape, so that vector environments of every make can stack it.
         padded = np.full(self._num_candidates, -1, dtype=np.int64)
@@ -722,7 +798,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         if train_loss is not None:
             info["train_loss"] = train_loss
         if self._is_over and self.assets.has_test and not diverged:
-            info["test_score"] = self._reward(self.evaluate("test"))
+            info["test_score"] = self._reward(self.evaluate("test")) if test_score is None else test_score
         return info
 
     def _render_view(self) -> Any:

@@ -1,30 +1,59 @@
-"""Writing so that a crash loses nothing: beside the target first, then renamed onto it."""
+"""Writing so that a crash loses nothing: beside the target first, then renamed onto it.
+
+What a killed process leaves behind has a name of its own form (`.NAME.XXXXXXXX.unfinished`), so that whoever goes on
+with its work can clear it away. That is safe only while nobody else writes there, which `held` sees to.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
 
-__all__ = ["append_line", "prepare_folder", "replaced", "replaced_folder", "write_json", "write_text"]
+__all__ = [
+    "append_line",
+    "clear_unfinished",
+    "held",
+    "prepare_folder",
+    "replaced",
+    "replaced_folder",
+    "scratch_folder",
+    "write_json",
+    "write_text",
+]
+
+#: How the names end of what is being written, and of what it takes the place of.
+_UNFINISHED, _OLD = ".unfinished", ".unfinished.old"
+
+#: What systems say that lock nothing, or not on this disk.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL, errno.ENOSYS)
+
+#: How the names of folders begin that are needed for a moment, and the age from which on one was left behind.
+_SCRATCH, _LEFT_BEHIND_S = "raise-env-scratch-", 24 * 3600.0
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Give a file name to write to; when the context ends well it becomes `path`, else `path` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     os.close(handle)
     beside = Path(name)
     try:
         yield beside
+        _see_onto_disk(beside)
         _readable_by_others(beside)
         beside.replace(path)
     finally:
@@ -35,11 +64,13 @@ def replaced(path: Path) -> Iterator[Path]:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Give a new folder to fill; when the context ends well it takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    old = beside.with_name(f"{beside.name}.old")
+    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED))
+    old = beside.with_name(beside.name.removesuffix(_UNFINISHED) + _OLD)
     try:
         yield beside
-        _folder_readable_by_others(beside)
+        for part in [beside, *beside.rglob("*")]:
+            _see_onto_disk(part)
+            _readable_by_others(part)
         if path.exists():
             path.rename(old)
         beside.rename(path)
@@ -87,13 +118,79 @@ def prepare_folder(folder: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make an output folder where there is none, and keep other processes from writing in it meanwhile.
+
+    The lock is the system's own on the open folder: it ends with the process, and leaves nothing behind. Where the
+    system or the disk knows no such locks there is none.
+
+    Raises:
+        OutputError: The folder cannot be written, or another process is at work in it.
+    """
+    prepare_folder(folder)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another process is writing in the folder {str(folder)!r}: wait until it ends, or name another folder."
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed were about to write, anywhere in a folder that is held."""
+    for parent, folders, files in os.walk(folder):
+        for name in [name for name in [*folders, *files] if _is_unfinished(name)]:
+            path = Path(parent, name)
+            logger.info("%s was left by a process that was killed; removing it", path)
+            if name in folders:
+                folders.remove(name)  # it is walked no more
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Give a new folder for a moment, among the system's temporary ones, after removing those of killed processes."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if time.time() - left.lstat().st_mtime > _LEFT_BEHIND_S:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
+        yield Path(folder)
+
+
+def _is_unfinished(name: str) -> bool:
+    return name.startswith(".") and name.endswith((_UNFINISHED, _OLD))
+
+
+def _see_onto_disk(path: Path) -> None:
+    """Wait until a file is on the disk: else a machine that stops may have done the rename and not the writing."""
+    if path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _readable_by_others(path: Path) -> None:
     # mkstemp and safetensors make files for their owner alone; a result is as open as any other file.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _folder_readable_by_others(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
-        _readable_by_others(path)

@@ -1,9 +1,9 @@
 """Kills commands at any moment, for the tests of what is left and gone on with.
 
 Run as a program this is a *nursery*: it has imported everything, and forks a child for each line of JSON that it reads,
-`{"work": NAME, "arguments": {...}, "die_at": N, "die_after_s": S, "cache": FOLDER}`, the last three where they are wanted.
-A child does its work with the real functions. It kills itself with SIGKILL as it is about to do its N-th thing to the
-disk (a write is done by half before), or is killed after so many seconds. The answer is a line too:
+`{"work": NAME, "arguments": {...}, "die_at": N, "die_after_s": S, "cache": FOLDER}`, the last three where they are
+wanted. A child does its work with the real functions. It kills itself with SIGKILL as it is about to do its N-th thing
+to the disk (a write is done by half before), or is killed after so many seconds. The answer is a line too:
 `{"status": ..., "num_deeds": ..., "seconds": ...}`.
 """
 

@@ -21,6 +21,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 import raise_env
 from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores
 from raise_env.config import ENV_IDS
+from raise_env.env import StepOutcome
 from raise_env.errors import ActionError, ModelError, SettingError
 from raise_env.features import CLIP, FEATURE_NAMES
 from raise_env.rewards import DIVERGENCE_PENALTY
@@ -973,3 +974,29 @@ def test_variant__settings_that_decide_on_the_model__share_nothing(embedded_env)
     env = embedded_env(pool_size=32)
     assert env.variant(budget=5).assets is env.assets
     assert env.variant(learning_rate=0.5).assets is not env.assets
+
+
+# Steps of which it is known what came of them
+
+
+def test_retrace__steps_that_were_taken_before__gives_what_step_gave_and_trains_when_asked(embedded_env):
+    first, again = embedded_env(score_every=2, budget=12), embedded_env(score_every=2, budget=12)
+    rng, over = np.random.default_rng(0), False
+    first.reset(seed=4)
+    again.reset(seed=4)
+    while not over:
+        action = (rng.random(16) < 0.2).astype(np.int8)
+        observation, reward, over, _, info = first.step(action)
+        known = [info.get(name) for name in ("dev_score", "train_loss", "diverged", "test_score")]
+        tokens = again.assets.learner.ledger.token_forwards
+        seen, reward_again, over_again, _, info_again = again.retrace(action, StepOutcome(*known))
+        assert again.assets.learner.ledger.token_forwards == tokens
+        np.testing.assert_array_equal(seen, observation)
+        assert (reward_again, over_again) == (reward, over)
+        assert info.keys() == info_again.keys()
+        assert all(np.array_equal(info[name], info_again[name]) for name in info)
+    tokens = again.assets.learner.ledger.train_tokens
+    assert torch.equal(again.snapshot().learner_state.adapter, first.snapshot().learner_state.adapter)
+    assert again.assets.learner.ledger.train_tokens == tokens, "it was booked when it was done first"
+    assert again.dev_scores == first.dev_scores
+    assert [r.reward for r in again.history] == [r.reward for r in first.history]

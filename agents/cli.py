@@ -24,7 +24,7 @@ from tqdm import tqdm
 from raise_env import __version__
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
-from raise_env.errors import OutputError, RaiseEnvError, SettingError
+from raise_env.errors import OutputError, RaiseEnvError, SettingError, lacks_memory
 
 __all__ = ["app", "main"]
 
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail(f"interrupted; what was done is on disk. {_how_to_resume(arguments)}", EXIT_INTERRUPTED)
     except Exception as error:
+        if lacks_memory(error):
+            _fail(f"there is too little memory ({error}). {_how_to_resume(arguments)}", EXIT_USAGE)
         # click's usage errors know their own message; anything else is ours to mend and keeps its traceback.
         if not hasattr(error, "format_message"):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -77,7 +78,9 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         ended = "done" if kind is None else "failed"
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.note(status="interrupted" if interrupted else ended, end=_now())
+        # Where the disk is full, that is what the user shall hear of.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OutputError):
+            self.note(status="interrupted" if interrupted else ended, end=_now())
 
     def check_content(self, content: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or another model than the run was begun with.

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 from .config import OWN_SETTINGS, EnvConfig
-from .errors import ActionError
+from .errors import ActionError, memory_explained
 from .features import FEATURE_NAMES, LoadingProgress, StaticFeatures, frame, observation_bounds, observe
 from .learner_protocol import scheduled_rate
 from .pool import Pool
@@ -47,6 +47,12 @@ Action = np.ndarray
 
 #: What `step` returns: observation, reward, terminated, truncated, info.
 StepResult = tuple[Observation, float, bool, bool, dict[str, Any]]
+
+#: What needs less memory, the first thing first.
+_LESS_MEMORY = (
+    "Lower micro_batch_tokens (--micro-batch-tokens), then max_length or batch_size; activation_checkpointing=True "
+    "keeps less for the backward pass; a smaller model or dtype needs less throughout. What was done before stands."
+)
 
 # What a round's seed is used for: each purpose draws from a stream of its own, so that the candidates of the
 # next round are the same whatever is done in this one, and two policies can be compared on equal offers.
@@ -302,6 +308,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._is_scored = True  # whether the last dev score is that of the model as it is
         self._behind: list[tuple[np.ndarray, float, int]] = []  # updates that the model has still to make
 
+    @memory_explained(_LESS_MEMORY)
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
@@ -309,6 +316,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
         Raises:
             DataError: The pool, dev or test set cannot be used.
+            MemoryShortageError: The memory does not suffice for the model or for features.
             ModelError: A model cannot be loaded.
             OutputError: As `load`.
             RewardError: Dev or test rows lack what the reward needs, or the reward function returned something other
@@ -330,6 +338,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._round = self._next_round()
         return self._observation(), self._info(np.zeros(0, dtype=np.int64))
 
+    @memory_explained(_LESS_MEMORY)
     def step(self, action: Action) -> StepResult:
         """Train on the chosen candidates, and return what it gained on the dev set.
 
@@ -338,6 +347,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
         Raises:
             ActionError: It has another shape, or holds something other than 0 and 1.
+            MemoryShortageError: The memory does not suffice for the update; the step was not taken.
             ResetNeeded: There was no reset since the start or since the last episode's end.
             RewardError: The reward function returned something other than a finite number.
         """
@@ -388,6 +398,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._behind = []
         self._is_over = True
 
+    @memory_explained(_LESS_MEMORY)
     def load(self, progress: LoadingProgress | None = None) -> EnvAssets:
         """Load what the first reset would load, and return it.
 
@@ -396,6 +407,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
         Raises:
             DataError: As `reset`.
+            MemoryShortageError: As `reset`.
             ModelError: As `reset`.
             OutputError: The pool is large, and the cache folder cannot be written or has too little room.
             RewardError: Dev or test rows lack what the reward needs.
@@ -532,6 +544,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         kwargs = {"render_mode": self.render_mode, **self.config.to_kwargs(), **settings}
         return RaiseSelectEnv(assets=self.assets if OWN_SETTINGS.issuperset(settings) else None, **kwargs)
 
+    @memory_explained(_LESS_MEMORY)
     def probe(self, actions: np.ndarray, num_dev: int | None = None) -> np.ndarray:
         """Return the dev score that each of several actions would lead to, from this very state.
 
@@ -566,6 +579,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._require_reset()
         return self._observation()
 
+    @memory_explained(_LESS_MEMORY)
     def evaluate(self, split: str = "test") -> Evaluation:
         """Score the model as it is on the "dev" or "test" rows; for reports, never for rewards.
 
@@ -581,6 +595,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             learner.scores_choices = True
         return learner.evaluate(split)  # type: ignore[arg-type]
 
+    @memory_explained(_LESS_MEMORY)
     def row_losses(self, rows: np.ndarray) -> np.ndarray:
         """Return the model's mean loss on pool rows as it is, nats per response token, shape (rows,), float64.
 
@@ -589,6 +604,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         """
         return self._running_learner.row_losses(np.asarray(rows))
 
+    @memory_explained(_LESS_MEMORY)
     def row_gradients(self, rows: np.ndarray, split: str = "pool", *, adam: bool = False) -> np.ndarray:
         """Return the gradient of each row's mean loss in the adapter's parameters, shape (rows, P), float32.
 
@@ -608,6 +624,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         learner = self._running_learner
         return learner.row_gradients(np.asarray(rows), None if split == "pool" else "dev", adam=adam)
 
+    @memory_explained(_LESS_MEMORY)
     def dev_direction(self, num_updates: int = 8, batch_size: int = 16) -> np.ndarray:
         """Return which way the adapter goes in a fork that is trained on dev rows and thrown away, shape (P,), float32.
 
@@ -823,6 +840,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         )
 
 
+@memory_explained(_LESS_MEMORY)
 def step_together(envs: Sequence[RaiseSelectEnv], actions: Sequence[Action]) -> list[StepResult]:
     """Step several environments, each once, with their updates in one pass where they share a base model.
 

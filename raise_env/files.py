@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputError
+from safetensors import SafetensorError
+
+from .errors import OutputError, RaiseEnvError
 
 __all__ = [
     "append_line",
@@ -46,41 +48,51 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Give a file name to write to; when the context ends well it becomes `path`, else `path` stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
-    os.close(handle)
-    beside = Path(name)
-    try:
-        yield beside
-        _see_onto_disk(beside)
-        _readable_by_others(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Give a file name to write to; when the context ends well it becomes `path`, else `path` stays as it was.
+
+    Raises:
+        OutputError: It cannot be written: the disk is full, say.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
+        os.close(handle)
+        beside = Path(name)
+        try:
+            yield beside
+            _see_onto_disk(beside)
+            _readable_by_others(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder to fill; when the context ends well it takes the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED))
-    old = beside.with_name(beside.name.removesuffix(_UNFINISHED) + _OLD)
-    try:
-        yield beside
-        for part in [beside, *beside.rglob("*")]:
-            _see_onto_disk(part)
-            _readable_by_others(part)
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    """Give a new folder to fill; when the context ends well it takes the place of `path`.
+
+    Raises:
+        OutputError: It cannot be written: the disk is full, say.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED))
+        old = beside.with_name(beside.name.removesuffix(_UNFINISHED) + _OLD)
+        try:
+            yield beside
+            for part in [beside, *beside.rglob("*")]:
+                _see_onto_disk(part)
+                _readable_by_others(part)
+            if path.exists():
+                path.rename(old)
+            beside.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,11 +107,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to a file and see it onto the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line to a file and see it onto the disk; where that fails, the file stays as it was.
+
+    Raises:
+        OutputError: It cannot be written: the disk is full, say.
+    """
+    with _explained(path), path.open("ab", buffering=0) as file:
+        size, content = file.tell(), f"{line}\n".encode()
+        try:
+            while content:  # a full disk may take a part of it
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def prepare_folder(folder: Path) -> None:
@@ -172,6 +194,23 @@ def scratch_folder() -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
         yield Path(folder)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say in one message what is to be done where something cannot be written."""
+    try:
+        yield
+    except RaiseEnvError:
+        raise
+    except (OSError, SafetensorError) as error:  # the second writes by itself, and tells of disks in its own words
+        reason = getattr(error, "strerror", None) or str(error)
+        fault = OutputError(
+            f"{str(path)!r} cannot be written ({reason}). What was done before is on disk: free some room there, or "
+            "mend the permissions; a run goes on with --resume."
+        )
+        fault.strerror = reason
+        raise fault from error
 
 
 def _is_unfinished(name: str) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,13 @@ class JournaledEnv(RaiseSelectEnv):
         """
         name, ledger = _name(self, action), self.assets.learner.ledger
         known = self._journal.next(name)
+        before = asdict(ledger)
         if known is not None:
             outcome, booked = known
             result = self.retrace(action, outcome)
-            for entry in fields(Ledger):
-                setattr(ledger, entry.name, getattr(ledger, entry.name) + getattr(booked, entry.name))
+            for count, now in asdict(booked).items():
+                setattr(ledger, count, before[count] + now)
             return result
-        before = asdict(ledger)
         result = super().step(action)
         booked = Ledger(**{name: count - before[name] for name, count in asdict(ledger).items()})
         self._journal.add(name, _outcome(result), booked)

@@ -101,7 +101,7 @@ class RunFolder:
         self.state.update(values)
         write_json(self.folder / "run.json", self.state)
 
-    def book(self, part: str, number: int, seconds: float, tokens: int) -> None:
+    def book(self, part: str, number: int, seconds: float, tokens: int, divergences: int = 0) -> None:
         """Note what a piece of a part of the run has cost.
 
         Made again after an interruption, a piece costs the same tokens, which are booked once, and the longer of both
@@ -112,11 +112,12 @@ class RunFolder:
             number: Which piece of it, such as an episode.
             seconds: The time that it took.
             tokens: Its token forwards.
+            divergences: Its episodes that ended because the loss stopped being finite.
         """
         costs = self.state.setdefault("costs", {}).setdefault(part, {})
         before = costs.get(str(number), {}).get("seconds", 0.0)
-        costs[str(number)] = {"seconds": max(before, seconds), "phi_tokens": tokens}
-        for kind in ("seconds", "phi_tokens"):
+        costs[str(number)] = {"seconds": max(before, seconds), "phi_tokens": tokens, "divergences": divergences}
+        for kind in ("seconds", "phi_tokens", "divergences"):
             self.state.setdefault(kind, {})[part] = sum(cost[kind] for cost in costs.values())
         self.note()
 

@@ -289,18 +289,20 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, report
 
 
 class Clock:
-    """Seconds and token forwards since the last lap."""
+    """Seconds, token forwards and episodes that diverged since the last lap."""
 
     def __init__(self, env: RaiseSelectEnv) -> None:
         self._ledger = env.assets.learner.ledger
-        self._time, self._tokens = time.perf_counter(), self._ledger.token_forwards
+        self._before = self._now()
 
-    def lap(self) -> tuple[float, int]:
-        """Return both, and begin the next lap."""
-        now, tokens = time.perf_counter(), self._ledger.token_forwards
-        passed = now - self._time, tokens - self._tokens
-        self._time, self._tokens = now, tokens
-        return passed
+    def lap(self) -> tuple[float, int, int]:
+        """Return the three, and begin the next lap."""
+        before, self._before = self._before, self._now()
+        seconds, tokens, divergences = (now - then for now, then in zip(self._before, before, strict=True))
+        return seconds, int(tokens), int(divergences)
+
+    def _now(self) -> tuple[float, int, int]:
+        return time.perf_counter(), self._ledger.token_forwards, self._ledger.divergences
 
 
 def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: str, reporter: Reporter) -> None:
@@ -367,6 +369,7 @@ def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent
         "curves": {
             agent_name(name): [r.dev_scores for r in records if r.agent == agent_name(name)] for name in plan.names
         },
+        "diverged": _divergences(run, plan, records),
         "learning": {
             "episode_returns": run.state.get("episode_returns", []),
             "num_steps": _learning_steps(agent, env),
@@ -398,6 +401,13 @@ def _write_weights(
             write_model_card(beside / "README.md", report, record, env, is_merged=True)
 
 
+def _divergences(run: RunFolder, plan: Plan, records: Sequence[EpisodeRecord]) -> dict[str, Any]:
+    """Return how often the loss stopped being finite: in learning, and in each agent's final runs."""
+    final = Counter(record.agent for record in records if record.diverged)
+    in_learning = run.state.get("divergences", {}).get("learning", 0)
+    return {"learning": in_learning, "final": {agent_name(name): final[agent_name(name)] for name in plan.names}}
+
+
 def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
     env.reset(seed=0)
     scores = {"dev_loss": env.assets.base_evaluation.loss}
@@ -413,12 +423,12 @@ def _agent_scores(records: Sequence[EpisodeRecord], name: str, env: RaiseSelectE
 
 
 def final_scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, float | None]:
-    """Return what a final run came to, by the names of report.json; None on the test set for a run that diverged."""
+    """Return what a final run came to, by the names of report.json; None for a run that diverged."""
     scores: dict[str, float | None] = {}
     if env.config.reward == "loss":
-        scores["dev_loss"] = -record.dev_scores[-1]
+        scores["dev_loss"] = None if record.diverged else -record.dev_scores[-1]
     else:
-        scores["dev_score"] = record.dev_scores[-1]
+        scores["dev_score"] = None if record.diverged else record.dev_scores[-1]
     return {**scores, **_test_scores(record.final, env)} if env.assets.has_test else scores
 
 
@@ -520,7 +530,16 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
     budget = f" Each run trained on up to {env.config.total_budget:,} of {len(env.assets.pool):,} instructions"
     seconds = report["cost"]["seconds"]["learning"]
     learned = f"; the selector learned in {seconds:.0f} seconds" if seconds else ""
-    return sentence + budget + learned + "." + _verdict(agents, name, metric)
+    return sentence + budget + learned + "." + _verdict(agents, name, metric) + _told_divergences(report)
+
+
+def _told_divergences(report: Mapping[str, Any]) -> str:
+    """Return a sentence on runs whose loss stopped being finite, empty without any."""
+    found = report["diverged"]
+    learning, final = found["learning"], sum(found["final"].values())
+    if not learning + final:
+        return ""
+    return f" The loss stopped being finite in {learning} episodes of learning and in {final} final runs."
 
 
 def _metric(report: Mapping[str, Any], plan: Plan) -> str:

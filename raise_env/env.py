@@ -764,6 +764,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         offered = self._current_round
         record = StepRecord(offered.candidates, offered.classes, selected, reward, self._dev_scores[-1], train_loss)
         self._history.append(record)
+        self.assets.learner.ledger.divergences += diverged
         self._num_steps += 1
         self._num_spent += len(selected)
         np.add.at(self._counts, selected, 1)

@@ -1,10 +1,10 @@
 """Kills commands at any moment, for the tests of what is left and gone on with.
 
 Run as a program this is a *nursery*: it has imported everything, and forks a child for each line of JSON that it reads,
-`{"work": NAME, "arguments": {...}, "die_at": N, "die_after_s": S, "cache": FOLDER}`, the last three where they are
-wanted. A child does its work with the real functions. It kills itself with SIGKILL as it is about to do its N-th thing
-to the disk (a write is done by half before), or is killed after so many seconds. The answer is a line too:
-`{"status": ..., "num_deeds": ..., "seconds": ...}`.
+`{"work": NAME, "arguments": {...}, "die_at": N, "die_after_s": S, "cache": FOLDER, "file_bytes": LIMIT}`, the last four
+where they are wanted. A child does its work with the real functions. It kills itself with SIGKILL as it is about to do
+its N-th thing to the disk (a write is done by half before), or is killed after so many seconds. The answer is a line
+too: `{"status": ..., "seconds": ..., "num_deeds": ..., "error": ...}`, the last two of those that were not killed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,37 @@ def features(settings: dict[str, Any], in_memory: int | None = None) -> None:
     env.reset(seed=0)
 
 
-WORK = {function.__name__: function for function in (train, finetune, bench, features)}
+def step_in(more_bytes: int, settings: dict[str, Any]) -> None:
+    """Make a step where no more memory is to be had than so much, then one where there is enough."""
+    import resource
+
+    import numpy as np
+    import pytest
+
+    from raise_env import RaiseSelectEnv
+    from raise_env.errors import MemoryShortageError
+
+    env = RaiseSelectEnv(**settings)
+    observation, _ = env.reset(seed=0)
+    action = env.action_masks().astype(np.int8)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_size_of_this() + more_bytes, hard))
+    with pytest.raises(MemoryShortageError, match="--micro-batch-tokens"):
+        env.step(action)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    assert np.array_equal(env.observation(), observation)
+    _, reward, _, _, _ = env.step(action)
+    other = RaiseSelectEnv(**settings)
+    other.reset(seed=0)
+    assert other.step(action)[1] == reward
+
+
+def _size_of_this() -> int:
+    """Return the address space in use, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+WORK = {function.__name__: function for function in (train, finetune, bench, features, step_in)}
 
 
 # How they die
@@ -145,15 +175,21 @@ def _child(order: dict[str, Any], log: Path, told: int) -> None:
     os.dup2(handle, 2)
     doom = Doom(order.get("die_at"))
     doom.arm()
-    code = 0
+    code, error = 0, ""
     try:
+        if order.get("file_bytes") is not None:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"],) * 2)
         WORK[order["work"]](**order["arguments"])
-    except BaseException:
+    except BaseException as raised:
         import traceback
 
-        traceback.print_exc()
-        code = 3
-    os.write(told, str(doom.num_deeds).encode())
+        code, error = 3, f"{type(raised).__name__}: {raised}"
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+            sys.stderr.flush()
+    os.write(told, json.dumps({"num_deeds": doom.num_deeds, "error": error}).encode())
     os._exit(code)
 
 
@@ -174,9 +210,8 @@ def _serve(log: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         with os.fdopen(heard, "rb") as pipe:
-            num_deeds = int(pipe.read() or 0)
-        code = os.waitstatus_to_exitcode(status)
-        answer = {"status": code, "num_deeds": num_deeds, "seconds": time.monotonic() - begun}
+            last_words = json.loads(pipe.read() or "{}")
+        answer = {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begun, **last_words}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
@@ -220,13 +255,20 @@ class Nursery:
         self._orders, self._answers = self._process.stdin, self._process.stdout
 
     def run(self, work: str, arguments: dict[str, Any], **order: Any) -> dict[str, Any]:
-        """Let a child do some work, and return how it ended; `order` may hold its death, and a `cache` of its own."""
+        """Let a child do some work, and return how it ended.
+
+        Args:
+            work: Its name.
+            arguments: Its keywords.
+            order: What else an order holds, such as when the child dies; `may_fail` lets it raise an error.
+        """
+        may_fail = order.pop("may_fail", False)
         self._orders.write(json.dumps({"work": work, "arguments": arguments, **order}) + "\n")
         self._orders.flush()
         answer = self._answers.readline()
         assert answer, f"the nursery is gone:\n{self._told()}"
         ended: dict[str, Any] = json.loads(answer)
-        assert ended["status"] in (0, -signal.SIGKILL), self._told()
+        assert ended["status"] in (0, -signal.SIGKILL) or may_fail, self._told()
         return ended
 
     def close(self) -> None:

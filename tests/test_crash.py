@@ -51,7 +51,7 @@ class Trial:
         self._nursery, self._folder, self._work, self._arguments = nursery, folder, work, arguments
         self._own_cache = own_cache
         self.num_kills = self.num_tried = 0
-        whole = self._run("undisturbed")
+        whole = self.run("undisturbed")
         assert whole["status"] == 0
         self._num_deeds, self._seconds = whole["num_deeds"], whole["seconds"]
 
@@ -64,17 +64,18 @@ class Trial:
             death = {"die_at": rng.randint(1, self._num_deeds)}
             if rng.random() < 0.4:
                 death = {"die_after_s": rng.uniform(0.0, self._seconds)}
-            if self._run(name, **death)["status"] == 0:
+            if self.run(name, **death)["status"] == 0:
                 break
             deaths.append(death)
         self.num_kills += len(deaths)
-        assert self._run(name)["status"] == 0, deaths
+        assert self.run(name)["status"] == 0, deaths
         try:
             assert_equal(self._folder / name, self._folder / "undisturbed")
         except AssertionError as error:
             raise AssertionError(f"after {deaths}: {error}") from error
 
-    def _run(self, name, **death):
+    def run(self, name, **death):
+        """Do the work in a folder of that name."""
         out = self._folder / name
         if self._own_cache:
             death["cache"] = str(out / "cache")
@@ -178,6 +179,64 @@ def test_main__command_killed_while_it_works__is_gone_on_with(tmp_path, small_se
     assert begin(killed).wait() == 0
     assert begin(tmp_path / "undisturbed").wait() == 0
     assert_equal(killed, tmp_path / "undisturbed")
+
+
+# Disk and memory
+
+
+def mounted(folder, num_kilobytes):
+    """Mount, or mount again, a disk of that size; skip where nobody may."""
+    options = f"size={num_kilobytes}k"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if folder.is_mount():
+        command = ["mount", "-o", f"remount,{options}", str(folder)]
+    folder.mkdir(exist_ok=True)
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no small disk can be mounted here: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["raise_fork", "sb3:PPO"])
+def test_train__disk_that_is_full_again_and_again__says_so_and_ends_equal(nursery, tmp_path, small_settings, agent):
+    trial = train_trial(nursery, tmp_path, small_settings, agent)
+    disk, size, told = tmp_path / "killed-0", 4, []
+    try:
+        while not told or told[-1]["status"]:
+            mounted(disk, size)
+            told.append(trial.run("killed-0", may_fail=True))
+            size = round(1.4 * size)
+        for ended in told[:-1]:
+            assert ended["error"].startswith("OutputError"), ended["error"]
+            assert "No space left on device" in ended["error"]
+        assert len(told) > 5
+        assert_equal(disk, tmp_path / "undisturbed")
+    finally:
+        subprocess.run(["umount", str(disk)], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("maker", ["train raise_ppo", "bench"])
+def test_everything__files_that_may_not_grow__says_so_and_ends_equal(nursery, tmp_path, small_settings, maker):
+    trial = MAKERS[maker](nursery, tmp_path, small_settings)
+    size, told = 100, []
+    while not told or told[-1]["status"]:
+        told.append(trial.run("killed-0", may_fail=True, file_bytes=size))
+        size *= 2
+    for ended in told[:-1]:
+        assert ended["error"].startswith("OutputError"), ended["error"]
+        assert "File too large" in ended["error"]
+    assert len(told) > 5
+    assert_equal(tmp_path / "killed-0" / "out", tmp_path / "undisturbed" / "out")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
+@pytest.mark.slow
+def test_step__processor_without_memory__says_what_needs_less_and_the_episode_goes_on(nursery, small_settings):
+    settings = {**small_settings, "num_candidates": 64, "num_classes": 1}
+    ended = nursery.run("step_in", {"more_bytes": 2_000_000, "settings": settings})
+    assert ended["status"] == 0
 
 
 def test_content__what_tells_time__is_all_that_is_left_out(tmp_path):

@@ -153,8 +153,8 @@ class RaiseFork(Selector):
             progress: Called after each episode with its number and return.
 
         Raises:
-            SettingError: The reward does not go with the credit; no fork differed from its siblings, so that there is
-                nothing to learn from; or it has learned on another pool before.
+            SettingError: The reward does not go with the credit; no fork of any episode differed from its siblings, or
+                all diverged, so that there is nothing to learn from; or it has learned on another pool before.
         """
         world = self._learning_world(world_of(env))
         self.batch_size = None

@@ -32,6 +32,7 @@ from .checkpoints import Checkpoints
 from .feature_view import FeatureView
 from .journal import Journal, JournaledEnv
 from .model_card import write_model_card
+from .page import divergences_told
 from .report import MAX_ROWS, Selection, WantedText, write_report
 from .rollout import agents_code, run_episode
 from .run_folder import RunFolder, whole_records
@@ -528,18 +529,10 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
             parts.append(f"{show(float(np.mean(values)))} {words.get(agent, f'with {agent}')}")
     sentence = f"{kind.capitalize()}: {', '.join(parts)}."
     budget = f" Each run trained on up to {env.config.total_budget:,} of {len(env.assets.pool):,} instructions"
-    seconds = report["cost"]["seconds"]["learning"]
+    diverged, seconds = report["diverged"], report["cost"]["seconds"]["learning"]
+    told = divergences_told(diverged["learning"], sum(diverged["final"].values()))
     learned = f"; the selector learned in {seconds:.0f} seconds" if seconds else ""
-    return sentence + budget + learned + "." + _verdict(agents, name, metric) + _told_divergences(report)
-
-
-def _told_divergences(report: Mapping[str, Any]) -> str:
-    """Return a sentence on runs whose loss stopped being finite, empty without any."""
-    found = report["diverged"]
-    learning, final = found["learning"], sum(found["final"].values())
-    if not learning + final:
-        return ""
-    return f" The loss stopped being finite in {learning} episodes of learning and in {final} final runs."
+    return sentence + budget + learned + "." + _verdict(agents, name, metric) + told
 
 
 def _metric(report: Mapping[str, Any], plan: Plan) -> str:

@@ -198,9 +198,9 @@ def mounted(folder, num_kilobytes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agent", ["raise_fork", "sb3:PPO"])
-def test_train__disk_that_is_full_again_and_again__says_so_and_ends_equal(nursery, tmp_path, small_settings, agent):
-    trial = train_trial(nursery, tmp_path, small_settings, agent)
+@pytest.mark.parametrize("kind", ["train raise_fork", "train sb3:PPO", "bench"])
+def test_everything__disk_that_is_full_again_and_again__says_so_and_ends_equal(nursery, tmp_path, small_settings, kind):
+    trial = MAKERS[kind](nursery, tmp_path, small_settings)
     disk, size, told = tmp_path / "killed-0", 4, []
     try:
         while not told or told[-1]["status"]:
@@ -217,9 +217,8 @@ def test_train__disk_that_is_full_again_and_again__says_so_and_ends_equal(nurser
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("maker", ["train raise_ppo", "bench"])
-def test_everything__files_that_may_not_grow__says_so_and_ends_equal(nursery, tmp_path, small_settings, maker):
-    trial = MAKERS[maker](nursery, tmp_path, small_settings)
+def test_train__files_that_may_not_grow__says_so_and_ends_equal(nursery, tmp_path, small_settings):
+    trial = train_trial(nursery, tmp_path, small_settings, "raise_ppo")
     size, told = 100, []
     while not told or told[-1]["status"]:
         told.append(trial.run("killed-0", may_fail=True, file_bytes=size))

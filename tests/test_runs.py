@@ -389,7 +389,7 @@ def test_finetune__interrupted_then_resumed__equals_an_undisturbed_one(tmp_path,
 
 
 @pytest.mark.parametrize("agent", ["raise_fork", "sb3:PPO"])
-@pytest.mark.parametrize("after", [2, 9])
+@pytest.mark.parametrize("after", [2, 7])
 def test_train__memory_does_not_suffice__says_so_once_and_is_gone_on_with(tmp_path, plan, monkeypatch, agent, after):
     settings = FORK_SETTINGS if agent == "raise_fork" else {"n_steps": 3, "batch_size": 3}
     own = Plan(plan.settings, agent, settings, episodes=2, compare=(), num_runs=1)

@@ -18,7 +18,7 @@ import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError
-from raise_env.files import append_line, write_json, write_text
+from raise_env.files import append_line, held, write_json, write_text
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import Evaluation
 from raise_env.side_by_side import one_thread
@@ -27,7 +27,7 @@ from .base import world_of
 from .benchmark import BenchPlan, bench, selector_folder
 from .findings import ADAPTER, ORDER, ROWS, draws_of, findings_of, length_of, placebo_of
 from .job import Entry, Job
-from .run_folder import RunFolder, whole_records
+from .run_folder import RunFolder, whole_lines, whole_records
 from .runs import FINAL_SEED, Reporter, Silent
 from .statistics import correlation
 from .summary import RANDOM
@@ -221,8 +221,7 @@ def audit(
     folder, reporter = Path(out), reporter or Silent()
     plan.runs().check()
     plan.noise().check()
-    run = RunFolder.open(folder, "audit", plan.to_json(), resume, grown=plan.with_additions)
-    with run:
+    with held(folder), RunFolder.open(folder, "audit", plan.to_json(), resume, grown=plan.with_additions):
         for part, its_plan in ((RUNS, plan.runs()), (NOISE, plan.noise())):
             # The folder above has said whether it may be gone on with.
             bench(folder / part, its_plan, command="audit", resume=True, workers=workers, reporter=reporter)
@@ -246,7 +245,7 @@ def _probe_all(
 ) -> list[dict[str, Any]]:
     """Return what steps gave that were made again, a line for each task and seed; those on disk are not repeated."""
     path = folder / REWARDS
-    done = _whole_lines(path)
+    done = whole_lines(path)
     write_text(path, "".join(json.dumps(line) + "\n" for line in done))  # without what a crash has torn
     found = {(line["task"], line["seed"]): line for line in done}
     wanted = [(task, seed) for task in plan.tasks for seed in range(plan.num_seeds)]
@@ -265,16 +264,6 @@ def _probe_all(
                 found[task, seed] = line
             show(number)
     return [found[key] for key in wanted if key in found]
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def probe_rewards(

@@ -15,7 +15,7 @@ import numpy as np
 from raise_env.record import EpisodeRecord
 
 from .bench_plots import cost_plot, profile_plot, returns_plot, scores_plot
-from .page import NOTHING, css, inline, load_template, pairs, write_files
+from .page import NOTHING, css, divergences_told, inline, load_template, pairs, write_files
 from .plots import COLOURS, Plot, agent_colours, dev_curves_plot
 from .summary import ORACLE, PARTS, RANDOM, SHARES
 
@@ -58,7 +58,7 @@ def write_bench_report(
         script_hash=None,
         colours=COLOURS,
         date=str(state.get("start", ""))[:10],
-        headline=headline(summary),
+        headline=headline(summary) + _told_divergences(summary),
         tiles=_tiles(summary, lines, state),
         plots={
             name: inline(over_all[name][0]) if name in over_all else None for name in ("scores", "profiles", "cost")
@@ -93,6 +93,12 @@ def headline(summary: Mapping[str, Any]) -> str:
         f"Over {where}, {best} came {score['iqm']:.0%} of the way from random rows to the oracle{ends}; "
         f"{len(ahead)} of {len(others)} agents were ahead of random rows beyond chance."
     )
+
+
+def _told_divergences(summary: Mapping[str, Any]) -> str:
+    """Return a sentence on runs whose loss stopped being finite, empty without any."""
+    counts = [count for agents in summary["diverged"].values() for count in agents.values()]
+    return divergences_told(sum(c["learning"] for c in counts), sum(c["final"] for c in counts))
 
 
 def _best(summary: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.config import OBSERVATION_BLOCKS, TASK_SETTINGS
 from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
-from raise_env.files import append_line, replaced_folder, write_json, write_text
+from raise_env.files import append_line, held, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord, versions
 from raise_env.side_by_side import one_thread
 from raise_env.tiny.task import TASKS
@@ -28,7 +28,7 @@ from raise_env.tiny.task import TASKS
 from .bench_report import write_bench_report
 from .catalogue import make_agent
 from .job import OWN_TASK, Entry, Job, Outcome, failed, run_job
-from .run_folder import RunFolder, whole_records
+from .run_folder import RunFolder, whole_lines, whole_records
 from .runs import Reporter, Silent, check_inputs, processor_name
 from .spread import spread
 from .summary import RANDOM, summarise
@@ -187,28 +187,42 @@ def bench(
     folder = Path(out)
     reporter = reporter or Silent()
     plan.check()
-    run = RunFolder.open(folder, command, plan.to_json(), resume, grown=plan.with_additions)
-    done = _finished(folder) if resume else []
-    jobs = [job for job in plan.jobs(folder) if job.key not in {_key(line) for line in done}]
-    with run:
-        if jobs:
-            with reporter.task("loading models, data and features", len(plan.tasks)) as show:
-                content = _contents(plan, workers, show)
-            run.check_content(content)
-            run.note(content=content, machine={"processor": processor_name(), "cores": os.cpu_count()})
-        begun, in_runs = time.perf_counter(), 0.0
-        with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
-            for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
-                outcome = _same_world(job, outcome, run.state["content"])
-                _write(folder, job, outcome)
-                done.append(outcome.line)
-                in_runs += outcome.elapsed_s
-                show(number)
-        _add_time(run, in_runs, time.perf_counter() - begun)
-        summary = summarise(done, plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
-        write_json(folder / "summary.json", summary)
-        write_bench_report(folder, summary, done, _by_task(folder / "episodes.jsonl"), run.state)
+    with held(folder):
+        run = RunFolder.open(folder, command, plan.to_json(), resume, grown=plan.with_additions)
+        done = _finished(folder) if resume else []
+        jobs = [job for job in plan.jobs(folder) if job.key not in {_key(line) for line in done}]
+        with run:
+            _make_runs(run, plan, jobs, done, workers, cluster, reporter)
+            summary = summarise(done, plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
+            write_json(folder / "summary.json", summary)
+            write_bench_report(folder, summary, done, _by_task(folder / "episodes.jsonl"), run.state)
     return summary
+
+
+def _make_runs(
+    run: RunFolder,
+    plan: BenchPlan,
+    jobs: list[Job],
+    done: list[dict[str, Any]],
+    workers: int | None,
+    cluster: str | None,
+    reporter: Reporter,
+) -> None:
+    """Make runs, and add each to the folder and its line to those that are done."""
+    if jobs:
+        with reporter.task("loading models, data and features", len(plan.tasks)) as show:
+            content = _contents(plan, workers, show)
+        run.check_content(content)
+        run.note(content=content, machine={"processor": processor_name(), "cores": os.cpu_count()})
+    begun, in_runs = time.perf_counter(), 0.0
+    with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
+        for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
+            outcome = _same_world(job, outcome, run.state["content"])
+            _write(run.folder, job, outcome)
+            done.append(outcome.line)
+            in_runs += outcome.elapsed_s
+            show(number)
+    _add_time(run, in_runs, time.perf_counter() - begun)
 
 
 def _contents(plan: BenchPlan, workers: int | None, show: Callable[[int], None]) -> dict[str, dict[str, str]]:
@@ -287,7 +301,7 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
         RecordError: Lines and records do not belong together.
     """
     results, episodes = folder / "results.jsonl", folder / "episodes.jsonl"
-    lines = [line for line in _whole_lines(results) if line["error"] is None]
+    lines = [line for line in whole_lines(results) if line["error"] is None]
     # As many records as lines, unless a crash came between a record and its line.
     pairs = list(zip(lines, whole_records(episodes), strict=False))
     for number, (line, record) in enumerate(pairs, start=1):
@@ -297,21 +311,10 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
                 f"{found.where}: it is of {_words(found.key)}; expected the run of {_words(expected)}, as in "
                 f"{results.name}. Start anew in another folder."
             )
-    if results.exists():
+    if results.exists() or episodes.exists():
         write_text(results, "".join(json.dumps(line) + "\n" for line, _ in pairs))
         write_text(episodes, "".join(record.to_json() + "\n" for _, record in pairs))
     return [line for line, _ in pairs]
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines up to the first one that is torn."""
-    lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, str, int]:

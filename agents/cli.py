@@ -24,7 +24,7 @@ from tqdm import tqdm
 from raise_env import __version__
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
-from raise_env.errors import OutputError, RaiseEnvError, SettingError
+from raise_env.errors import OutputError, RaiseEnvError, SettingError, lacks_memory
 
 __all__ = ["app", "main"]
 
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail(f"interrupted; what was done is on disk. {_how_to_resume(arguments)}", EXIT_INTERRUPTED)
     except Exception as error:
+        if lacks_memory(error):
+            _fail(f"there is too little memory ({error}). {_how_to_resume(arguments)}", EXIT_USAGE)
         # click's usage errors know their own message; anything else is ours to mend and keeps its traceback.
         if not hasattr(error, "format_message"):
             raise
@@ -83,7 +85,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if not arguments or arguments[0] not in ("train", "bench", "ablate", "audit"):
+    if not arguments or arguments[0] not in ("train", "finetune", "bench", "ablate", "audit"):
         return "Run the same command again to start over."
     import shlex
 
@@ -333,11 +335,12 @@ def finetune(
     out: Out,
     seed: Seed = 0,
     merge: Merge = False,
+    resume: Resume = False,
 ) -> None:
     """Fine-tune once with a learned selector choosing every batch, on any model and pool."""
     from .runs import finetune as run_finetune
 
-    report = run_finetune(out, selector, settings, seed=seed, merge=merge, reporter=TerminalReporter())
+    report = run_finetune(out, selector, settings, seed=seed, merge=merge, resume=resume, reporter=TerminalReporter())
     _show(report, out)
 
 

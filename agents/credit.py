@@ -70,8 +70,9 @@ def batch_group(world: RaiseSelectEnv, actions: np.ndarray, num_dev: int | None)
 
 def _cosines(updates: np.ndarray, direction: np.ndarray) -> np.ndarray:
     """Return the cosine of each update, shape (rows, P), with the direction, shape (P,), in float64."""
-    norms = np.linalg.norm(updates, axis=1).astype(np.float64) * np.linalg.norm(direction)
-    return np.asarray((updates @ direction) / np.maximum(norms, 1e-30))
+    with np.errstate(over="ignore", invalid="ignore"):  # a fork that diverged; `_group` leaves it out
+        norms = np.linalg.norm(updates, axis=1).astype(np.float64) * np.linalg.norm(direction)
+        return np.asarray((updates @ direction) / np.maximum(norms, 1e-30))
 
 
 def _group(rows: Sequence[np.ndarray], worth: np.ndarray) -> Group | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.assets import load_data
+from raise_env.files import scratch_folder
 from raise_env.model_size import ModelSize, has_weights, matrix_rate, save_stand_in, size_of
 from raise_env.pool import sample_rows
 
@@ -104,8 +104,8 @@ def _first_rows(env: RaiseSelectEnv) -> np.ndarray:
 
 def _reckoned(plan: Plan, config: EnvConfig) -> Estimate:
     """Return what the plan would cost with a model of which only the shapes are known."""
-    with tempfile.TemporaryDirectory() as folder:
-        scale, settings, notes = _stood_in(config, Path(folder))
+    with scratch_folder() as folder:
+        scale, settings, notes = _stood_in(config, folder)
         env = RaiseSelectEnv(**settings)
         counted = _measured(replace(plan, settings=settings), env)
         features = env.assets.features.num_tokens

@@ -6,7 +6,6 @@ are the same. What it leaves goes back to whoever asked for it as plain data, fo
 
 from __future__ import annotations
 
-import tempfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -16,8 +15,8 @@ from typing import Any
 
 from raise_env import RaiseSelectEnv
 from raise_env.errors import RaiseEnvError
+from raise_env.files import scratch_folder
 from raise_env.record import EpisodeRecord
-from raise_env.rewards import DIVERGENCE_PENALTY
 from raise_env.side_by_side import one_thread
 
 from .catalogue import make_agent
@@ -117,27 +116,30 @@ def failed(job: Job, reason: str) -> Outcome:
 def _run(job: Job) -> Outcome:
     env = RaiseSelectEnv(**job.settings)
     agent: Any = make_agent(job.entry.agent, job.entry.arguments)
-    costs, selector = {}, {}
+    costs: dict[str, tuple[float, int]] = {}
+    selector: dict[str, bytes] = {}
     env.reset(seed=job.seed)
     clock = Clock(env)
     if job.entry.episodes and hasattr(agent, "learn"):
         agent.learn(env, job.entry.episodes, seed=job.seed)
         selector = _saved(agent)
-    costs["learning"] = clock.lap()
+    seconds, tokens, divergences = clock.lap()
+    costs["learning"] = seconds, tokens
     env = final_environment(env, agent)
     env.reset(seed=job.seed)
     clock = Clock(env)
     if hasattr(agent, "prepare"):
         agent.prepare(env, job.seed)
-    costs["preparation"] = clock.lap()
+    costs["preparation"] = clock.lap()[:2]
     record = run_episode(env, agent, seed=FINAL_SEED + job.seed, name=job.label)
-    costs["final"] = clock.lap()
+    costs["final"] = clock.lap()[:2]
     features = env.assets.features
     costs["features"] = (features.seconds, features.num_tokens) if _uses_features(agent, job.entry.agent) else (0.0, 0)
     line = _line(
         job,
         **_scores(record, env),
         **_cost(costs, phi_tokens(env)),
+        diverged_episodes=divergences,
         episode_returns=_returns(agent),
         rows=len({row for step in record.actions for row in step}),
         updates=sum(bool(step) for step in record.actions),
@@ -155,8 +157,8 @@ def _saved(agent: Any) -> dict[str, bytes]:
     """Return what an agent saves, if it does."""
     if not hasattr(agent, "save"):
         return {}
-    with tempfile.TemporaryDirectory() as beside:
-        folder = Path(beside) / "selector"
+    with scratch_folder() as beside:
+        folder = beside / "selector"
         agent.save(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
@@ -171,7 +173,7 @@ def _cost(costs: Mapping[str, tuple[float, int]], tokens_per_phi: int) -> dict[s
 
 
 def _scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
-    diverged = record.rewards[-1] == DIVERGENCE_PENALTY
+    diverged = record.diverged
     scores = final_scores(record, env)
     return {
         "dev_loss": None if diverged else env.evaluate("dev").loss,  # also where the reward is something else
@@ -183,7 +185,17 @@ def _scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
 
 def _line(job: Job, **values: Any) -> dict[str, Any]:
     """Return a line of results.jsonl; what is not given is null."""
-    fields = ("dev_loss", "test_loss", *SHARES, "diverged", *COSTS, "episode_returns", "rows", "updates")
+    fields = (
+        "dev_loss",
+        "test_loss",
+        *SHARES,
+        "diverged",
+        "diverged_episodes",
+        *COSTS,
+        "episode_returns",
+        "rows",
+        "updates",
+    )
     empty = dict.fromkeys((*fields, "error"))
     return {"task": job.task, "agent": job.label, "seed": job.seed, **empty, **values}
 

@@ -18,7 +18,7 @@ from .plots import COLOURS, Plot
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["NOTHING", "TEMPLATES", "css", "inline", "load_template", "pairs", "write_files"]
+__all__ = ["NOTHING", "TEMPLATES", "css", "divergences_told", "inline", "load_template", "pairs", "write_files"]
 
 #: Stands where there is no value.
 NOTHING = "\N{EN DASH}"
@@ -68,6 +68,13 @@ def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def css(colour: str) -> str:
     """Return the CSS variable of one of the palette's colours."""
     return next(f"var(--{name})" for name, (light, _) in COLOURS.items() if light == colour)
+
+
+def divergences_told(learning: int, final: int) -> str:
+    """Return a sentence on episodes of learning and final runs whose loss stopped being finite, empty without any."""
+    if not learning + final:
+        return ""
+    return f" The loss stopped being finite in {learning} episodes of learning and in {final} final runs."
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

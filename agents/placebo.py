@@ -142,6 +142,8 @@ class Placebo:
 
     def __getattr__(self, name: str) -> Any:
         """Return what else the agent has, such as `begin`, `save` and `action_space`."""
-        if name == "_agent":  # asked for by whoever copies this before it is built
+        # The first is asked for by whoever copies this before it is built. The others would keep what the agent knows,
+        # and not the rewards that the next ones are drawn from.
+        if name in ("_agent", "save_progress", "load_progress"):
             raise AttributeError(name)
         return getattr(self._agent, name)

@@ -25,6 +25,7 @@ from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError, suggestion
 from raise_env.features import BLOCKS, NUM_FEATURES, frame
 from raise_env.files import replaced_folder
+from raise_env.rewards import DIVERGENCE_PENALTY
 
 from .base import Progress, world_of
 from .credit import Group, batch_group, row_group
@@ -152,19 +153,20 @@ class RaiseFork(Selector):
             progress: Called after each episode with its number and return.
 
         Raises:
-            SettingError: The reward does not go with the credit; no fork differed from its siblings, so that there is
-                nothing to learn from; or it has learned on another pool before.
+            SettingError: The reward does not go with the credit; no fork of any episode differed from its siblings, or
+                all diverged, so that there is nothing to learn from; or it has learned on another pool before.
         """
         world = self._learning_world(world_of(env))
         self.batch_size = None
         self._note_training(world, seed)
-        for _ in range(episodes):
-            number = len(self.episode_returns)
+        last = len(self.episode_returns) + episodes
+        for number in range(len(self.episode_returns), last):
             rng = np.random.default_rng([seed, number])
             self.episode_returns.append(self._episode(world, rng))
-            if not self.groups:
+            if self.groups:
+                self.networks = fit_ensemble(self.groups, self.settings, seed=int(rng.integers(2**31)))
+            elif number + 1 == last:
                 raise SettingError(_nothing_seen(world))
-            self.networks = fit_ensemble(self.groups, self.settings, seed=int(rng.integers(2**31)))
             if progress is not None:
                 progress(number + 1, self.episode_returns[-1])
         return self
@@ -234,7 +236,7 @@ class RaiseFork(Selector):
         agent.training = dict(config["training"])
         agent.view = stored_view(config, folder / "config.json")
         with stored_tensors(folder / "model.safetensors") as weights:
-            for index in range(agent.settings.num_networks):
+            for index in range(agent.settings.num_networks if weights else 0):
                 network = AcquisitionFunction(NUM_FEATURES, agent.settings.hidden_dims, generator=torch.Generator())
                 prefix = f"network_{index}."
                 part = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
@@ -246,10 +248,10 @@ class RaiseFork(Selector):
         """Write the selector with all that was seen, so that learning can go on from `load_progress`."""
         with replaced_folder(Path(folder)) as beside:
             self.save(beside / "selector")
-            groups = {
-                "rows": torch.from_numpy(_stacked_rows(self.groups)),
-                "gains": torch.from_numpy(np.stack([group.gains for group in self.groups])),
-            }
+            groups = {}
+            if self.groups:  # else every episode diverged so far
+                groups["rows"] = torch.from_numpy(_stacked_rows(self.groups))
+                groups["gains"] = torch.from_numpy(np.stack([group.gains for group in self.groups]))
             save_file(groups, beside / "groups.safetensors")
 
     def load_progress(self, folder: str | Path) -> None:
@@ -262,7 +264,7 @@ class RaiseFork(Selector):
         self.networks, self.episode_returns = loaded.networks, loaded.episode_returns
         self.training, self.view = loaded.training, loaded.view
         with stored_tensors(Path(folder) / "groups.safetensors") as groups:
-            pairs = zip(groups["rows"].numpy(), groups["gains"].numpy(), strict=True)
+            pairs = zip(groups["rows"].numpy(), groups["gains"].numpy(), strict=True) if groups else ()
             self.groups = [Group(rows, gains) for rows, gains in pairs]
 
     def _learning_world(self, world: RaiseSelectEnv) -> RaiseSelectEnv:
@@ -283,12 +285,18 @@ class RaiseFork(Selector):
             action, group = self._look(world, observation, rng, is_due=step in due_steps)
             if group is not None:
                 self.groups.append(group)
-            observation, _, over, _, _ = world.step(action)
+            observation, _, over, _, info = world.step(action)
+            if info["diverged"]:
+                return world.dev_scores[-1] - world.dev_scores[0] + DIVERGENCE_PENALTY
             if over:
                 break
         # An episode that is left before its end was not scored yet: taking nothing gives the score as it is.
         nothing = np.zeros((1, len(observation)), dtype=np.int8)
-        return (world.dev_scores[-1] if over else float(world.probe(nothing)[0])) - world.dev_scores[0]
+        score = world.dev_scores[-1] if over else float(world.probe(nothing)[0])
+        if not math.isfinite(score):  # nobody has looked since the last update
+            world.ledger.divergences += 1
+            return DIVERGENCE_PENALTY
+        return score - world.dev_scores[0]
 
     def _look(
         self, world: RaiseSelectEnv, observation: np.ndarray, rng: np.random.Generator, *, is_due: bool
@@ -413,7 +421,7 @@ def _stacked_rows(groups: Sequence[Group]) -> np.ndarray:
 
 def _nothing_seen(world: RaiseSelectEnv) -> str:
     return (
-        f"in a whole episode the forks of no step differed in reward {world.config.reward!r}, or one of them diverged: "
+        f"in all episodes the forks of no step differed in reward {world.config.reward!r}, or one of them diverged: "
         "there is nothing to learn from. Take reward 'loss', more forks (num_forks), more dev rows, or a lower "
         "learning_rate."
     )

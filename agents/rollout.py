@@ -13,10 +13,16 @@ import numpy as np
 from gymnasium import spaces
 
 from raise_env import PickOne, TopKScores
-from raise_env.errors import ActionError, AgentError, RaiseEnvError, SettingError
+from raise_env.errors import ActionError, AgentError, MemoryShortageError, RaiseEnvError, SettingError, lacks_memory
 from raise_env.record import EpisodeRecord
 
 from .base import Agent, world_of
+
+#: What is said where an agent needs more memory than there is.
+_TOO_LARGE = (
+    "there is too little memory ({error}). Take smaller networks, a smaller buffer_size or batch_size of the agent, or "
+    "offer fewer rows (num_candidates)."
+)
 
 __all__ = ["agents_code", "fit_wrapper", "run_episode"]
 
@@ -102,6 +108,7 @@ def agents_code(where: str) -> Iterator[None]:
 
     Raises:
         AgentError: The code raised something; it is the cause.
+        MemoryShortageError: There is too little memory for what the agent keeps.
         RaiseEnvError: The environment's own errors pass through, but for an action that an agent tried in vain.
     """
     try:
@@ -109,6 +116,8 @@ def agents_code(where: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RaiseEnvError) and not isinstance(error, ActionError):
             raise
+        if lacks_memory(error):
+            raise MemoryShortageError(f"{where}: {_TOO_LARGE.format(error=error)}") from error
         raise AgentError(f"{where}: the agent's own code failed.\n{_own_lines(error)}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -9,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from raise_env.errors import DataError, OutputError, RecordError, SettingError
-from raise_env.files import prepare_folder, write_json
+from raise_env.files import clear_unfinished, write_json
 from raise_env.record import EpisodeRecord, versions
 
-__all__ = ["RunFolder", "read_json", "whole_records"]
+__all__ = ["RunFolder", "read_json", "whole_lines", "whole_records"]
 
 RUN_VERSION = 1
 
 
 class RunFolder:
     """The folder of a command that takes long; as a context it notes how the work ended.
+
+    Whoever has one holds the folder (`raise_env.files.held`).
 
     Attributes:
         folder: Where everything is written.
@@ -38,27 +41,27 @@ class RunFolder:
         resume: bool,
         grown: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before,
     ) -> RunFolder:
-        """Begin a run in a folder, or go on with the one that is there.
+        """Begin a run in a folder that is held, or go on with the one that is there.
 
         Args:
-            folder: Made where it does not exist.
+            folder: Where everything is written.
             command: The name of what is done.
             plan: What was asked for, as JSON.
             resume: Go on with a run of the same plan.
             grown: Returns what the earlier plan would be with what may have been added to it since.
 
         Raises:
-            OutputError: The folder cannot be written, or holds a run and `resume` is False.
+            OutputError: The folder holds a run and `resume` is False.
             RecordError: run.json cannot be read.
             SettingError: The run was begun with another plan, or by another command.
         """
-        prepare_folder(folder)
         path = folder / "run.json"
         if path.exists() and not resume:
             raise OutputError(
                 f"{str(folder)!r} holds a run already: name another folder, or add --resume to go on with it."
             )
         if path.exists():
+            clear_unfinished(folder)
             state = read_json(path)
             before = {"command": state.get("command"), **grown(_mapping(state.get("plan")))}
             _check_same(before, {"command": command, **plan}, path)
@@ -75,7 +78,9 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         ended = "done" if kind is None else "failed"
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.note(status="interrupted" if interrupted else ended, end=_now())
+        # Where the disk is full, that is what the user shall hear of.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OutputError):
+            self.note(status="interrupted" if interrupted else ended, end=_now())
 
     def check_content(self, content: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or another model than the run was begun with.
@@ -96,18 +101,25 @@ class RunFolder:
         self.state.update(values)
         write_json(self.folder / "run.json", self.state)
 
-    def add(self, part: str, seconds: float, tokens: int) -> None:
-        """Add to what a part of the run has cost so far."""
-        self.book(part, self._cost("seconds", part) + seconds, self._cost("phi_tokens", part) + tokens)
+    def book(self, part: str, number: int, seconds: float, tokens: int, divergences: int = 0) -> None:
+        """Note what a piece of a part of the run has cost.
 
-    def book(self, part: str, seconds: float, tokens: int) -> None:
-        """Note what a part of the run has cost, in place of what was noted before."""
-        self.state.setdefault("seconds", {})[part] = seconds
-        self.state.setdefault("phi_tokens", {})[part] = tokens
+        Made again after an interruption, a piece costs the same tokens, which are booked once, and the longer of both
+        times: what an interrupted process did may be there again in no time.
+
+        Args:
+            part: Such as "learning".
+            number: Which piece of it, such as an episode.
+            seconds: The time that it took.
+            tokens: Its token forwards.
+            divergences: Its episodes that ended because the loss stopped being finite.
+        """
+        costs = self.state.setdefault("costs", {}).setdefault(part, {})
+        before = costs.get(str(number), {}).get("seconds", 0.0)
+        costs[str(number)] = {"seconds": max(before, seconds), "phi_tokens": tokens, "divergences": divergences}
+        for kind in ("seconds", "phi_tokens", "divergences"):
+            self.state.setdefault(kind, {})[part] = sum(cost[kind] for cost in costs.values())
         self.note()
-
-    def _cost(self, kind: str, part: str) -> Any:
-        return self.state.get(kind, {}).get(part, 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,14 +140,31 @@ def read_json(path: Path) -> dict[str, Any]:
 def whole_records(path: Path) -> list[EpisodeRecord]:
     """Return a file's episode records, up to the first line that a crash has torn; none where there is no file."""
     records: list[EpisodeRecord] = []
-    if not path.exists():
-        return records
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         try:
             records.append(EpisodeRecord.from_json(line, f"{path}, line {number}"))
         except RecordError:
             break
     return records
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects that a file holds, one a line, up to the first that a crash has torn; none without a file."""
+    found: list[dict[str, Any]] = []
+    for line in _lines(path):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(value, dict):
+            break
+        found.append(value)
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    # What a crash has torn need not be text: it is told by what it does not hold.
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

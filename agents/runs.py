@@ -1,7 +1,8 @@
 """What `train`, `demo` and `finetune` do: learn a selector, make the final runs, write the folder.
 
-A run's folder is its memory. Learning is kept after every episode and every final run after its end, so that what
-was done is on disk whatever happens, and `resume` goes on from there with the same numbers.
+A run's folder is its memory. Learning is kept after every episode (by agents with `save_progress`) or after every step
+(by all others), and every final run after its end, so that what was done is on disk whatever happens, and `resume` goes
+on from there with the same numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.features import LoadingProgress
-from raise_env.files import append_line, replaced_folder, write_json, write_text
+from raise_env.files import append_line, held, replaced_folder, write_json, write_text
 from raise_env.pool import Instruction
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import needs_generation
@@ -27,8 +28,11 @@ from raise_env.rewards import needs_generation
 from . import contrast
 from .base import Agent
 from .catalogue import agent_name, learning_episodes, make_agent
+from .checkpoints import Checkpoints
 from .feature_view import FeatureView
+from .journal import Journal, JournaledEnv
 from .model_card import write_model_card
+from .page import divergences_told
 from .report import MAX_ROWS, Selection, WantedText, write_report
 from .rollout import agents_code, run_episode
 from .run_folder import RunFolder, whole_records
@@ -150,20 +154,21 @@ def train(
     env = RaiseSelectEnv(**plan.settings)
     check_inputs(env.config)
     _check_selectors(env.config, agents.values())
-    run = RunFolder.open(folder, command, plan.to_json(), resume)
-    with reporter.task("loading model, data and features", 1) as show, _parts_shown(reporter) as progress:
-        env.load(progress)
-        env.reset(seed=plan.seed)
-        show(1)
-    run.check_content(env.assets.content)
-    with run:
-        device = env.assets.learner.base.device.type  # type: ignore[attr-defined]
-        run.note(content=env.assets.content, data=env.assets.counts, device=device)
-        learned = _learn(run, plan, env, agents[plan.agent], reporter)
-        for name in plan.names:
-            agent = learned if name == plan.agent else agents[name]
-            _final_runs(run, plan, env, agent, name, reporter)
-        return _write_results(run, plan, env, learned)
+    with held(folder):
+        run = RunFolder.open(folder, command, plan.to_json(), resume)
+        with reporter.task("loading model, data and features", 1) as show, _parts_shown(reporter) as progress:
+            env.load(progress)
+            env.reset(seed=plan.seed)
+            show(1)
+        run.check_content(env.assets.content)
+        with run:
+            device = env.assets.learner.base.device.type  # type: ignore[attr-defined]
+            run.note(content=env.assets.content, data=env.assets.counts, device=device)
+            learned = _learn(run, plan, env, agents[plan.agent], reporter)
+            for name in plan.names:
+                agent = learned if name == plan.agent else agents[name]
+                _final_runs(run, plan, env, agent, name, reporter)
+            return _write_results(run, plan, env, learned)
 
 
 @contextmanager
@@ -188,6 +193,7 @@ def finetune(
     *,
     seed: int = 0,
     merge: bool = False,
+    resume: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Fine-tune once with a learned selector choosing every batch, and write the folder.
@@ -196,7 +202,7 @@ def finetune(
         RaiseEnvError: As `train`; or the selector cannot be read.
     """
     plan = Plan(settings, agent=f"selector:{selector}", episodes=0, seed=seed, compare=(), num_runs=1, merge=merge)
-    return train(out, plan, command="finetune", reporter=reporter)
+    return train(out, plan, command="finetune", resume=resume, reporter=reporter)
 
 
 def phi_tokens(env: RaiseSelectEnv) -> int:
@@ -254,20 +260,25 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, report
     learn, episodes = getattr(agent, "learn", None), plan.episodes or 0
     if learn is None or episodes == 0:
         return agent
-    done = 0
-    resumable: Any = agent if hasattr(agent, "load_progress") else None
-    if resumable and (run.folder / "learning").is_dir():
-        resumable.load_progress(run.folder / "learning")
-        done = len(resumable.episode_returns)
+    checkpoints, done = Checkpoints(run.folder / "learning"), 0
+    keeps_progress: Any = agent if hasattr(agent, "load_progress") else None
+    if keeps_progress:
+        done, found = checkpoints.newest()
+        if found is not None:
+            keeps_progress.load_progress(found)
+    else:
+        env = JournaledEnv(env, Journal(run.folder / "learning" / "steps.jsonl"))
+        env.reset(seed=plan.seed)
     with reporter.task(f"learning to select ({plan.agent})", episodes) as show:
         show(done)
         clock = Clock(env)
 
         def episode_done(number: int, total: float) -> None:
             run.state.setdefault("episode_returns", [])[number - 1 :] = [total]
-            if resumable:
-                resumable.save_progress(run.folder / "learning")
-            run.add("learning", *clock.lap())
+            run.book("learning", number, *clock.lap())
+            # Last: what is booked and then lost is booked once more, with the same numbers.
+            if keeps_progress:
+                checkpoints.save(number, keeps_progress.save_progress)
             show(min(number, episodes))  # an algorithm that counts steps may see more, shorter episodes
 
         if episodes > done:
@@ -279,18 +290,20 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, report
 
 
 class Clock:
-    """Seconds and token forwards since the last lap."""
+    """Seconds, token forwards and episodes that diverged since the last lap."""
 
     def __init__(self, env: RaiseSelectEnv) -> None:
         self._ledger = env.assets.learner.ledger
-        self._time, self._tokens = time.perf_counter(), self._ledger.token_forwards
+        self._before = self._now()
 
-    def lap(self) -> tuple[float, int]:
-        """Return both, and begin the next lap."""
-        now, tokens = time.perf_counter(), self._ledger.token_forwards
-        passed = now - self._time, tokens - self._tokens
-        self._time, self._tokens = now, tokens
-        return passed
+    def lap(self) -> tuple[float, int, int]:
+        """Return the three, and begin the next lap."""
+        before, self._before = self._before, self._now()
+        seconds, tokens, divergences = (now - then for now, then in zip(self._before, before, strict=True))
+        return seconds, int(tokens), int(divergences)
+
+    def _now(self) -> tuple[float, int, int]:
+        return time.perf_counter(), self._ledger.token_forwards, self._ledger.divergences
 
 
 def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: str, reporter: Reporter) -> None:
@@ -307,7 +320,7 @@ def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, n
             clock = Clock(env)
             with agents_code(f"agent {short!r}, preparing"):
                 prepare(env, plan.seed)
-            run.book(f"preparation/{short}", *clock.lap())
+            run.book(f"preparation/{short}", 1, *clock.lap())
         for index, seed in enumerate(plan.final_seeds):
             keeps_adapter = is_selector and index == 0
             if seed in have and not (keeps_adapter and lacks_adapter):
@@ -318,7 +331,7 @@ def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, n
                 show(before + step)
 
             record = run_episode(env, agent, seed=seed, name=short, on_step=show_step)
-            run.add(f"final/{short}", *clock.lap())
+            run.book(f"final/{short}", index + 1, *clock.lap())
             if keeps_adapter:
                 _write_outcome(run.folder, env)
             if seed not in have:
@@ -357,6 +370,7 @@ def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent
         "curves": {
             agent_name(name): [r.dev_scores for r in records if r.agent == agent_name(name)] for name in plan.names
         },
+        "diverged": _divergences(run, plan, records),
         "learning": {
             "episode_returns": run.state.get("episode_returns", []),
             "num_steps": _learning_steps(agent, env),
@@ -388,6 +402,13 @@ def _write_weights(
             write_model_card(beside / "README.md", report, record, env, is_merged=True)
 
 
+def _divergences(run: RunFolder, plan: Plan, records: Sequence[EpisodeRecord]) -> dict[str, Any]:
+    """Return how often the loss stopped being finite: in learning, and in each agent's final runs."""
+    final = Counter(record.agent for record in records if record.diverged)
+    in_learning = run.state.get("divergences", {}).get("learning", 0)
+    return {"learning": in_learning, "final": {agent_name(name): final[agent_name(name)] for name in plan.names}}
+
+
 def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
     env.reset(seed=0)
     scores = {"dev_loss": env.assets.base_evaluation.loss}
@@ -403,12 +424,12 @@ def _agent_scores(records: Sequence[EpisodeRecord], name: str, env: RaiseSelectE
 
 
 def final_scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, float | None]:
-    """Return what a final run came to, by the names of report.json; None on the test set for a run that diverged."""
+    """Return what a final run came to, by the names of report.json; None for a run that diverged."""
     scores: dict[str, float | None] = {}
     if env.config.reward == "loss":
-        scores["dev_loss"] = -record.dev_scores[-1]
+        scores["dev_loss"] = None if record.diverged else -record.dev_scores[-1]
     else:
-        scores["dev_score"] = record.dev_scores[-1]
+        scores["dev_score"] = None if record.diverged else record.dev_scores[-1]
     return {**scores, **_test_scores(record.final, env)} if env.assets.has_test else scores
 
 
@@ -508,9 +529,10 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
             parts.append(f"{show(float(np.mean(values)))} {words.get(agent, f'with {agent}')}")
     sentence = f"{kind.capitalize()}: {', '.join(parts)}."
     budget = f" Each run trained on up to {env.config.total_budget:,} of {len(env.assets.pool):,} instructions"
-    seconds = report["cost"]["seconds"]["learning"]
+    diverged, seconds = report["diverged"], report["cost"]["seconds"]["learning"]
+    told = divergences_told(diverged["learning"], sum(diverged["final"].values()))
     learned = f"; the selector learned in {seconds:.0f} seconds" if seconds else ""
-    return sentence + budget + learned + "." + _verdict(agents, name, metric)
+    return sentence + budget + learned + "." + _verdict(agents, name, metric) + told
 
 
 def _metric(report: Mapping[str, Any], plan: Plan) -> str:

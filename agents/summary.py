@@ -101,6 +101,7 @@ def summarise(
         "differences": differences,
         "detectable": {task: _detectable(tests) for task, tests in differences.items()},
         "cost": {agent: _costs([line for line in results if line["agent"] == agent]) for agent in agents},
+        "diverged": {task: {agent: _divergences(results, task, agent) for agent in agents} for task in tasks},
         "missing": _missing(results, tasks, agents, seeds),
     }
 
@@ -255,6 +256,14 @@ def _costs(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | No
         "tokens": {**tokens, "total": _mean([sum(line["tokens"].values()) for line in done if line.get("tokens")])},
         "seconds": {**seconds, "total": _mean([sum(line["seconds"].values()) for line in done])},
     }
+
+
+def _divergences(results: Iterable[Mapping[str, Any]], task: str, agent: str) -> dict[str, int]:
+    """Return how often an agent's loss stopped being finite: in episodes of learning, and in final runs."""
+    own = [line for line in results if (line["task"], line["agent"]) == (task, agent)]
+    # Lines of earlier versions do not tell of learning.
+    in_learning = sum(line.get("diverged_episodes") or 0 for line in own)
+    return {"learning": in_learning, "final": sum(bool(line["diverged"]) for line in own)}
 
 
 def _missing(

@@ -19,7 +19,7 @@ from .auxiliary import FEATURE_SEED, Auxiliary, classes_of, features_of, identit
 from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings
 from .encoding import EncodedRows, Encoder
-from .errors import DataError, SettingError
+from .errors import DataError, ModelError, SettingError
 from .evaluation import EvaluationSet
 from .features import (
     LoadingProgress,
@@ -228,18 +228,24 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
     if num_left_out:
         message = "%d of %d pool rows are never offered: nothing of their response fits into max_length=%d"
         logger.warning(message, num_left_out, len(pool), encoder.max_length)
+    start = TrainingState.start(first_adapter(config, base))
+    learner = LoraLearner(base, pool, splits, UpdateSettings.of(config), start)
+    evaluation = learner.evaluate("dev")
+    if not evaluation.is_finite:
+        raise ModelError(
+            f"model {config.model!r}: its loss on the dev rows is not finite before any update; expected a number to "
+            "improve on. Weights that are NaN or infinite do that, or a dtype that they do not fit into."
+        )
     auxiliary = _auxiliary(config, data.pool, encoder, pool, base, watcher)
     features = features_of(auxiliary)
     classes = classes_of(auxiliary, features, pool.has_labels)
-    start = TrainingState.start(first_adapter(config, base))
-    learner = LoraLearner(base, pool, splits, UpdateSettings.of(config), start)
     return Assets(
         data=data,
         features=features,
         classes=classes,
         num_classes=config.num_classes,
         learner=learner,
-        base_evaluation=learner.evaluate("dev"),
+        base_evaluation=evaluation,
         pool_tokens=int(pool.lengths[pool.has_labels].sum()),
         content=_content(config, base, data),
         auxiliary=auxiliary.identity,

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .adapter_files import content_hash, first_adapter
 from .base_model import BaseModel
 from .config import EnvConfig
 from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
+from .errors import ModelError
 from .features import NUM_SEMANTIC, NUM_STATIC, SCHEMA_VERSION, LoadingProgress, StaticFeatures, standardise
 from .lazy import GROUP_ROWS, LazyFeatures, random_order, sample_of
 from .learner import LoraLearner, TrainingState, UpdateSettings
@@ -31,6 +33,8 @@ from .side_by_side import one_thread, one_thread_each
 from .store import Block, Column, TableForm, cache_folder, stored_table
 
 __all__ = ["FEATURE_BATCH_TOKENS", "FEATURE_SEED", "Auxiliary", "classes_of", "features_of", "identity_of"]
+
+logger = logging.getLogger(__name__)
 
 #: Tokens of one forward pass, padding included.
 FEATURE_BATCH_TOKENS = 4096
@@ -71,7 +75,16 @@ class Auxiliary:
         learner = LoraLearner(self.model, self.encoded, {}, UpdateSettings.of(self.config), start)
         learner.ledger = ledger
         with one_thread() if self._is_in_one_thread else contextlib.nullcontext():
-            return _warmed_up(learner, self.config.num_auxiliary_updates), ledger.token_forwards
+            adapter = _warmed_up(learner, self.config.num_auxiliary_updates)
+        num_tokens = ledger.token_forwards
+        if not _is_sound(learner):
+            logger.warning(
+                "with learning_rate=%g the auxiliary model diverged in its %d updates; features come without them",
+                self.config.learning_rate,
+                self.config.num_auxiliary_updates,
+            )
+            adapter = start.adapter
+        return adapter, num_tokens
 
     @property
     def _is_in_one_thread(self) -> bool:
@@ -134,6 +147,12 @@ class Auxiliary:
         raw[has_labels, 1] = np.log1p(pool.label_counts[kept])
         raw[has_labels, 2], raw[has_labels, 4:] = seen[:, 0], seen[:, 1:]
         raw[has_labels, 3] = alone[:, 0]
+        if not np.isfinite(raw[has_labels]).all():
+            row = int(kept[~np.isfinite(raw[has_labels]).all(axis=1)][0])
+            raise ModelError(
+                f"auxiliary model {self.config.auxiliary_model or self.config.model!r}: the features of pool row {row} "
+                "are not finite. Weights that are NaN or infinite do that, or a dtype that they do not fit into."
+            )
         return raw, int(pool.lengths[kept].sum() + responses.lengths.sum())
 
     def _passes(
@@ -264,6 +283,14 @@ def _warmed_up(learner: LoraLearner, num_updates: int) -> torch.Tensor:
         batch = rng.choice(rows, min(AUXILIARY_BATCH_SIZE, len(rows)), replace=False)
         learner.update(batch, step / num_updates, seed=step)
     return learner.state.adapter
+
+
+def _is_sound(learner: LoraLearner) -> bool:
+    """Return whether the model as it is has a finite loss on a few rows; nothing is booked for it."""
+    other = learner.copy()
+    other.ledger = Ledger()
+    losses = other.row_losses(np.flatnonzero(learner.pool.has_labels)[:AUXILIARY_BATCH_SIZE])
+    return bool(np.isfinite(losses).all())
 
 
 @torch.no_grad()  # which is of the thread

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import logging
 import threading
 import warnings
@@ -271,6 +272,12 @@ class BaseModel:
         with self.lock:
             self._put(adapter)
             self.peft_model.save_pretrained(str(folder))
+        # PEFT keeps the names in a set: written as it comes, the file would differ from process to process.
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def base_checksum(self) -> str:
         """Return a hash of the frozen weights: it never changes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 from .config import OWN_SETTINGS, EnvConfig
-from .errors import ActionError
+from .errors import ActionError, memory_explained
 from .features import FEATURE_NAMES, LoadingProgress, StaticFeatures, frame, observation_bounds, observe
 from .learner_protocol import scheduled_rate
 from .pool import Pool
@@ -30,13 +31,28 @@ from .rewards import (
 if TYPE_CHECKING:
     from .learner_protocol import Learner, Ledger
 
-__all__ = ["EnvAssets", "RaiseSelectEnv", "Round", "Snapshot", "StepRecord", "StepResult", "step_together"]
+__all__ = [
+    "EnvAssets",
+    "RaiseSelectEnv",
+    "Round",
+    "Snapshot",
+    "StepOutcome",
+    "StepRecord",
+    "StepResult",
+    "step_together",
+]
 
 Observation = np.ndarray
 Action = np.ndarray
 
 #: What `step` returns: observation, reward, terminated, truncated, info.
 StepResult = tuple[Observation, float, bool, bool, dict[str, Any]]
+
+#: What needs less memory, the first thing first.
+_LESS_MEMORY = (
+    "Lower micro_batch_tokens (--micro-batch-tokens), then max_length or batch_size; activation_checkpointing=True "
+    "keeps less for the backward pass; a smaller model or dtype needs less throughout. What was done before stands."
+)
 
 # What a round's seed is used for: each purpose draws from a stream of its own, so that the candidates of the
 # next round are the same whatever is done in this one, and two policies can be compared on equal offers.
@@ -92,6 +108,23 @@ class Snapshot:
     history: tuple[StepRecord, ...]
     is_over: bool
     is_scored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step came to, as far as it takes a model to find out.
+
+    Attributes:
+        dev_score: P after the step.
+        train_loss: Mean loss over the response tokens before the update; None without one.
+        diverged: Whether the loss stopped being finite.
+        test_score: P on the test set, where the step ended an episode and there is one.
+    """
+
+    dev_score: float
+    train_loss: float | None = None
+    diverged: bool = False
+    test_score: float | None = None
 
 
 class EnvAssets(Protocol):
@@ -273,7 +306,9 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._history: list[StepRecord] = []
         self._is_over = True
         self._is_scored = True  # whether the last dev score is that of the model as it is
+        self._behind: list[tuple[np.ndarray, float, int]] = []  # updates that the model has still to make
 
+    @memory_explained(_LESS_MEMORY)
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
@@ -281,6 +316,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
         Raises:
             DataError: The pool, dev or test set cannot be used.
+            MemoryShortageError: The memory does not suffice for the model or for features.
             ModelError: A model cannot be loaded.
             OutputError: As `load`.
             RewardError: Dev or test rows lack what the reward needs, or the reward function returned something other
@@ -291,6 +327,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         if self._learner is None:
             self._learner = self._new_learner()
         self._learner.reset()
+        self._behind = []
         self._counts = np.zeros(len(assets.pool), dtype=np.int32)
         self._num_steps = self._num_spent = 0
         generates = self._learner.generates
@@ -301,6 +338,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._round = self._next_round()
         return self._observation(), self._info(np.zeros(0, dtype=np.int64))
 
+    @memory_explained(_LESS_MEMORY)
     def step(self, action: Action) -> StepResult:
         """Train on the chosen candidates, and return what it gained on the dev set.
 
@@ -309,6 +347,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
         Raises:
             ActionError: It has another shape, or holds something other than 0 and 1.
+            MemoryShortageError: The memory does not suffice for the update; the step was not taken.
             ResetNeeded: There was no reset since the start or since the last episode's end.
             RewardError: The reward function returned something other than a finite number.
         """
@@ -316,6 +355,31 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         (train_loss,) = _update([self], [choice])
         diverged = self._score(choice, train_loss)
         return self._answer(choice, train_loss, diverged)
+
+    def retrace(self, action: Action, outcome: StepOutcome) -> StepResult:
+        """Take a step of which it is known what came of it, and return what `step` returned then.
+
+        Nothing is trained or scored, and nothing is booked: the updates are made when the model is next asked for, if
+        the episode is not over by then. So learning that was interrupted comes back to where it was in no time.
+
+        Args:
+            action: As for `step`.
+            outcome: What `step` came to with the same action in the same episode.
+
+        Raises:
+            ActionError: As for `step`.
+            ResetNeeded: As for `step`.
+        """
+        choice = self._choose(action)
+        if len(choice.selected):
+            self._is_scored = False
+            self._behind.append((choice.selected, self.progress, int(self._stream(_DROPOUT).integers(2**31))))
+        if not outcome.diverged and self._is_score_due(choice.selected):
+            self._dev_scores.append(outcome.dev_score)
+            self._is_scored = True
+        else:
+            self._dev_scores.append(self._dev_scores[-1])
+        return self._answer(choice, outcome.train_loss, outcome.diverged, outcome.test_score)
 
     def render(self) -> Any:
         """Return the episode so far, as text or as a picture of shape (height, width, 3), uint8."""
@@ -331,8 +395,10 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     def close(self) -> None:
         """Let go of the learner; what is shared stays for other environments."""
         self._learner = None
+        self._behind = []
         self._is_over = True
 
+    @memory_explained(_LESS_MEMORY)
     def load(self, progress: LoadingProgress | None = None) -> EnvAssets:
         """Load what the first reset would load, and return it.
 
@@ -341,6 +407,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
         Raises:
             DataError: As `reset`.
+            MemoryShortageError: As `reset`.
             ModelError: As `reset`.
             OutputError: The pool is large, and the cache folder cannot be written or has too little room.
             RewardError: Dev or test rows lack what the reward needs.
@@ -438,6 +505,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         if self._learner is None:
             self._learner = self._new_learner()
         self._learner.state = snapshot.learner_state
+        self._behind = []
         generator = np.random.Generator(np.random.PCG64())
         generator.bit_generator.state = snapshot.generator_state
         self.np_random = generator
@@ -476,6 +544,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         kwargs = {"render_mode": self.render_mode, **self.config.to_kwargs(), **settings}
         return RaiseSelectEnv(assets=self.assets if OWN_SETTINGS.issuperset(settings) else None, **kwargs)
 
+    @memory_explained(_LESS_MEMORY)
     def probe(self, actions: np.ndarray, num_dev: int | None = None) -> np.ndarray:
         """Return the dev score that each of several actions would lead to, from this very state.
 
@@ -510,6 +579,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._require_reset()
         return self._observation()
 
+    @memory_explained(_LESS_MEMORY)
     def evaluate(self, split: str = "test") -> Evaluation:
         """Score the model as it is on the "dev" or "test" rows; for reports, never for rewards.
 
@@ -525,6 +595,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             learner.scores_choices = True
         return learner.evaluate(split)  # type: ignore[arg-type]
 
+    @memory_explained(_LESS_MEMORY)
     def row_losses(self, rows: np.ndarray) -> np.ndarray:
         """Return the model's mean loss on pool rows as it is, nats per response token, shape (rows,), float64.
 
@@ -533,6 +604,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         """
         return self._running_learner.row_losses(np.asarray(rows))
 
+    @memory_explained(_LESS_MEMORY)
     def row_gradients(self, rows: np.ndarray, split: str = "pool", *, adam: bool = False) -> np.ndarray:
         """Return the gradient of each row's mean loss in the adapter's parameters, shape (rows, P), float32.
 
@@ -552,6 +624,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         learner = self._running_learner
         return learner.row_gradients(np.asarray(rows), None if split == "pool" else "dev", adam=adam)
 
+    @memory_explained(_LESS_MEMORY)
     def dev_direction(self, num_updates: int = 8, batch_size: int = 16) -> np.ndarray:
         """Return which way the adapter goes in a fork that is trained on dev rows and thrown away, shape (P,), float32.
 
@@ -580,7 +653,20 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     def _running_learner(self) -> Learner:
         self._require_reset()
         assert self._learner is not None
+        self._catch_up(self._learner)
         return self._learner
+
+    def _catch_up(self, learner: Learner) -> None:
+        """Make the updates of steps that were retraced; they were booked when they were made first."""
+        if not self._behind:
+            return
+        ledger = learner.ledger
+        booked = dataclasses.replace(ledger)
+        while self._behind:
+            learner.update(*self._behind[0])
+            del self._behind[0]
+        for entry in dataclasses.fields(ledger):
+            setattr(ledger, entry.name, getattr(booked, entry.name))
 
     def _new_learner(self) -> Learner:
         learner = self.assets.learner.copy()
@@ -668,7 +754,9 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._dev_scores.append(self._dev_scores[-1])
         return not is_finite
 
-    def _answer(self, choice: _Choice, train_loss: float | None, diverged: bool) -> StepResult:
+    def _answer(
+        self, choice: _Choice, train_loss: float | None, diverged: bool, test_score: float | None = None
+    ) -> StepResult:
         """Write the step down, go on to the next round, and return what `step` does."""
         selected = choice.selected
         train_loss = None if diverged else train_loss
@@ -676,12 +764,13 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         offered = self._current_round
         record = StepRecord(offered.candidates, offered.classes, selected, reward, self._dev_scores[-1], train_loss)
         self._history.append(record)
+        self.assets.learner.ledger.divergences += diverged
         self._num_steps += 1
         self._num_spent += len(selected)
         np.add.at(self._counts, selected, 1)
         self._round = self._next_round()
         self._is_over = diverged or self._num_steps >= self.config.horizon or self.budget_left <= 0
-        info = self._info(selected, num_dropped=choice.num_dropped, train_loss=train_loss, diverged=diverged)
+        info = self._info(selected, choice.num_dropped, train_loss, diverged, test_score)
         return self._observation(), reward, self._is_over, False, info
 
     def _is_score_due(self, selected: np.ndarray) -> bool:
@@ -704,7 +793,12 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         )
 
     def _info(
-        self, selected: np.ndarray, *, num_dropped: int = 0, train_loss: float | None = None, diverged: bool = False
+        self,
+        selected: np.ndarray,
+        num_dropped: int = 0,
+        train_loss: float | None = None,
+        diverged: bool = False,
+        test_score: float | None = None,
     ) -> dict[str, Any]:
         # Of fixed shape, so that vector environments of every make can stack it.
         padded = np.full(self._num_candidates, -1, dtype=np.int64)
@@ -722,7 +816,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         if train_loss is not None:
             info["train_loss"] = train_loss
         if self._is_over and self.assets.has_test and not diverged:
-            info["test_score"] = self._reward(self.evaluate("test"))
+            info["test_score"] = self._reward(self.evaluate("test")) if test_score is None else test_score
         return info
 
     def _render_view(self) -> Any:
@@ -747,6 +841,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         )
 
 
+@memory_explained(_LESS_MEMORY)
 def step_together(envs: Sequence[RaiseSelectEnv], actions: Sequence[Action]) -> list[StepResult]:
     """Step several environments, each once, with their updates in one pass where they share a base model.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     "ActionError",
     "AgentError",
     "DataError",
+    "MemoryShortageError",
     "ModelError",
     "OutputError",
     "RaiseEnvError",
@@ -18,6 +20,8 @@ __all__ = [
     "SettingError",
     "describe",
     "excerpt",
+    "lacks_memory",
+    "memory_explained",
     "suggestion",
 ]
 
@@ -56,6 +60,37 @@ class RecordError(RaiseEnvError, ValueError):
 
 class OutputError(RaiseEnvError, OSError):
     """A folder or file cannot be written."""
+
+
+class MemoryShortageError(RaiseEnvError, MemoryError):
+    """The machine or its GPU has less memory than what was asked for needs; says what needs less."""
+
+
+#: What torch says where a processor's or a GPU's memory is used up, each in an error of another kind.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error of Python, NumPy or torch says that there is too little memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+@contextlib.contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """Say in one message what to do where the memory does not suffice for this block, or for a function so decorated.
+
+    Raises:
+        MemoryShortageError: It does not.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RaiseEnvError) or not lacks_memory(error):
+            raise
+        told = excerpt(str(error) or type(error).__name__, 160)
+        raise MemoryShortageError(f"there is too little memory ({told}). {advice}") from error
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

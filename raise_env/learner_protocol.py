@@ -26,12 +26,14 @@ class Ledger:
         train_tokens: Tokens that went forward and backward.
         test_tokens: Tokens of the test set, forward: what a report costs, not what selection does.
         updates: Optimiser steps.
+        divergences: Episodes that ended because the loss stopped being finite.
     """
 
     forward_tokens: int = 0
     train_tokens: int = 0
     test_tokens: int = 0
     updates: int = 0
+    divergences: int = 0
 
     @property
     def token_forwards(self) -> int:

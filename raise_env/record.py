@@ -20,6 +20,7 @@ import numpy as np
 from .config import EnvConfig
 from .env import RaiseSelectEnv
 from .errors import RecordError, SettingError
+from .rewards import DIVERGENCE_PENALTY
 
 __all__ = ["ENV_ID", "SCHEMA_VERSION", "TOLERANCE", "Difference", "EpisodeRecord", "read_records", "replay", "versions"]
 
@@ -66,6 +67,11 @@ class EpisodeRecord:
     content: dict[str, str]
     final: dict[str, float] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss stopped being finite, so that the last dev score is that of an earlier step."""
+        return self.rewards[-1:] == [DIVERGENCE_PENALTY]
 
     @classmethod
     def of(cls, env: RaiseSelectEnv, *, agent: str, seed: int, info: Mapping[str, Any]) -> EpisodeRecord:

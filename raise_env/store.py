@@ -32,7 +32,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import OutputError
-from .files import write_json
+from .files import clear_unfinished, write_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -322,6 +322,7 @@ class _Writer:
         self.counts: dict[str, int] = {}
         try:
             if os.path.lexists(path):
+                clear_unfinished(path)
                 self._go_on()
             else:
                 self._start()
@@ -347,6 +348,7 @@ class _Writer:
             written = 0
             while written < len(content):  # a full disk may take a part of it
                 written += file.write(content[written:])
+            os.fsync(file.fileno())  # the index shall know of nothing that is not on the disk
             self._digests[name].update(content)
             self._sizes[name] += len(content)
         self.num_rows += block.num_rows

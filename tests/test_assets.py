@@ -3,14 +3,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from raise_env.assets import _cached_data, load_assets, load_data
+from raise_env.base_model import model_folder
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
-from raise_env.errors import DataError, OutputError, RewardError, SettingError
+from raise_env.errors import DataError, ModelError, OutputError, RewardError, SettingError
 from raise_env.frames import PLAIN_TEMPLATE
 
 
@@ -451,3 +454,36 @@ def test_probe__reward_by_generation__is_update_then_score(files):
     env.step(action)
     assert env.dev_scores[1] == expected
     assert env.assets is RaiseSelectEnv(**{**env.config.to_kwargs(), "reward": "loss"}).assets, "one base for both"
+
+
+# Weights that are no numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_load_assets__model_with_spoilt_weights__is_refused_before_anything_is_computed(
+    tmp_path, small_settings, value
+):
+    folder = tmp_path / "spoilt"
+    shutil.copytree(model_folder("tiny"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[sorted(weights)[-1]].flatten()[0] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    cache = tmp_path / "cache"
+    config = EnvConfig.from_kwargs({**small_settings, "model": str(folder), "cache_dir": str(cache)})
+    with pytest.raises(ModelError, match=r"spoilt.*not finite before any update"):
+        load_assets(config)
+    assert not list(cache.glob("features-*"))
+    auxiliary = EnvConfig.from_kwargs({**small_settings, "auxiliary_model": str(folder), "cache_dir": str(cache)})
+    with pytest.raises(ModelError, match=r"auxiliary model .*spoilt.*pool row 0 are not finite"):
+        load_assets(auxiliary)
+
+
+def test_load_assets__updates_of_the_auxiliary_model_diverge__features_come_without_them(
+    tmp_path, small_settings, caplog
+):
+    settings = {**small_settings, "cache_dir": str(tmp_path)}
+    assets = load_assets(EnvConfig.from_kwargs({**settings, "learning_rate": 1e30}))
+    assert "diverged in its 2 updates" in caplog.text
+    plain = load_assets(EnvConfig.from_kwargs({**settings, "auxiliary_updates": 0}))
+    rows = np.arange(64)
+    np.testing.assert_array_equal(assets.features.rows(rows), plain.features.rows(rows))

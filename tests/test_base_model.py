@@ -214,3 +214,11 @@ def test_base_model__tokenizer_of_a_larger_vocabulary__model_error(tmp_path):
         else:
             with pytest.raises(ModelError, match=r"tokens up to number 258, and the model knows 258.*do not belong"):
                 BaseModel(str(tmp_path), LoraSettings(), device="cpu")
+
+
+def test_save_adapter__names_of_modules__are_in_the_order_of_the_alphabet(embedded_env, tmp_path):
+    learner = embedded_env().assets.learner
+    learner.save_adapter(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) > 2
+    assert config["target_modules"] == sorted(config["target_modules"]), "sets differ from process to process"

@@ -321,6 +321,16 @@ def copy_of(finished, folder):
     return folder
 
 
+def test_bench__killed_between_the_first_record_and_its_line__makes_that_run_again(tmp_path, plan, finished):
+    folder = copy_of(finished, tmp_path / "bench")
+    (folder / "results.jsonl").unlink()
+    first, *_ = (finished / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (folder / "episodes.jsonl").write_text(first)
+    bench(folder, plan, resume=True)
+    assert (folder / "episodes.jsonl").read_bytes() == (finished / "episodes.jsonl").read_bytes()
+    assert numbers(folder) == numbers(finished)
+
+
 @pytest.mark.parametrize("name", ["results.jsonl", "episodes.jsonl"])
 @pytest.mark.parametrize("lost", [1, 100])
 def test_bench__last_line_is_torn__that_run_is_made_again(tmp_path, plan, finished, name, lost):

@@ -672,6 +672,21 @@ def test_main__a_fault_of_ours__keeps_its_traceback(monkeypatch):
         cli.main(["info"])
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 8 GiB"), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_main__too_little_memory_anywhere__one_message_and_code_2(monkeypatch, error):
+    def fails(**_):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    outcome = run("train", "--out", "run")
+    assert outcome.code == 2
+    assert "too little memory" in outcome.err
+    assert str(error) in outcome.err
+    assert "raise-env train --out run --resume" in outcome.err
+
+
 # Ctrl-C
 
 

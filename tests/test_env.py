@@ -21,7 +21,8 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 import raise_env
 from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores
 from raise_env.config import ENV_IDS
-from raise_env.errors import ActionError, ModelError, SettingError
+from raise_env.env import StepOutcome
+from raise_env.errors import ActionError, MemoryShortageError, ModelError, SettingError
 from raise_env.features import CLIP, FEATURE_NAMES
 from raise_env.rewards import DIVERGENCE_PENALTY
 from raise_env.testing import FakeLearner, ToyAssets, toy_env
@@ -973,3 +974,68 @@ def test_variant__settings_that_decide_on_the_model__share_nothing(embedded_env)
     env = embedded_env(pool_size=32)
     assert env.variant(budget=5).assets is env.assets
     assert env.variant(learning_rate=0.5).assets is not env.assets
+
+
+# Steps of which it is known what came of them
+
+
+def test_retrace__steps_that_were_taken_before__gives_what_step_gave_and_trains_when_asked(embedded_env):
+    first, again = embedded_env(score_every=2, budget=12), embedded_env(score_every=2, budget=12)
+    rng, over = np.random.default_rng(0), False
+    first.reset(seed=4)
+    again.reset(seed=4)
+    while not over:
+        action = (rng.random(16) < 0.2).astype(np.int8)
+        observation, reward, over, _, info = first.step(action)
+        known = [info.get(name) for name in ("dev_score", "train_loss", "diverged", "test_score")]
+        tokens = again.assets.learner.ledger.token_forwards
+        seen, reward_again, over_again, _, info_again = again.retrace(action, StepOutcome(*known))
+        assert again.assets.learner.ledger.token_forwards == tokens
+        np.testing.assert_array_equal(seen, observation)
+        assert (reward_again, over_again) == (reward, over)
+        assert info.keys() == info_again.keys()
+        assert all(np.array_equal(info[name], info_again[name]) for name in info)
+    tokens = again.assets.learner.ledger.train_tokens
+    assert torch.equal(again.snapshot().learner_state.adapter, first.snapshot().learner_state.adapter)
+    assert again.assets.learner.ledger.train_tokens == tokens, "it was booked when it was done first"
+    assert again.dev_scores == first.dev_scores
+    assert [r.reward for r in again.history] == [r.reward for r in first.history]
+
+
+# Too little memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_step__memory_does_not_suffice__says_what_needs_less_and_can_be_taken_again(monkeypatch, error):
+    env, plain = toy_env(), toy_env()
+    observation, _ = env.reset(seed=0)
+    plain.reset(seed=0)
+    action = env.action_masks().astype(np.int8)
+
+    def update(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeLearner, "update", update)
+        with pytest.raises(MemoryShortageError, match=r"too little memory \(.+\)\. Lower micro_batch_tokens") as raised:
+            env.step(action)
+    assert raised.value.__cause__ is error
+    assert env.num_steps == 0
+    np.testing.assert_array_equal(env.observation(), observation)
+    assert env.step(action)[1] == plain.step(action)[1]
+
+
+def test_step__an_error_of_another_kind__comes_as_it_is(monkeypatch):
+    env = toy_env()
+    env.reset(seed=0)
+    monkeypatch.setattr(FakeLearner, "update", lambda *_: [][1])
+    with pytest.raises(IndexError):
+        env.step(env.action_masks())

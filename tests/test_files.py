@@ -1,13 +1,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import stat
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 
+from raise_env import files
 from raise_env.errors import OutputError
-from raise_env.files import append_line, prepare_folder, replaced, replaced_folder, write_json, write_text
+from raise_env.files import (
+    append_line,
+    clear_unfinished,
+    held,
+    prepare_folder,
+    replaced,
+    replaced_folder,
+    scratch_folder,
+    write_json,
+    write_text,
+)
 
 
 def names(folder):
@@ -127,3 +142,101 @@ def test_prepare_folder__a_file_is_in_the_way__is_said(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match="cannot be written"):
             prepare_folder(folder)
+
+
+def test_replaced__file_and_folder__are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(f"synced {os.path.getsize(f'/dev/fd/{handle}')}"))
+    for kind in ("replace", "rename"):
+        real = getattr(os, kind)
+        monkeypatch.setattr(os, kind, lambda a, b, real=real: (done.append("named"), real(a, b)))
+    write_text(tmp_path / "file", "1234567")
+    assert done == ["synced 7", "named"]
+    done.clear()
+    with replaced_folder(tmp_path / "folder") as beside:
+        (beside / "a").mkdir()
+        (beside / "a" / "b").write_text("12")
+    assert done == ["synced 2", "named"]
+
+
+# What killed processes leave
+
+
+def killed_while_writing(folder, monkeypatch):
+    """Leave what is left where nothing is cleared up."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        for writing, name in ((replaced, "deep/file.txt"), (replaced_folder, "results")):
+            with pytest.raises(KeyboardInterrupt), writing(folder / name):
+                raise KeyboardInterrupt
+        with replaced_folder(folder / "results") as beside:
+            (beside / "new.txt").write_text("new")
+
+
+def test_clear_unfinished__what_killed_processes_left__is_removed_and_nothing_else(tmp_path, monkeypatch):
+    kept = {".hidden", "unfinished", "a.unfinished", ".gitignore"}
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".results.x.unfinished.old").mkdir()
+    killed_while_writing(tmp_path, monkeypatch)
+    assert len(list(tmp_path.rglob(".*unfinished*"))) == 3
+    clear_unfinished(tmp_path)
+    assert set(names(tmp_path)) == {*kept, "deep", "results"}
+    assert names(tmp_path / "deep") == []
+    assert names(tmp_path / "results") == ["new.txt"]
+
+
+def test_scratch_folder__after_use_and_a_day_after_a_kill__is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "raise-env-scratch-old").mkdir()
+    (tmp_path / "raise-env-scratch-old" / "file").write_text("")
+    (tmp_path / "raise-env-scratch-new").mkdir()
+    (tmp_path / "other").mkdir()
+    long_ago = time.time() - files._LEFT_BEHIND_S - 60
+    for name in ("raise-env-scratch-old", "other"):
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    with scratch_folder() as folder:
+        assert folder.parent == tmp_path
+        assert names(tmp_path) == sorted(["other", "raise-env-scratch-new", folder.name])
+    assert names(tmp_path) == ["other", "raise-env-scratch-new"]
+
+
+# One process at a time
+
+
+def hold_and_wait(folder, begun, over):
+    with held(Path(folder)):
+        begun.set()
+        over.wait(60)
+
+
+def test_held__by_another_process__is_refused_until_that_ends(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    begun, over = context.Event(), context.Event()
+    process = context.Process(target=hold_and_wait, args=(str(tmp_path / "run"), begun, over))
+    process.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(OutputError, match="another process is writing"), held(tmp_path / "run"):
+            pass
+        process.kill()  # it is not asked to let go
+        process.join()
+        with held(tmp_path / "run"):
+            assert names(tmp_path / "run") == []
+    finally:
+        process.kill()
+        process.join()
+    with held(tmp_path / "run"):
+        pass
+
+
+def test_held__disk_without_locks__goes_on_without(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(handle, how):
+        raise OSError(files._NO_LOCKS[0], "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with held(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()

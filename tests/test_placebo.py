@@ -152,3 +152,10 @@ def test_placebo__an_agent_of_stable_baselines3__stores_itself(tmp_path):
     record = run_episode(toy_env(), agent, seed=0, name="placebo")
     again = run_episode(toy_env(), load_selector(tmp_path / "selector"), seed=0, name="placebo")
     assert record.actions == again.actions
+
+
+def test_placebo__of_an_agent_that_keeps_its_progress__does_not():
+    placebo = make_agent("placebo:raise_ppo")
+    assert hasattr(make_agent("raise_ppo"), "load_progress")
+    assert not hasattr(placebo, "load_progress"), "the rewards that are handed out are no part of it"
+    assert hasattr(placebo, "save")

@@ -11,8 +11,8 @@ from gymnasium import spaces
 
 from raise_env import PickOne, TopKScores
 from raise_env.agents import RandomAgent, run_episode
-from raise_env.agents.rollout import fit_wrapper
-from raise_env.errors import ActionError, AgentError, DataError, SettingError
+from raise_env.agents.rollout import agents_code, fit_wrapper
+from raise_env.errors import ActionError, AgentError, DataError, MemoryShortageError, SettingError
 from raise_env.testing import toy_env
 
 
@@ -231,3 +231,9 @@ def test_run_episode__action_that_the_agent_tried_in_vain__is_the_agents_fault()
 def test_run_episode__interrupted__is_interrupted():
     with pytest.raises(KeyboardInterrupt):
         run_episode(toy_env(), Raises(KeyboardInterrupt()), seed=0, name="mine")
+
+
+def test_agents_code__agent_needs_more_memory_than_there_is__says_what_to_make_smaller():
+    told = r"agent x: .*Unable to allocate.*buffer_size"
+    with pytest.raises(MemoryShortageError, match=told), agents_code("agent x"):
+        np.empty(10**14)

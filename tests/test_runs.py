@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +19,17 @@ from raise_env.assets import load_data
 from raise_env.base_model import load_tokenizer, model_folder
 from raise_env.config import EnvConfig
 from raise_env.encoding import Encoder, collate
-from raise_env.errors import AgentError, DataError, OutputError, RaiseEnvError, RecordError, SettingError
+from raise_env.errors import (
+    AgentError,
+    DataError,
+    MemoryShortageError,
+    OutputError,
+    RaiseEnvError,
+    RecordError,
+    SettingError,
+)
+from raise_env.files import held
+from raise_env.learner import LoraLearner
 from raise_env.record import read_records, replay
 
 FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
@@ -330,6 +342,94 @@ def test_train__interrupted_then_resumed__equals_an_undisturbed_run(tmp_path, pl
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
     for name in ("run.json", "report.json"):
         assert without_clock(read_json(folder / name)) == without_clock(read_json(finished / name))
+
+
+@pytest.mark.parametrize("torn", [("0002",), ("0001", "0002")], ids=["the last", "both"])
+def test_train__checkpoints_are_torn__goes_on_from_what_is_whole(tmp_path, plan, finished, torn, caplog):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, plan, reporter=Interrupts("fine-tuning with raise_fork", 2))
+    for number in torn:
+        path = folder / "learning" / f"episode-{number}" / "state" / "groups.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+    train(folder, plan, resume=True)
+    assert all(f"episode-{number} cannot be used (groups.safetensors not as written)" in caplog.text for number in torn)
+    assert files_of(folder) == files_of(finished)
+    for name in ("episodes.jsonl", "selector/model.safetensors", "learning/episode-0002/state/groups.safetensors"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+    assert read_json(folder / "run.json")["phi_tokens"] == read_json(finished / "run.json")["phi_tokens"]
+
+
+def test_train__what_a_killed_process_was_writing__is_cleared_away(tmp_path, plan, finished):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, plan, reporter=Interrupts("fine-tuning with raise_fork", 2))
+    for name in (".run.json.a.unfinished", "learning/.episode-0003.b.unfinished/state/c", "plots/.x.unfinished.old/d"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{")
+    train(folder, plan, resume=True)
+    assert files_of(folder) == files_of(finished)
+    assert not list(folder.rglob("*unfinished*"))
+
+
+def test_train__folder_that_another_process_writes_in__is_refused(tmp_path, plan):
+    with held(tmp_path / "run"), pytest.raises(OutputError, match="another process is writing"):
+        train(tmp_path / "run", plan)
+    assert files_of(tmp_path / "run") == set()
+
+
+def test_finetune__interrupted_then_resumed__equals_an_undisturbed_one(tmp_path, plan, finished):
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path / "run", finished, plan.settings, reporter=Interrupts("fine-tuning", 2))
+    finetune(tmp_path / "run", finished, plan.settings, resume=True)
+    finetune(tmp_path / "undisturbed", finished, plan.settings)
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "undisturbed")
+    for name in ("episodes.jsonl", "selected.jsonl", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("agent", ["raise_fork", "sb3:PPO"])
+@pytest.mark.parametrize("after", [2, 7])
+def test_train__memory_does_not_suffice__says_so_once_and_is_gone_on_with(tmp_path, plan, monkeypatch, agent, after):
+    settings = FORK_SETTINGS if agent == "raise_fork" else {"n_steps": 3, "batch_size": 3}
+    own = Plan(plan.settings, agent, settings, episodes=2, compare=(), num_runs=1)
+    train(tmp_path / "undisturbed", own)
+    update, left = LoraLearner.update_together, [after]
+
+    def full(self, *given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return update(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraLearner, "update_together", full)
+        with pytest.raises(MemoryShortageError, match=r"CUDA out of memory.*micro_batch_tokens"):
+            train(tmp_path / "run", own)
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "failed"
+    train(tmp_path / "run", own, resume=True)
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "undisturbed")
+    for name in ("episodes.jsonl", "selector/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+def test_train__folder_that_becomes_read_only__says_so_and_is_gone_on_with(tmp_path, plan, finished, monkeypatch):
+    replace = os.replace
+
+    def denied(source, target):
+        if Path(target).name == "selected.jsonl":
+            raise OSError(errno.EROFS, "Read-only file system", str(target))
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", denied)
+        with pytest.raises(
+            OutputError, match=r"selected\.jsonl' cannot be written \(Read-only file system\).*--resume"
+        ):
+            train(tmp_path / "run", plan)
+    train(tmp_path / "run", plan, resume=True)
+    assert files_of(tmp_path / "run") == files_of(finished)
+    assert (tmp_path / "run" / "episodes.jsonl").read_bytes() == (finished / "episodes.jsonl").read_bytes()
 
 
 def test_train__last_line_of_the_records_is_torn__is_run_again(tmp_path, plan, finished):

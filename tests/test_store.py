@@ -198,6 +198,14 @@ def test_stored_table__fewer_rows_than_asked_for__is_made_again(tmp_path, caplog
     assert "not whole" in caplog.text
 
 
+def test_stored_table__killed_while_its_index_was_written__keeps_nothing_of_that(tmp_path):
+    (begin(tmp_path, 2) / ".index.json.abc.unfinished").write_text("{")
+    maker = Maker()
+    check(stored_table(FORM, maker, tmp_path, in_memory=False))
+    assert maker.calls != [0], "it is gone on with"
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
 # Where it cannot be written
 
 

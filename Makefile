@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 COMMANDS := test_cli test_runs test_examples test_sb3 test_guide test_benchmark test_estimate test_evaluate test_model_card
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench-speed lint ruff ruff-format mypy
+.PHONY: help demo test test-all check bench-speed soak lint ruff ruff-format mypy
 
 help:  ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ check: lint  ## Lint, check types and run the fast tests (about a minute)
 
 bench-speed: $(VENV)/.package  ## Measure speed and memory, and write docs/results/speed.md (ten minutes)
 	$(BIN)/python benchmarks/speed.py
+
+soak: $(VENV)/.package  ## Run 5,000 episodes, look at memory, and write docs/results/soak.md (half an hour)
+	$(BIN)/python benchmarks/soak.py
 
 lint: ruff ruff-format mypy  ## Check style, form and types
 

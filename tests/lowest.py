@@ -1,7 +1,7 @@
 """Print pip constraints that hold each direct dependency at the lowest version that pyproject.toml allows.
 
-`make test-lowest` installs by them and runs the tests. Torch stays at the version of constraints.txt: older CPU builds are
-not to be had from every index, and another build is gigabytes of CUDA.
+`make test-lowest` installs by them and runs the tests. Torch stays at the version of constraints.txt: older CPU builds
+are not to be had from every index, and another build is gigabytes of CUDA.
 """
 
 from __future__ import annotations

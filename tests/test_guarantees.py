@@ -25,8 +25,6 @@ def test_promises__the_tests_they_name__are_there(promise):
 
 def test_bug_form__whoever_reports__is_asked_for_info_command_and_expectation():
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
-    required = {
-        part["id"]: part["attributes"] for part in form["body"] if part.get("validations", {}).get("required")
-    }
+    required = {part["id"]: part["attributes"] for part in form["body"] if part.get("validations", {}).get("required")}
     assert set(required) == {"info", "command", "found", "expected"}
     assert "raise-env info" in required["info"]["description"]

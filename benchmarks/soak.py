@@ -6,10 +6,10 @@ One environment of the embedded task makes 5,000 episodes of four steps, and a v
 times. Every so often the process is looked at: resident memory after a collection of garbage, open files, threads,
 child processes.
 
-Memory counts as flat if the line through what was seen after the first fifth rises by less than a KiB an episode: an
-observation that is kept would be 1.2 KiB for each of the four steps, an adapter hundreds. A line that falls is flat
-too. Files and threads must not become more at all, and the first episode, made again at the end, must be equal to the
-bit.
+Memory counts as flat unless the line through what was seen after the first fifth rises by more than a KiB an episode,
+and by two of its standard errors more: an observation that is kept would be 1.2 KiB for each of the four steps, an
+adapter hundreds. Files and threads must not become more at all, and the first episode, made again at the end, must be
+equal to the bit.
 """
 
 from __future__ import annotations
@@ -92,15 +92,17 @@ class Course:
     hashes: list[str] = field(default_factory=list)
 
     @property
-    def bytes_each(self) -> float:
-        """The slope of the line through memory after the warm-up, bytes an episode."""
+    def bytes_each(self) -> tuple[float, float]:
+        """The slope of the line through memory after the warm-up, bytes an episode, and its standard error."""
         kept = self.looks[int(WARM_UP * len(self.looks)) :]
-        return float(scipy.stats.linregress([look.episode for look in kept], [look.resident for look in kept]).slope)
+        line = scipy.stats.linregress([look.episode for look in kept], [look.resident for look in kept])
+        return float(line.slope), float(line.stderr)
 
     def faults(self) -> list[str]:
         """Return in words what did not stay as it was."""
         first, last = self.looks[int(WARM_UP * len(self.looks))], self.looks[-1]
-        found = [] if self.bytes_each < self.most_bytes else [f"memory grows by {self.bytes_each:.0f} bytes an episode"]
+        slope, error = self.bytes_each
+        found = [f"memory grows by {slope:.0f} bytes an episode"] if slope - 2 * error > self.most_bytes else []
         for name in ("files", "threads", "children"):
             before, after = getattr(first, name), getattr(last, name)
             found += [f"{name}: {before} became {after}"] if after > before else []
@@ -191,7 +193,7 @@ def page(courses: dict[str, Course], seconds: float) -> str:
             "course": name,
             "episodes": f"{course.looks[-1].episode:,}",
             "memory, MB": f"{course.looks[0].resident / 1e6:.1f} to {course.looks[-1].resident / 1e6:.1f}",
-            "slope, bytes an episode": f"{course.bytes_each:.0f}",
+            "slope, bytes an episode": "{:.0f} ± {:.0f}".format(*course.bytes_each),
             "files": f"{course.looks[0].files} to {course.looks[-1].files}",
             "threads": f"{course.looks[0].threads} to {course.looks[-1].threads}",
             "faults": "; ".join(course.faults()) or "none",

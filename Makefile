@@ -2,6 +2,7 @@
 # the package. Nothing outside this folder is touched but the caches of pip and of raise-env.
 
 VENV := .venv
+LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 COMMANDS := test_cli test_runs test_examples test_sb3 test_guide test_benchmark test_estimate test_evaluate test_model_card
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench-speed lint ruff ruff-format mypy
+.PHONY: help demo test test-all test-lowest check bench-speed soak lint ruff ruff-format mypy
 
 help:  ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,11 +32,22 @@ test: $(VENV)/.dev  ## Run the tests (at most ten minutes on two cores)
 test-all: $(VENV)/.dev  ## Run the slow tests too
 	$(PYTEST) -m "not gpu and not network"
 
+# Warnings that older versions of others give each other are not ours to mend: they are no errors here.
+test-lowest: $(VENV)/.torch  ## Run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(BIN)/python -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt --editable ".[test]"
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -W default
+
 check: lint  ## Lint, check types and run the fast tests (about a minute)
 	$(PYTEST) -m "not slow and not real and not gpu and not network" $(COMMANDS:%=--ignore=tests/%.py)
 
 bench-speed: $(VENV)/.package  ## Measure speed and memory, and write docs/results/speed.md (ten minutes)
 	$(BIN)/python benchmarks/speed.py
+
+soak: $(VENV)/.package  ## Run 5,000 episodes, look at memory, and write docs/results/soak.md (half an hour)
+	$(BIN)/python benchmarks/soak.py
 
 lint: ruff ruff-format mypy  ## Check style, form and types
 

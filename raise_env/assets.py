@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,9 @@ Stamps = tuple[Stamp | None, ...]
 
 #: The base models in use. Weak: one that no assets hold is let go, and two assets never hold two of a kind.
 _BASES: weakref.WeakValueDictionary[tuple[str, LoraSettings, str, str, bool], BaseModel] = weakref.WeakValueDictionary()
+
+#: Held while anything is loaded: of threads that ask for the same, one loads it and the others get it too.
+_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +152,8 @@ def load_data(config: EnvConfig) -> Data:
         DataError: A file cannot be read, a row is at fault, or a dev or test row is also in the pool.
         SettingError: The pool has fewer rows than are to be offered.
     """
-    data = _cached_data(_data_part(config), _stamps(config))
+    with _LOCK:
+        data = _cached_data(_data_part(config), _stamps(config))
     if config.num_candidates != "all":
         check_enough(len(data.pool), config.num_candidates)
     return data
@@ -183,7 +188,8 @@ def load_assets(config: EnvConfig, progress: LoadingProgress | None = None) -> A
     check_reward(config.reward, data.dev, "dev")
     if data.test is not None:
         check_reward(config.reward, data.test, "test")
-    return _cached_assets(config.shared_part(), _stamps(config), _Watcher(progress))
+    with _LOCK:
+        return _cached_assets(config.shared_part(), _stamps(config), _Watcher(progress))
 
 
 def auxiliary_of(config: EnvConfig) -> dict[str, str | int]:
@@ -194,7 +200,8 @@ def auxiliary_of(config: EnvConfig) -> dict[str, str | int]:
         SettingError: As `starting_form`.
     """
     source, is_trained = config.auxiliary_model or config.model, config.auxiliary_model in (None, config.model)
-    model = _shared_base(config, source, starting_form(config) if is_trained else config.lora)
+    with _LOCK:
+        model = _shared_base(config, source, starting_form(config) if is_trained else config.lora)
     return identity_of(config, model, config.adapter if is_trained else None)
 
 

@@ -57,6 +57,14 @@ _BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 logger = logging.getLogger(__name__)
 
+#: Held while torch's global generator stands in for one of our own, which PEFT and dropout cannot be given: threads
+#: that each draw from it would get each other's numbers, and put back what was not theirs.
+_GENERATOR_LOCK = threading.RLock()
+
+#: Held while transformers loads: it changes settings of the whole process meanwhile, and two that load at once end with
+#: weights that neither has filled.
+_LOADING_LOCK = threading.RLock()
+
 
 class _PassState(threading.local):
     """What the layers are told for a forward pass; each thread has its own, so that several can use one model."""
@@ -574,7 +582,7 @@ def _in_four_bits(device: torch.device) -> dict[str, Any]:
 
 def _load(factory: Any, folder: str, source: str, what: str, **kwargs: Any) -> Any:
     try:
-        with quiet():
+        with _LOADING_LOCK, quiet():
             return factory.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -629,7 +637,7 @@ def _tensor_hash(tensors: dict[str, Tensor]) -> str:
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _GENERATOR_LOCK, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

@@ -15,6 +15,7 @@ Decisions:
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 
@@ -84,6 +85,7 @@ class LazyFeatures(StaticFeatures):
         self._places = np.empty_like(order)  # (pool,), each row's place in the order
         self._places[order] = np.arange(len(order))
         self._compute = compute
+        self._lock = threading.Lock()  # environments in several threads may share these features
         self._is_known = np.zeros(math.ceil(len(order) / GROUP_ROWS), dtype=bool)  # (groups,)
         self.classes = np.full(len(order), -1, dtype=np.int64)
         offered = sample.columns[~np.isnan(sample_raw).any(axis=1)]
@@ -141,15 +143,16 @@ class LazyFeatures(StaticFeatures):
         return np.asarray(self._raw[places])
 
     def _know(self, group: int) -> None:
-        if self._is_known[group]:
-            return
-        start = GROUP_ROWS * group
-        begun = time.perf_counter()
-        raw, num_tokens = self._compute(self._order[start : start + GROUP_ROWS])
-        self._keep(start, raw)
-        self._num_tokens += num_tokens
-        self._seconds += time.perf_counter() - begun
-        self._is_known[group] = True
+        with self._lock:
+            if self._is_known[group]:
+                return
+            start = GROUP_ROWS * group
+            begun = time.perf_counter()
+            raw, num_tokens = self._compute(self._order[start : start + GROUP_ROWS])
+            self._keep(start, raw)
+            self._num_tokens += num_tokens
+            self._seconds += time.perf_counter() - begun
+            self._is_known[group] = True
 
     def _keep(self, start: int, raw: np.ndarray) -> None:
         self._raw[start : start + len(raw)] = raw

@@ -12,7 +12,12 @@ from raise_env.config import ENV_IDS
 from raise_env.tiny.task import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/tasks/*.md")), ROOT / "README.md"]
+DOCS = [
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/tasks/*.md")),
+    ROOT / "README.md",
+    ROOT / "SECURITY.md",
+]
 MAP = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 

@@ -5,10 +5,14 @@ import dataclasses
 import inspect
 import json
 import math
+import multiprocessing
+import os
 import random
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -19,7 +23,7 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 import raise_env
-from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores
+from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores, assets
 from raise_env.config import ENV_IDS
 from raise_env.env import StepOutcome
 from raise_env.errors import ActionError, MemoryShortageError, ModelError, SettingError
@@ -650,6 +654,73 @@ def test_episode__another_process_and_an_empty_cache__is_the_same_to_the_bit(tmp
 
 
 # Moments of an episode
+
+
+#: Environments that share a base model and some that do not; two draw from torch's generator, one computes as it goes.
+NEIGHBOURS = [
+    {},
+    {"seed_model": 1},
+    {"lora": {"lora_dropout": 0.1}},
+    {"lora": {"lora_dropout": 0.2, "r": 4}},
+    {"lazy_features": True},
+]
+
+
+def played(env):
+    """All that two episodes show."""
+    seen = []
+    for seed in range(2):
+        observation, _ = env.reset(seed=seed)
+        seen += [observation.tobytes(), trace(env, numbers(env, count=3, seed=seed))]
+    return seen
+
+
+@pytest.fixture
+def neighbours(embedded_env, tmp_path):
+    """A function that makes such environments, with nothing loaded and nothing in the cache."""
+
+    def make(name):
+        assets._cached_assets.cache_clear()
+        return [embedded_env(cache_dir=str(tmp_path / name), **settings) for settings in NEIGHBOURS]
+
+    yield make
+    assets._cached_assets.cache_clear()
+
+
+def test_episode__other_environments_in_threads__is_what_it_is_alone_to_the_bit(neighbours):
+    """They load at the same time, too."""
+    with ThreadPoolExecutor(len(NEIGHBOURS)) as pool:
+        together = list(pool.map(played, neighbours("together")))
+    for found, env in zip(together, neighbours("alone"), strict=True):
+        assert found == played(env)
+
+
+def test_load__threads_that_want_the_same__get_the_same(neighbours, embedded_env, tmp_path):
+    neighbours("empty")
+    envs = [embedded_env(cache_dir=str(tmp_path / "one")) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda env: env.load(), envs))
+    assert len({id(found) for found in loaded}) == 1
+
+
+def held():
+    """Threads, child processes and, where the system tells, open files of this process."""
+    files = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
+    return threading.active_count(), len(multiprocessing.active_children()), len(files)
+
+
+def test_close__after_an_episode__leaves_no_thread_process_or_file(small_settings):
+    RaiseSelectEnv(**small_settings).load()
+    before, torch_threads = held(), torch.get_num_threads()
+    vector = gym.make_vec("RaiseSelect-v0", num_envs=2, **small_settings)
+    torch.set_num_threads(2)  # so that passes go side by side
+    try:
+        vector.reset(seed=0)
+        vector.step(np.tile([1, 0, 0, 0], (2, 4)))
+        vector.close()
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert held() == before
 
 
 def test_restore__after_other_steps__continues_to_the_bit(env):

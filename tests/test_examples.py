@@ -24,7 +24,8 @@ def run(name, *arguments):
 
 def test_examples__every_one__is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"quickstart", "compare_algorithms", "custom_reward", *(name for name, _ in CONTESTANTS)}
+    others = {"quickstart", "compare_algorithms", "custom_reward", *LIBRARIES}
+    assert names == {*others, *(name for name, _ in CONTESTANTS)}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -65,6 +66,23 @@ def test_compare_algorithms__quick__a_line_with_intervals_for_each():
     means = {cell[1]: float(cell[2]) for cell in cells}
     for cell in cells:
         assert float(cell[3]) == pytest.approx(means["random"] - float(cell[2]), abs=0.011)
+
+
+#: Examples with libraries that few have: by name, the library and the extra that brings it.
+LIBRARIES = {"rllib_ppo": ("ray.rllib", "rllib"), "torchrl_ppo": ("torchrl", "torchrl")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_example__of_another_library__learns_and_prints_both_results(name):
+    library, extra = LIBRARIES[name]
+    found = subprocess.run([sys.executable, "-c", f"import {library}"], capture_output=True, check=False)
+    if found.returncode:
+        pytest.skip(f'{library} is not installed: pip install "raise-env[{extra}]"')
+    output = run(name, "--fast")
+    assert re.search(r"^iteration 2, step 8: return \d", output, re.MULTILINE)
+    for policy in ("random", "PPO"):
+        assert re.search(rf"test score with {policy}: -\d+\.\d\d \(-\d+\.\d\d, -\d+\.\d\d, -\d+\.\d\d\)", output)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from .base import world_of
 from .benchmark import BenchPlan, bench, selector_folder
 from .findings import ADAPTER, ORDER, ROWS, draws_of, findings_of, length_of, placebo_of
 from .job import Entry, Job, one_thread
-from .run_folder import RunFolder, whole_records
+from .run_folder import RunFolder, whole_lines, whole_records
 from .runs import FINAL_SEED, Reporter, Silent
 from .statistics import correlation
 from .summary import RANDOM
@@ -234,8 +234,7 @@ def audit(
 
 def _results(folder: Path) -> list[tuple[dict[str, Any], EpisodeRecord | None]]:
     """Return the lines of a benchmark, each with the record of its final run, None where it failed."""
-    text = (folder / "results.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = whole_lines(folder / "results.jsonl")
     records = iter(whole_records(folder / "episodes.jsonl"))
     return [(line, next(records) if line["error"] is None else None) for line in lines]
 
@@ -245,7 +244,7 @@ def _probe_all(
 ) -> list[dict[str, Any]]:
     """Return what steps gave that were made again, a line for each task and seed; those on disk are not repeated."""
     path = folder / REWARDS
-    done = _whole_lines(path)
+    done = whole_lines(path)
     write_text(path, "".join(json.dumps(line) + "\n" for line in done))  # without what a crash has torn
     found = {(line["task"], line["seed"]): line for line in done}
     wanted = [(task, seed) for task in plan.tasks for seed in range(plan.num_seeds)]
@@ -264,16 +263,6 @@ def _probe_all(
                 found[task, seed] = line
             show(number)
     return [found[key] for key in wanted if key in found]
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def probe_rewards(

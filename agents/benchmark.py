@@ -26,8 +26,8 @@ from raise_env.tiny.task import TASKS
 
 from .bench_report import write_bench_report
 from .catalogue import make_agent
-from .job import OWN_TASK, Entry, Job, Outcome, failed, one_thread, run_job
-from .run_folder import RunFolder, whole_records
+from .job import OWN_TASK, Entry, Job, Outcome, check_line, failed, one_thread, run_job
+from .run_folder import RunFolder, whole_lines, whole_records
 from .runs import Reporter, Silent, check_inputs, processor_name
 from .spread import spread
 from .summary import RANDOM, summarise
@@ -283,10 +283,17 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of the runs that are done; failed ones and what a crash has torn are dropped from the files.
 
     Raises:
-        RecordError: Lines and records do not belong together.
+        RecordError: A line has another form, or lines and records do not belong together.
     """
     results, episodes = folder / "results.jsonl", folder / "episodes.jsonl"
-    lines = [line for line in _whole_lines(results) if line["error"] is None]
+    lines = []
+    for number, line in enumerate(whole_lines(results), start=1):
+        try:
+            check_line(line)
+        except ValueError as error:
+            raise RecordError(f"{results}, line {number}: {error}; expected what a run left.") from error
+        if line.get("error") is None:
+            lines.append(line)
     # As many records as lines, unless a crash came between a record and its line.
     pairs = list(zip(lines, whole_records(episodes), strict=False))
     for number, (line, record) in enumerate(pairs, start=1):
@@ -300,17 +307,6 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
         write_text(results, "".join(json.dumps(line) + "\n" for line, _ in pairs))
         write_text(episodes, "".join(record.to_json() + "\n" for _, record in pairs))
     return [line for line, _ in pairs]
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines up to the first one that is torn."""
-    lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, str, int]:

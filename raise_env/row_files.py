@@ -25,7 +25,18 @@ from typing import IO, Any
 from .errors import DataError, describe, excerpt
 from .files import MAX_BYTES_VARIABLE, lines_of, max_bytes, parse_json
 
-__all__ = ["ENDINGS", "MOST_GROWTH", "UNITS", "Row", "check_file", "check_halves", "is_readable", "plain", "rows_of_file", "unit_of"]
+__all__ = [
+    "ENDINGS",
+    "MOST_GROWTH",
+    "UNITS",
+    "Row",
+    "check_file",
+    "check_halves",
+    "is_readable",
+    "plain",
+    "rows_of_file",
+    "unit_of",
+]
 
 #: How the rows of each kind of file are counted, from 1: by line where an editor can go to it.
 UNITS = {".jsonl": "line", ".json": "row", ".csv": "line", ".parquet": "row"}
@@ -42,6 +53,9 @@ MOST_GROWTH = 100
 #: What a parquet file's rows are read by: so many at once, and fewer where they may be large.
 _ROWS_AT_ONCE = 1024
 _BYTES_AT_ONCE = 2**32
+
+#: What a torn parquet file, its dates and time zones too, can make Python itself stumble over.
+_PARQUET_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError)
 
 #: The beginning of JSON's escapes for halves of pairs.
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -184,7 +198,7 @@ def _rows_of_parquet(source: str) -> Generator[tuple[int, Row]]:
                     number += 1
                     yield number, plain(row)
     # Of what is torn or made to mislead, dates and time zones too, Python's own errors come through.
-    except (pa.ArrowException, ArithmeticError, LookupError, MemoryError, OSError, TypeError, ValueError) as error:
+    except (pa.ArrowException, *_PARQUET_ERRORS) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
@@ -202,7 +216,7 @@ def _rows_at_once(metadata: Any, growth: _Growth) -> int:
     sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
     growth.add(max(0, *sizes, 0), Path(growth.source).stat().st_size, is_all=False)
     # A value may be as large as all of its part, and stand in each row.
-    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, *sizes, 1)))
+    return int(max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, *sizes, 1))))
 
 
 def plain(value: Any) -> Any:

@@ -201,7 +201,7 @@ def test_stored_table__fewer_rows_than_asked_for__is_made_again(tmp_path, caplog
     maker = Maker()
     check(stored_table(FORM, maker, tmp_path, in_memory=True))
     assert maker.calls == [0]
-    assert "not whole" in caplog.text
+    assert "another number of entries" in caplog.text
 
 
 # Where it cannot be written

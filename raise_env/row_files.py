@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+import io
 import json
 import math
 import re
@@ -49,6 +50,12 @@ MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
 
 #: How many times its size a packed file may hold, where that is much.
 MOST_GROWTH = 100
+
+#: Empty lines one after the other: more are no data, and take minutes to skip.
+_MOST_BLANK = 200_000
+
+#: What is unpacked at once.
+_PIECE = 1 << 20
 
 #: What a parquet file's rows are read by: so many at once, and fewer where they may be large.
 _ROWS_AT_ONCE = 1024
@@ -321,28 +328,38 @@ class _Growth:
             )
 
 
-class _Unpacked:
-    """The content of a .gz, line by line or piece by piece, as far as it does not grow out of measure."""
+class _Unpacked(io.RawIOBase):
+    """The content of a .gz, as far as it does not grow out of measure."""
 
     def __init__(self, source: str, packed: IO[bytes]) -> None:
+        super().__init__()
         self._packed = packed
         self._file = gzip.GzipFile(fileobj=packed)
         self._growth = _Growth(source)
 
-    def readline(self, size: int) -> bytes:
-        """Return the next line, or so many bytes of it."""
-        line = self._file.readline(size)
-        self._growth.add(len(line), self._packed.tell())
-        return line
+    def readable(self) -> bool:
+        """Return that it is there to be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Unpack as much as there is room for."""
+        content = self._file.read(len(buffer))
+        self._growth.add(len(content), self._packed.tell())
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _lines(source: str) -> Generator[str]:
     """Yield a text file's lines with their endings, decoded one by one so that an error knows its line."""
     with open(source, "rb") as file:
-        content: Any = _Unpacked(source, file) if source.lower().endswith(".gz") else file
-        number = 0
+        is_packed = source.lower().endswith(".gz")
+        content = io.BufferedReader(_Unpacked(source, file), _PIECE) if is_packed else file
+        number = num_blank = 0
         try:
             for number, line in enumerate(lines_of(content), start=1):
+                num_blank = num_blank + 1 if len(line) < 3 and not line.strip() else 0
+                if num_blank > _MOST_BLANK:
+                    raise ValueError(f"found more than {_MOST_BLANK:,} empty lines up to line {number:,}; remove them")
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             byte = error.object[error.start]

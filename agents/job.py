@@ -43,6 +43,7 @@ _BY_PART = ("phi_parts", "tokens", "seconds")
 #: The numbers of a line of results.jsonl, and those of them that every run has that did not fail.
 _FIELDS = ("dev_loss", "test_loss", *SHARES, "diverged", *COSTS, "episode_returns", "rows", "updates")
 _NEEDED = ("phi", "phi_parts", "seconds")
+_PARTS_NEEDED = frozenset(PARTS) - {"features"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,7 @@ def check_line(line: Any) -> None:
     for name in _FIELDS:
         value = line.get(name)
         parts = value.values() if name in _BY_PART and isinstance(value, dict) else [value]
-        has_all = not isinstance(value, dict) or set(value) >= set(PARTS) - {"features"}
+        has_all = value is None or name not in _BY_PART or (isinstance(value, dict) and set(value) >= _PARTS_NEEDED)
         if name == "episode_returns" and isinstance(value, list):
             parts = value
         if not has_all or not all(part is None or _is_finite(part) for part in parts):

@@ -23,7 +23,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import DataError, describe, excerpt
+from .errors import DataError, RaiseEnvError, describe, excerpt
 from .files import MAX_BYTES_VARIABLE, lines_of, max_bytes, parse_json
 
 __all__ = [
@@ -200,13 +200,13 @@ def _rows_of_parquet(source: str) -> Generator[tuple[int, Row]]:
             number, growth = 0, _Growth(source)
             size, num_rows = Path(source).stat().st_size, _rows_at_once(table.metadata, growth)
             for batch in table.iter_batches(batch_size=num_rows):
-                growth.add(batch.nbytes, size)
                 for row in batch.to_pylist():
                     number += 1
+                    growth.add(_length(row), size)
                     yield number, plain(row)
     # Of what is torn or made to mislead, dates and time zones too, Python's own errors come through.
     except (pa.ArrowException, *_PARQUET_ERRORS) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, RaiseEnvError):
             raise
         raise DataError(
             f"{source}: cannot be read as parquet ({excerpt(str(error), 200)}). "
@@ -224,6 +224,15 @@ def _rows_at_once(metadata: Any, growth: _Growth) -> int:
     growth.add(max(0, *sizes, 0), Path(growth.source).stat().st_size, is_all=False)
     # A value may be as large as all of its part, and stand in each row.
     return int(max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, *sizes, 1))))
+
+
+def _length(value: Any) -> int:
+    """Return about how many characters a table's value has: one that is stored once may stand in each row."""
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_length, value)) + len(value)
+    return len(value) if isinstance(value, (str, bytes)) else 8
 
 
 def plain(value: Any) -> Any:
@@ -368,6 +377,6 @@ def _lines(source: str) -> Generator[str]:
                 "Save the file again with the encoding UTF-8."
             ) from error
         except ValueError as error:
-            if isinstance(error, DataError):
+            if isinstance(error, RaiseEnvError):
                 raise
             raise DataError(f"{source}: {error}.") from error

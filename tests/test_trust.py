@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -29,17 +30,27 @@ from data_files import jsonl
 
 import raise_env
 from raise_env.adapter_files import adapter_settings, read_adapter
+from raise_env.agents import cli
 from raise_env.agents.catalogue import load_selector
 from raise_env.agents.raise_fork import RaiseFork
-from raise_env.agents.run_folder import RunFolder
+from raise_env.agents.run_folder import RunFolder, whole_lines, whole_records
 from raise_env.agents.sb3_files import SavedModel
 from raise_env.agents.validation import read_bench
 from raise_env.base_model import BaseModel
 from raise_env.config import LoraSettings
-from raise_env.errors import RaiseEnvError
+from raise_env.errors import (
+    DataError,
+    ModelError,
+    OutputError,
+    RaiseEnvError,
+    RecordError,
+    SettingError,
+    printable,
+)
 from raise_env.frames import ChatFrame, PlainFrame
 from raise_env.pool import Instruction
 from raise_env.reading import read_pool
+from raise_env.record import FOREIGN_LIMITS, EpisodeRecord, read_records, replay
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = Path(raise_env.__file__).parent / "tiny" / "base"
@@ -53,6 +64,8 @@ GOOD_ROWS = jsonl(*({"prompt": f"Question {i}?", "response": f"Answer {i}."} for
 
 #: Calls that can run code or open pickles, and where one is made: by whom, and why that is no file's doing.
 ALLOWED = {
+    ("raise_env.__init__", "importlib.import_module"): "its own modules, when a name of theirs is asked for",
+    ("agents.__init__", "importlib.import_module"): "likewise",
     ("agents.catalogue", "importlib.import_module"): "agents of this package, and those named by the caller",
     ("agents.sb3", "importlib.import_module"): "the two libraries of algorithms, by names that stand there",
     ("raise_env.rewards", "importlib.import_module"): "a reward named by the caller; a record's is refused",
@@ -706,7 +719,7 @@ TEMPLATES = {
     "Python's insides": "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ prompt }}",
     "Python's insides by a filter": "{{ (prompt|attr('__class__')).__mro__ }}{{ prompt }}",
     "globals of a function": "{{ cycler.__init__.__globals__ }}{{ prompt }}",
-    "context": "{{ self._TemplateReference__context }}{{ prompt }}",
+    "context": "{{ self._TemplateReference__context.environment.globals }}{{ prompt }}",
     "a file": "{% include '/etc/passwd' %}{{ prompt }}",
     "an endless loop": "{% for i in range(10**12) %}x{% endfor %}{{ prompt }}",
     "loops within loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ prompt }}",
@@ -716,13 +729,16 @@ TEMPLATES = {
     "padding": "{{ prompt.ljust(10**9) }}",
     "padding by a filter": "{{ prompt|center(10**9) }}",
     "a power": "{{ 10**(10**9) }}{{ prompt }}",
-    "doubled text": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ prompt }}",
-    "doubled lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ prompt }}",
+    "doubled text": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}{{ prompt }}",
+    "doubled lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+    "{% endfor %}{{ prompt }}",
     "replaced text": "{% set n = namespace(x='a'*999) %}{% for i in range(30) %}{% set n.x = n.x.replace('a', n.x) %}"
     "{% endfor %}{{ prompt }}",
     "a text of itself": "{% set n = namespace(a=1) %}{% set n.a = n %}{{ n }}{{ prompt }}",
     "a macro of itself": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}{{ prompt }}",
-    "a branching macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(50) }}{{ prompt }}",
+    "a branching macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(50) }}"
+    "{{ prompt }}",
     "joined text": "{{ ('a' * 99999)|list|join('a' * 99999) }}{{ prompt }}",
     "made-up words": "{{ lipsum(10**9) }}{{ prompt }}",
     "batches": "{{ [1]|batch(10**9, 'x')|list }}{{ prompt }}",
@@ -786,3 +802,380 @@ def test_malicious_files__counted__by_kind(capsys: pytest.CaptureFixture[str]) -
         for kind, count in [*counts.items(), ("in all", counts.total())]:
             print(f"  {kind:<32}{count:>5}")
     assert counts.total() == len({(case.kind, case.name) for case in [*CASES, *IGNORED]})
+
+
+# Commands
+
+
+def command_cases() -> dict[str, Callable[[Path, bytes], list[str]]]:
+    """Each command with a file that it reads; the content is put there."""
+
+    def data(place: Path, content: bytes, name: str = "pool.jsonl") -> str:
+        (place / name).write_bytes(content)
+        return str(place / name)
+
+    def folder(place: Path, content: bytes, kind: str, file: str) -> str:
+        copied = FOLDERS[kind][0](place / kind)
+        (copied / file).write_bytes(content)
+        return str(copied)
+
+    return {
+        "split": lambda p, c: ["split", "--data", data(p, c), "--out", str(p / "out")],
+        "train": lambda p, c: ["train", "--pool", data(p, c), "--dev", data(p, b"", "d.csv"), "--out", str(p / "out")],
+        "train's parquet": lambda p, c: [
+            *("train", "--pool", data(p, c, "pool.parquet"), "--dev", data(p, c, "d.csv"), "--out", str(p / "out")),
+        ],
+        "train's model": lambda p, c: ["train", "--model", folder(p, c, "model", "config.json"), "--out", str(p / "o")],
+        "train's adapter": lambda p, c: [
+            *("train", "--adapter", folder(p, c, "adapter", "adapter_config.json"), "--out", str(p / "out")),
+        ],
+        "train's SB3 model": lambda p, c: [
+            *("train", "--agent", "sb3:PPO", "--agent-args", f"load={data(p, c, 'ppo.zip')}", "--out", str(p / "out")),
+        ],
+        "train's folder": lambda p, c: ["train", "--resume", "--out", folder(p, c, "run", "run.json")],
+        "finetune": lambda p, c: [
+            *("finetune", "--selector", folder(p, c, "selector", "model.safetensors"), "--out", str(p / "out")),
+        ],
+        "evaluate's data": lambda p, c: ["evaluate", "--model", "tiny", "--data", data(p, c)],
+        "evaluate's model": lambda p, c: [
+            *("evaluate", "--data", data(p, GOOD_ROWS.encode()), "--model", folder(p, c, "model", "model.safetensors")),
+        ],
+        "evaluate's adapter": lambda p, c: [
+            *("evaluate", "--model", "tiny", "--data", data(p, GOOD_ROWS.encode())),
+            *("--adapter", folder(p, c, "adapter", "adapter_model.safetensors")),
+        ],
+        "validate's records": lambda p, c: ["validate", data(p, c, "episodes.jsonl")],
+        "validate's results": lambda p, c: ["validate", folder(p, c, "bench", "results.jsonl")],
+        "leaderboard": lambda p, c: ["leaderboard", folder(p, c, "bench", "results.jsonl")],
+        "bench's table": lambda p, c: ["bench", "--table", "--out", folder(p, c, "bench", "summary.json")],
+        "bench's folder": lambda p, c: ["bench", "--resume", "--out", folder(p, c, "bench", "run.json")],
+        "audit's folder": lambda p, c: ["audit", "--resume", "--out", folder(p, c, "bench", "run.json")],
+    }
+
+
+COMMANDS = command_cases()
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch", "\x1b[2J nonsense"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command__file_that_means_ill__ends_with_one_message(
+    name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, mark = tmp_path / "\x1b]0;title\x07", tmp_path / "mark"  # a name that would rename the terminal's window
+    place.mkdir()
+    begun = time.perf_counter()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(COMMANDS[name](place, pickles(mark).get(form, form.encode())))
+    assert ended.value.code == cli.EXIT_USAGE
+    assert time.perf_counter() - begun < 3 * SECONDS
+    assert not mark.exists(), "it ran"
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert "Traceback" not in said.err
+
+
+# What a record may ask for
+
+
+def record_of(**kwargs: Any) -> EpisodeRecord:
+    value = {
+        "schema_version": 1,
+        "env": {"id": "RaiseSelect-v0", "kwargs": kwargs},
+        "agent": "os:system",
+        "seed": 0,
+        "actions": [[0]],
+        "rewards": [0.0],
+        "dev_scores": [0.0, 0.0],
+        "test_score": None,
+        "versions": {},
+        "content": {"model": "a", "pool": "b", "dev": "c"},
+    }
+    return EpisodeRecord.from_json(json.dumps(value), "here")
+
+
+OPENED = ("model", "auxiliary_model", "adapter", "pool", "dev", "test")
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_replay__file_that_nobody_allowed__is_refused_by_name(name: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text(GOOD_ROWS)
+    needed = {"pool": str(tmp_path), "dev": str(tmp_path)} if name in ("dev", "test", "pool") else {}
+    known = [] if name == "pool" else [str(tmp_path / "other")]
+    record = record_of(**{**needed, name: str(secret)})
+    with pytest.raises(RecordError, match=r"which replaying would open: .*--allow"):
+        replay(record, allowed=known)
+
+
+def test_replay__file_or_folder_that_is_allowed__is_opened(tmp_path: Path) -> None:
+    for name, rows in (("pool", "abcdefgh"), ("dev", "xyz")):
+        (tmp_path / f"{name}.jsonl").write_text(
+            jsonl(*({"prompt": f"What is {row}?", "response": row} for row in rows))
+        )
+    pool, dev = str(tmp_path / "pool.jsonl"), str(tmp_path / "dev.jsonl")
+    record = record_of(pool=pool, dev=dev, num_candidates=4, num_classes=1, batch_size=1, auxiliary_updates=0)
+    for allowed in ([pool, dev], [str(tmp_path)]):
+        difference, _ = replay(record, allowed=allowed)
+        assert difference is not None
+        assert difference.what == "content of model"  # it was opened, and is another
+    with pytest.raises(RecordError, match="the record's dev"):
+        replay(record, allowed=[pool])
+
+
+def test_replay__link_in_an_allowed_folder__leads_nowhere_else(tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text(GOOD_ROWS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pool.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    pool = str(tmp_path / "mine" / "pool.jsonl")
+    with pytest.raises(RecordError, match="the record's pool"):
+        replay(record_of(pool=pool, dev=pool), allowed=[str(tmp_path / "mine")])
+
+
+def test_replay__name_of_the_hub__only_where_it_is_allowed() -> None:
+    with pytest.raises(RecordError, match="--allow someone/model"):
+        replay(record_of(model="someone/model"), allowed=["someone"])
+
+
+@pytest.mark.parametrize("name", FOREIGN_LIMITS)
+def test_replay__size_beyond_measure__is_refused_unless_the_caller_gives_it(name: str) -> None:
+    huge = FOREIGN_LIMITS[name] * 4
+    more = {"num_candidates": huge, "batch_size": 1} if name == "num_classes" else {}
+    with pytest.raises(RecordError, match=f"the record's num_candidates|the record's {name} is"):
+        replay(record_of(**{**more, name: huge}))
+
+
+def test_replay__rank_or_modules_beyond_measure__are_refused() -> None:
+    for lora in ({"r": 10**6}, {"target_modules": "(a|a|.)*(.*)*x"}):
+        with pytest.raises(RecordError, match="lora"):
+            replay(record_of(lora=lora))
+
+
+@pytest.mark.parametrize(
+    "modules", ["all-linear", "q_proj", r".*\.(q_proj|v_proj)", r"^model\..*\.q_proj$", ["a", "b"]]
+)
+def test_adapter__modules_by_name_or_simple_expression__are_taken(modules: Any, tmp_path: Path) -> None:
+    folder = adapter_copy(tmp_path / "adapter")
+    changed_json(folder, "adapter_config.json", target_modules=modules)
+    assert adapter_settings(folder).target_modules == (tuple(modules) if isinstance(modules, list) else modules)
+
+
+# Limits that a user can raise
+
+
+def test_read_pool__packed_to_much_less__is_read_where_the_limit_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = json.dumps({"prompt": "a", "response": "b" * 1000}) + "\n"
+    path = tmp_path / "pool.jsonl.gz"
+    path.write_bytes(gzip.compress(row.encode() * 5000))
+    assert len(read_pool(path)) == 5000  # small as it is, it may grow as it will
+    monkeypatch.setenv("RAISE_ENV_MAX_BYTES", "1000000")
+    with pytest.raises(DataError, match=r"packed into .*raise \$RAISE_ENV_MAX_BYTES"):
+        read_pool(path)
+    monkeypatch.setenv("RAISE_ENV_MAX_BYTES", "100000000")
+    assert len(read_pool(path)) == 5000
+
+
+def test_read_pool__line_of_ten_megabytes__is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pool.jsonl"
+    path.write_text(json.dumps({"prompt": "a" * 10**7, "response": "b"}) + "\n")
+    assert len(read_pool(path)[0].prompt) == 10**7
+    monkeypatch.setenv("RAISE_ENV_MAX_BYTES", str(2 * 10**6))
+    with pytest.raises(DataError, match=r"line 1 has more than 2,000,000 bytes.*RAISE_ENV_MAX_BYTES"):
+        read_pool(path)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "many", "0", "1e9", "9" * 30])
+def test_max_bytes__variable_that_is_no_number__is_named(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pool.jsonl").write_text(GOOD_ROWS)
+    monkeypatch.setenv("RAISE_ENV_MAX_BYTES", text)
+    with pytest.raises(SettingError, match=r"\$RAISE_ENV_MAX_BYTES"):
+        read_pool(tmp_path / "pool.jsonl")
+
+
+def test_read_pool__infinite_numbers__become_null_however_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "pool.jsonl"
+    path.write_bytes(b"".join(row_with(value) for value in ("1e999", "-1e999", "NaN", "Infinity")))
+    assert [row.fields["extra"] for row in read_pool(path)] == [None] * 4
+
+
+def test_read_pool__header_of_a_million_columns__takes_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "pool.csv"
+    path.write_text(",".join(f"c{i}" for i in range(10**6)) + "\n" + "1," * (10**6 - 1) + "1\n")
+    begun = time.perf_counter()
+    with pytest.raises(DataError, match="expected one of these forms"):
+        read_pool(path)
+    assert time.perf_counter() - begun < 3 * SECONDS
+
+
+# Text that a terminal or a page would obey
+
+OBEYED = "\x1b[31m \x1b]8;;http://evil.example\x07link\x1b]8;;\x07 \r\b \x9b2J \u202egnp.exe \u2066 \u2028 \ud800"
+
+
+def test_printable__what_a_terminal_obeys__is_spelled_out() -> None:
+    shown = printable(OBEYED + "\n\tplain äöü 漢字 😀")
+    assert shown.isprintable() or set(shown) & {"\n", "\t"}
+    assert all(character.isprintable() or character in "\n\t" for character in shown)
+    assert shown.endswith("\n\tplain äöü 漢字 😀")
+    assert "\\x1b[31m" in shown
+    assert "\\u202e" in shown
+    shown.encode()
+
+
+@pytest.mark.parametrize("error", [SettingError, DataError, ModelError, RecordError, OutputError])
+def test_errors__what_they_show_of_a_file__is_not_obeyed(error: type[Exception]) -> None:
+    assert all(character.isprintable() for character in str(error(f"found {OBEYED}")))
+
+
+def test_validate__agents_name_that_a_terminal_would_obey__is_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = json.loads(record_of(pool_size=8, num_candidates=4, num_classes=1, batch_size=1).to_json())
+    value["agent"] = OBEYED.replace("\ud800", "")
+    (tmp_path / "episodes.jsonl").write_text(json.dumps(value))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["validate", str(tmp_path / "episodes.jsonl")])
+    assert ended.value.code == cli.EXIT_NO
+    said = capsys.readouterr().out
+    assert "\\x1b[31m" in said
+    assert all(character.isprintable() or character == "\n" for character in said)
+
+
+def test_warning__name_that_a_terminal_would_obey__is_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    cli._quieten()
+    assert logging.lastResort is not None
+    shown = logging.lastResort.format(logging.LogRecord("x", logging.WARNING, "", 0, "in %s", (OBEYED,), None))
+    assert all(character.isprintable() for character in shown)
+
+
+def test_markdown__what_would_break_a_table_or_make_a_link__stays_text() -> None:
+    from raise_env.agents.markdown import table
+
+    evil = "a | b\n# head [x](javascript:alert(1)) ![y](http://z) <script>alert(1)</script> `code` \x1b[2J"
+    lines = table(["agent", evil], [[evil, "[0.1, 0.2]"]]).split("\n")
+    assert len(lines) == 3
+    assert all(line.count("|") - line.count("\\|") == 3 for line in (lines[0], lines[2]))
+    bare = re.sub(r"\\\\.", "", lines[2])  # what no backslash stands before
+    assert not [mark for mark in ("](", "<", ">", "`", "\x1b", "![") if mark in bare]
+    assert lines[2].endswith("| [0.1, 0.2] |")
+
+
+# Code of one's own
+
+
+def test_main__working_folder__is_looked_into_only_where_own_code_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "app", lambda **_: seen.append(list(cli.sys.path)))
+    for arguments, is_there in [
+        (["info"], False),
+        (["train", "--agent", "sb3:PPO", "--pool", "owner/name:train"], False),
+        (["finetune", "--selector", "run:1/selector"], False),
+        (["bench", "--agents", "random,raise_fork", "--agent-args", "raise_fork:num_states=3"], False),
+        (["train", "--agent", "selector:runs/a"], False),
+        (["train", "--agent", "my_module:Agent"], True),
+        (["bench", "--agents", "random,mine=package.module:agent"], True),
+        (["bench", "--agents", "placebo:my_module:Agent"], True),
+        (["validate", "x", "--reward", "my_module:score"], True),
+    ]:
+        monkeypatch.setattr(cli.sys, "path", [entry for entry in cli.sys.path if entry not in ("", str(tmp_path))])
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert (str(tmp_path) in seen[-1]) == is_there, arguments
+
+
+CHATS = {
+    "ChatML": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "marked": "{% for m in messages %}\n  {% if m.role == 'assistant' %}\n{% generation %}{{ m.content }}!"
+    "{% endgeneration %}\n  {% else %}\n{{ m.role|upper }}: {{ m.content|trim }}\n{% endif %}\n{% endfor %}",
+    "macros": "{%- macro shown(text, count=1) -%}[{{ text * count }}]{%- endmacro -%}{% set ns = namespace(n=0) %}"
+    "{% for m in messages %}{% set ns.n = ns.n + loop.index %}{{ shown(m.content, 2) ~ ns.n }}{{ bos_token }}"
+    "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ messages|tojson(indent=2) }}{{ messages|length }}",
+    "lists": "{% set roles = messages|map(attribute='role')|list %}{{ roles|join(', ') }}{{ (roles + ['x'])[-1] }}"
+    "{{ {'a': [1, 2]}.get('a')|first }}{{ '%s-%d' % ('a', 3) }}{{ 'a,b'.split(',')|last }}"
+    "{{ messages[0].content[::-1] }}"
+    "{% if tools is none and messages[0]['role'] in ['user', 'system'] %}{{ dict(a=1)|dictsort }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("is_open", [True, False])
+def test_chat_template__in_bounds__gives_what_transformers_gives(name: str, is_open: bool) -> None:
+    from raise_env.base_model import load_tokenizer
+
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = CHATS[name]
+    chat = [{"role": role, "content": f' {role}s <say> "x" & ä😀\n'} for role in ("system", "user", "assistant")]
+    frame = ChatFrame(tokenizer)
+    wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_open)
+    assert frame._rendered([chat], is_open=is_open) == [wanted]
+    if frame.has_marks:
+        whole = tokenizer.apply_chat_template([chat], return_dict=True, return_assistant_tokens_mask=True)
+        tokens, masks = frame._tokenized([chat])
+        assert tokens == whole["input_ids"]
+        assert masks == [[bool(bit) for bit in mask] for mask in whole["assistant_masks"]]
+
+
+# Results, runs and caches that were tampered with
+
+
+def results_line(**values: Any) -> dict[str, Any]:
+    parts = dict.fromkeys(("features", "preparation", "learning", "final"), 1.0)
+    line = {"task": "t", "agent": "a", "seed": 0, "phi": 1.0, "phi_parts": parts, "tokens": parts, "seconds": parts}
+    return {**line, "dev_loss": 1.0, "test_loss": 1.0, "error": None, **values}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"seed": seed} for seed in ("0", 1.5, True, None, [0])),
+        *({"task": task} for task in (None, 1, ["a"])),
+        *({name: value} for name in ("phi", "dev_loss", "test_loss") for value in ("1", [1], {}, 10**400)),
+        *({"phi_parts": value} for value in (None, {}, {"final": "x"}, [1])),
+        *({"seconds": value} for value in (None, 1, {"final": None})),
+        {"error": 1},
+        {"episode_returns": ["a"]},
+    ],
+    ids=str,
+)
+def test_read_bench__line_of_another_form__is_named(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = run_copy(tmp_path / "bench")
+    (folder / "results.jsonl").write_text(json.dumps(results_line(**values)) + "\n")
+    (folder / "episodes.jsonl").write_text(record_of().to_json() + "\n")
+    with pytest.raises(RecordError, match=r"results\.jsonl, line 1: "):
+        read_bench(folder)
+
+
+def test_whole_lines_and_records__binary_content__is_torn(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    path.write_bytes(record_of().to_json().encode() + b"\n\xff\xfe\n")
+    assert len(whole_records(path)) == 1
+    assert len(whole_lines(path)) == 1
+    assert [record.seed for record in read_records_until_error(path)] == [0]
+
+
+def read_records_until_error(path: Path) -> list[EpisodeRecord]:
+    found = []
+    with pytest.raises(RecordError, match="line 2 is not UTF-8"):
+        found.extend(read_records(path))
+    return found or [record_of()]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"plan": 1}, {"plan": {"entries": 1}}, {"seconds": [1]}, {"seconds": {"learning": "x"}}, {"versions": None}],
+    ids=str,
+)
+def test_open__run_json_of_another_form__is_named(values: dict[str, Any], tmp_path: Path) -> None:
+    before = {"command": "train", "plan": {}, "versions": {}, "start": "2026-01-01"}
+    (tmp_path / "run.json").write_text(json.dumps({**before, **values}))
+    with pytest.raises(RecordError, match=r"run\.json: the field '(plan|seconds|versions)' is not as promised"):
+        open_run(tmp_path)

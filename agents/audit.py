@@ -234,8 +234,7 @@ def audit(
 
 def _results(folder: Path) -> list[tuple[dict[str, Any], EpisodeRecord | None]]:
     """Return the lines of a benchmark, each with the record of its final run, None where it failed."""
-    text = (folder / "results.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = whole_lines(folder / "results.jsonl")
     records = iter(whole_records(folder / "episodes.jsonl"))
     return [(line, next(records) if line["error"] is None else None) for line in lines]
 

@@ -27,7 +27,7 @@ from raise_env.tiny.task import TASKS
 
 from .bench_report import write_bench_report
 from .catalogue import make_agent
-from .job import OWN_TASK, Entry, Job, Outcome, failed, run_job
+from .job import OWN_TASK, Entry, Job, Outcome, check_line, failed, run_job
 from .run_folder import RunFolder, whole_lines, whole_records
 from .runs import Reporter, Silent, check_inputs, processor_name
 from .spread import spread
@@ -298,10 +298,17 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of the runs that are done; failed ones and what a crash has torn are dropped from the files.
 
     Raises:
-        RecordError: Lines and records do not belong together.
+        RecordError: A line has another form, or lines and records do not belong together.
     """
     results, episodes = folder / "results.jsonl", folder / "episodes.jsonl"
-    lines = [line for line in whole_lines(results) if line["error"] is None]
+    lines = []
+    for number, line in enumerate(whole_lines(results), start=1):
+        try:
+            check_line(line)
+        except ValueError as error:
+            raise RecordError(f"{results}, line {number}: {error}; expected what a run left.") from error
+        if line.get("error") is None:
+            lines.append(line)
     # As many records as lines, unless a crash came between a record and its line.
     pairs = list(zip(lines, whole_records(episodes), strict=False))
     for number, (line, record) in enumerate(pairs, start=1):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from raise_env.errors import SettingError, suggestion
+from raise_env.files import read_json
 
 from .base import Agent
 from .rollout import agents_code
@@ -147,8 +148,6 @@ def load_selector(folder: str | Path) -> Agent:
     Raises:
         RecordError: It is not a selector, or one for other features.
     """
-    import json
-
     from .raise_fork import RaiseFork
     from .raise_ppo import RaisePpo
     from .sb3 import Sb3Agent
@@ -157,9 +156,9 @@ def load_selector(folder: str | Path) -> Agent:
     if not (folder / "config.json").is_file() and (folder / "selector").is_dir():
         folder = folder / "selector"
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("agent", "")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        kind = ""
+        kind = read_json(folder / "config.json").get("agent", "")
+    except (OSError, ValueError, AttributeError):
+        kind = ""  # whoever reads it says what is wrong with it
     if str(kind).startswith("sb3"):
         return Sb3Agent.load(folder)
     return RaisePpo.load(folder) if kind == "raise_ppo" else RaiseFork.load(folder)

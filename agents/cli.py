@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from raise_env import __version__
 from raise_env.config import EnvConfig
 from raise_env.env import RaiseSelectEnv
-from raise_env.errors import OutputError, RaiseEnvError, SettingError, lacks_memory
+from raise_env.errors import OutputError, RaiseEnvError, RecordError, SettingError, lacks_memory, printable
 
 __all__ = ["app", "main"]
 
@@ -43,6 +45,11 @@ MISSING_SHOWN = 5
 SUITE_NAME = "suite"
 TASKS_HELP = "Embedded tasks, with commas between; suite stands for all of the suite but large."
 
+#: Names code of one's own, module:name, among what is given on the command line.
+_OWN_CODE = re.compile(
+    r"(?<![\w.:/])(?:placebo:)?(?!(?:sb3|selector|placebo|quality):)[A-Za-z_][\w.]*:[A-Za-z_]\w*(?![\w=])"
+)
+
 app = typer.Typer(
     name="raise-env",
     help="Reinforcement learning that chooses training data.",
@@ -57,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _quieten()
-    # So that module:function and module:Class find what lies in the working folder; last, so that it hides nothing.
-    sys.path.append(os.getcwd())
+    if any(_OWN_CODE.search(argument) for argument in arguments):
+        # So that module:name finds what lies in the working folder; last, so that it hides nothing. Otherwise the
+        # folder may be a stranger's, and what libraries look for in vain must not be found there.
+        sys.path.append(os.getcwd())
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
@@ -79,8 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
+def _echo(text: object, *, err: bool = False) -> None:
+    """Print; what comes from files is shown and not obeyed by the terminal."""
+    typer.echo(printable(str(text)), err=err)
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's text as it may be printed."""
+        return printable(super().format(record))
+
+
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"raise-env: {message}", err=True)
+    _echo(f"raise-env: {message}", err=True)
     sys.exit(code)
 
 
@@ -98,6 +118,8 @@ def _quieten() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if logging.lastResort is not None:  # prints warnings where nobody has said how
+        logging.lastResort.setFormatter(_PrintableFormatter())
     # transformers 5.23 asks peft 0.21 to rename an attribute: nothing that a user could act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
@@ -215,11 +237,11 @@ class TerminalReporter:
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show a task until it ends."""
         if sys.stderr.isatty():
-            with tqdm(total=total, desc=name, leave=True, dynamic_ncols=True, file=sys.stderr) as bar:
+            with tqdm(total=total, desc=printable(name), leave=True, dynamic_ncols=True, file=sys.stderr) as bar:
                 yield lambda done: bar.update(done - bar.n)
             return
         start = last = time.monotonic()
-        typer.echo(name, err=True)
+        _echo(name, err=True)
 
         def show(done: int) -> None:
             nonlocal last
@@ -227,19 +249,21 @@ class TerminalReporter:
             if done and now - last > self.SECONDS_BETWEEN_LINES:
                 last = now
                 left = (now - start) / done * (total - done)
-                typer.echo(f"  {done} of {total}, about {left:.0f} s left", err=True)
+                _echo(f"  {done} of {total}, about {left:.0f} s left", err=True)
 
         yield show
-        typer.echo(f"  done in {time.monotonic() - start:.0f} s", err=True)
+        _echo(f"  done in {time.monotonic() - start:.0f} s", err=True)
 
 
 def _remove_last_demo(out: Path) -> None:
     """A demo may be run again and again, and its last result is not worth keeping; another run's folder stands."""
     import shutil
 
+    from .run_folder import read_json
+
     try:
-        is_demo = json.loads((out / "run.json").read_text(encoding="utf-8"))["command"] == "demo"
-    except (OSError, ValueError, KeyError, TypeError):
+        is_demo = read_json(out / "run.json").get("command") == "demo"
+    except RecordError:
         return
     if is_demo:
         shutil.rmtree(out)
@@ -316,12 +340,12 @@ def train(
         from .estimate import estimate
 
         cost = estimate(plan)
-        typer.echo(
+        _echo(
             f"{cost.updates:,} updates, {cost.tokens:,} token forwards ({cost.phi:.2f} Phi), "
             f"about {cost.seconds / 60:.1f} minutes on this machine, {cost.memory_gb:.1f} GB of memory."
         )
         for note in cost.notes:
-            typer.echo(f"  {note}.")
+            _echo(f"  {note}.")
         return
     report = runs_module.train(out, plan, resume=resume, reporter=TerminalReporter())
     _show(report, out)
@@ -379,7 +403,12 @@ def bench(
     from .summary import markdown_tables
 
     if table:
-        typer.echo(markdown_tables(read_json(out / "summary.json")))
+        path = out / "summary.json"
+        summary = read_json(path)
+        try:
+            _echo(markdown_tables(summary))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise RecordError(f"{path}: not what `bench` wrote ({error!r}); make it anew with --resume.") from error
         return
     named = dict(_named(name) for name in _names(agents))
     arguments, numbers = _agent_arguments(agent_args or [], list(named)), _episodes(episodes or [], list(named))
@@ -453,7 +482,7 @@ def audit(
     if noise_runs is not None:
         plan = dataclasses.replace(plan, num_noise=noise_runs)
     found = run_audit(out, plan, resume=resume, workers=workers, reporter=TerminalReporter())
-    typer.echo(f"\n{audit_tables(found)}\n\nAll numbers: {out / 'audit.json'}")
+    _echo(f"\n{audit_tables(found)}\n\nAll numbers: {out / 'audit.json'}")
     if found["missing"] and not any(spread["num_runs"] for task in found["noise"].values() for spread in task.values()):
         raise typer.Exit(EXIT_NO)
 
@@ -470,14 +499,14 @@ def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int | None
     summary = run_bench(
         out, plan, command=command, resume=resume, workers=workers, cluster=cluster, reporter=TerminalReporter()
     )
-    typer.echo(f"\n{text_tables(summary)}\n")
+    _echo(f"\n{text_tables(summary)}\n")
     num_runs = len(summary["tasks"]) * len(summary["agents"]) * len(summary["seeds"])
     missing = summary["missing"]
     for run in missing[:MISSING_SHOWN]:
-        typer.echo(f"missing: {run['task']}, {run['agent']}, seed {run['seed']}: {run['reason'].splitlines()[0]}")
+        _echo(f"missing: {run['task']}, {run['agent']}, seed {run['seed']}: {run['reason'].splitlines()[0]}")
     if len(missing) > MISSING_SHOWN:
-        typer.echo(f"missing: {len(missing) - MISSING_SHOWN} more")
-    typer.echo(f"{num_runs - len(missing)} of {num_runs} runs. All numbers: {out / 'summary.json'}")
+        _echo(f"missing: {len(missing) - MISSING_SHOWN} more")
+    _echo(f"{num_runs - len(missing)} of {num_runs} runs. All numbers: {out / 'summary.json'}")
     if len(missing) == num_runs:
         raise typer.Exit(EXIT_NO)
 
@@ -586,7 +615,7 @@ def evaluate(
     )
     report = score_model(plan)
     for line in score_lines(report):
-        typer.echo(line)
+        _echo(line)
     if out is not None:
         try:
             write_json(out, report)
@@ -612,7 +641,7 @@ def split(
     config = EnvConfig.from_kwargs({"pool": data, "dev": data, "columns": _columns(columns)})
     rows = read_pool(data, skip_empty=skip_empty, columns=config.columns)
     for path, count in write_split(rows, {"dev": dev, "test": test}, seed, out).values():
-        typer.echo(f"{path}: {count:,} rows")
+        _echo(f"{path}: {count:,} rows")
 
 
 @app.command()
@@ -627,6 +656,10 @@ def validate(
     device: Annotated[str, typer.Option(help="Where to replay.")] = "auto",
     reward: Annotated[
         str | None, typer.Option(help="The reward function that records may run.", metavar="module:function")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A file, folder, or hub id that records may open. Repeatable.", metavar="NAME"),
     ] = None,
     workers: Workers = None,
 ) -> None:
@@ -645,25 +678,31 @@ def validate(
             continue
         lines, own = read_bench(path)
         for (task, agent, seed), fault in check_results(lines, own).items():
-            typer.echo(f"{path / 'results.jsonl'}, {task}, {agent}, seed {seed}: {fault}")
+            _echo(f"{path / 'results.jsonl'}, {task}, {agent}, seed {seed}: {fault}")
             raise typer.Exit(EXIT_NO)
         recorded, num_lines = recorded + own, num_lines + len(lines)
     limit = TOLERANCE if tolerance is None else tolerance
     largest, of_bench = 0.0, any(path.is_dir() for path in files)
     replays = replay_all(
-        recorded, tolerance=limit, device=device, reward=reward, workers=workers, in_one_thread=of_bench
+        recorded,
+        tolerance=limit,
+        device=device,
+        reward=reward,
+        allowed=allow or (),
+        workers=workers,
+        in_one_thread=of_bench,
     )
     with TerminalReporter().task("replaying", len(recorded)) as show:
         for done, replayed in enumerate(replays, start=1):
             if replayed.difference is not None:
-                typer.echo(f"{replayed.recorded}: {replayed.difference}")
+                _echo(f"{replayed.recorded}: {replayed.difference}")
                 raise typer.Exit(EXIT_NO)
             largest = max(largest, replayed.distance)
             show(done)
     equal = "equal to the bit" if largest == 0 else f"equal within {limit:g} (largest difference {largest:.1e})"
-    typer.echo(f"{len(recorded)} episodes replayed: {equal}.")
+    _echo(f"{len(recorded)} episodes replayed: {equal}.")
     if of_bench:
-        typer.echo(f"{num_lines} lines of results say what their records say.")
+        _echo(f"{num_lines} lines of results say what their records say.")
 
 
 @app.command()
@@ -687,7 +726,7 @@ def leaderboard(
     board = ranked(
         folders, _tasks(tasks), seeds, replays=replays, seed=seed, workers=workers, reporter=TerminalReporter()
     )
-    typer.echo(markdown_board(board))
+    _echo(markdown_board(board))
     if any(entrant.faults for entrant in board.unranked):
         raise typer.Exit(EXIT_NO)
 
@@ -719,14 +758,14 @@ def info() -> None:
         "cache": f"{folder} ({size / 1e6:.1f} MB)",
     }
     for name, value in lines.items():
-        typer.echo(f"{name:<13} {value}")
+        _echo(f"{name:<13} {value}")
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
     from .report import format_table, results_table
 
-    typer.echo("")
-    typer.echo(format_table(*results_table(report)))
-    typer.echo("")
-    typer.echo(report["headline"])
-    typer.echo(f"Report: {out / 'report.html'}")
+    _echo("")
+    _echo(format_table(*results_table(report)))
+    _echo("")
+    _echo(report["headline"])
+    _echo(f"Report: {out / 'report.html'}")

@@ -6,6 +6,7 @@ are the same. What it leaves goes back to whoever asked for it as plain data, fo
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from .rollout import run_episode
 from .runs import FINAL_SEED, Clock, final_environment, final_scores, phi_tokens
 from .summary import PARTS, SHARES
 
-__all__ = ["OWN_TASK", "Entry", "Job", "Outcome", "failed", "run_job"]
+__all__ = ["OWN_TASK", "Entry", "Job", "Outcome", "check_line", "failed", "run_job"]
 
 #: The name in the results of a pool of one's own, which is no embedded task.
 OWN_TASK = "own"
@@ -36,6 +37,22 @@ _WITHOUT_FEATURES = frozenset(
 
 #: What a line of results.jsonl says of the cost.
 COSTS = ("phi", "phi_parts", "tokens", "seconds")
+_BY_PART = ("phi_parts", "tokens", "seconds")
+
+#: The numbers of a line of results.jsonl, and those of them that every run has that did not fail.
+_FIELDS = (
+    "dev_loss",
+    "test_loss",
+    *SHARES,
+    "diverged",
+    "diverged_episodes",
+    *COSTS,
+    "episode_returns",
+    "rows",
+    "updates",
+)
+_NEEDED = ("phi", "phi_parts", "seconds")
+_PARTS_NEEDED = frozenset(PARTS) - {"features"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,19 +202,37 @@ def _scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
 
 def _line(job: Job, **values: Any) -> dict[str, Any]:
     """Return a line of results.jsonl; what is not given is null."""
-    fields = (
-        "dev_loss",
-        "test_loss",
-        *SHARES,
-        "diverged",
-        "diverged_episodes",
-        *COSTS,
-        "episode_returns",
-        "rows",
-        "updates",
-    )
-    empty = dict.fromkeys((*fields, "error"))
+    empty = dict.fromkeys((*_FIELDS, "error"))
     return {"task": job.task, "agent": job.label, "seed": job.seed, **empty, **values}
+
+
+def check_line(line: Any) -> None:
+    """Check that a line of anyone's results.jsonl has the form that `run_job` gives it.
+
+    Raises:
+        ValueError: A field is missing, or holds something else.
+    """
+    if not isinstance(line, dict):
+        raise ValueError("it is no object")
+    for name, kind in (("task", str), ("agent", str), ("seed", int)):
+        if not isinstance(line.get(name), kind) or isinstance(line[name], bool):
+            raise ValueError(f"the field {name!r} is {str(line.get(name))[:60]!r}")
+    for name in _FIELDS:
+        value = line.get(name)
+        parts = value.values() if name in _BY_PART and isinstance(value, dict) else [value]
+        has_all = value is None or name not in _BY_PART or (isinstance(value, dict) and set(value) >= _PARTS_NEEDED)
+        if name == "episode_returns" and isinstance(value, list):
+            parts = value
+        if not has_all or not all(part is None or _is_finite(part) for part in parts):
+            raise ValueError(f"the field {name!r} is {str(value)[:60]!r}")
+    has_failed = isinstance(line.get("error"), str)
+    if not has_failed and (line.get("error") is not None or not all(line.get(name) is not None for name in _NEEDED)):
+        raise ValueError(f"it lacks one of {', '.join(_NEEDED)}, and an error")
+
+
+def _is_finite(value: object) -> bool:
+    """Return whether a value is a number that can be reckoned with; a truth value counts as one."""
+    return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _reason(error: Exception) -> str:

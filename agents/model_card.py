@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from raise_env.files import write_text
 from raise_env.record import EpisodeRecord
 from raise_env.version import __version__
 
+from . import markdown
 from .page import load_template
 from .report import results_table
 
@@ -33,7 +35,9 @@ def write_model_card(
         is_merged: Whether they are a whole model's, and not an adapter's.
     """
     template = load_template("model_card.md.jinja", escapes=False)  # Markdown
-    write_text(path, template.render(is_merged=is_merged, **_facts(report, record, env)))
+    facts = _facts(report, record, env)
+    texts = {name: markdown.escaped(value) for name, value in facts.items() if isinstance(value, str)}
+    write_text(path, template.render(is_merged=is_merged, **{**facts, **texts, "table": facts["table"]}))
 
 
 def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv
         "test": Path(config.test).name if config.test else "the embedded task's test set" * config.is_embedded,
         "phi": report["cost"]["phi"]["total"],
         "num_runs": settings["num_runs"],
-        "table": _markdown(*results_table(report)),
+        "table": _table(*results_table(report)),
         "lora": ", ".join(f"{name}={value}" for name, value in asdict(_base(env).lora).items()),
         "learning_rate": config.learning_rate,
         "batch_size": config.batch_size,
@@ -68,12 +72,12 @@ def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv
 
 
 def _is_hub_id(config: EnvConfig) -> bool:
-    return "/" in config.model and not Path(config.model).exists()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) is not None and not Path(config.model).exists()
 
 
 def _frame(config: EnvConfig, env: RaiseSelectEnv) -> str:
     if config.template is not None:
-        return f"`{config.template!r}`"
+        return repr(config.template)
     has_own = bool(getattr(_base(env).tokenizer, "chat_template", None))
     return "the tokenizer's chat template" if has_own else "raise-env's plain template"
 
@@ -82,6 +86,5 @@ def _base(env: RaiseSelectEnv) -> Any:
     return env.assets.learner.base  # type: ignore[attr-defined]
 
 
-def _markdown(rows: list[list[str]], header: list[str]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _table(rows: list[list[str]], header: list[str]) -> str:
+    return markdown.table(header, rows)

@@ -31,7 +31,7 @@ from .base import Progress, world_of
 from .credit import Group, batch_group, row_group
 from .learned import Selector, stored_view
 from .networks import AcquisitionFunction
-from .selector_files import read_config, stored_tensors, write_selector
+from .selector_files import check_room, read_config, stored_tensors, write_selector
 
 __all__ = ["ForkSettings", "RaiseFork", "ensemble_scores", "fit_ensemble"]
 
@@ -44,6 +44,12 @@ NUM_SAMPLED = 512
 
 #: Values that one step of the fit looks at: a group of many rows, or many groups of a few batches.
 FIT_BATCH = 256
+
+
+_COUNTS = (
+    *("num_states", "num_rows", "num_lookahead", "lookahead_size", "num_forks", "num_networks", "num_passes"),
+    "max_repeats",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,15 @@ class ForkSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts |= {} if self.num_dev is None else {"num_dev": self.num_dev}
+        for name, value in [*counts.items(), *(("hidden_dims", width) for width in self.hidden_dims)]:
+            if not _is_count(value):
+                raise SettingError(f"{name} is {value!r}; expected a whole number.")
+        for name in ("temperature", "learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise SettingError(f"{name} is {value!r}; expected a number of at least 0.")
         if self.credit is not None and self.credit not in CREDITS:
             raise SettingError(f"credit is {self.credit!r}: {suggestion(str(self.credit), CREDITS)}")
         if self.num_forks < 2:
@@ -114,6 +129,10 @@ class ForkSettings:
                 "credit=batches, or reward 'loss'."
             )
         return self.credit or ("rows" if reward == "loss" else "batches")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class RaiseFork(Selector):
@@ -235,7 +254,9 @@ class RaiseFork(Selector):
         agent.episode_returns = list(config["episode_returns"])
         agent.training = dict(config["training"])
         agent.view = stored_view(config, folder / "config.json")
+        dims = (NUM_FEATURES, *agent.settings.hidden_dims, 1)
         with stored_tensors(folder / "model.safetensors") as weights:
+            check_room(dims, weights, agent.settings.num_networks if weights else 0)
             for index in range(agent.settings.num_networks if weights else 0):
                 network = AcquisitionFunction(NUM_FEATURES, agent.settings.hidden_dims, generator=torch.Generator())
                 prefix = f"network_{index}."

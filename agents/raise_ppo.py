@@ -52,7 +52,7 @@ from .base import Progress, world_of
 from .class_law import BatchLaw
 from .learned import Selector, stored_view
 from .networks import ROWS_AT_ONCE, AcquisitionFunction, Critic
-from .selector_files import read_config, stored_tensors, write_selector
+from .selector_files import check_room, read_config, stored_tensors, write_selector
 
 __all__ = [
     "NUM_ROUNDS",
@@ -341,8 +341,9 @@ class RaisePpo(Selector):
         agent.episode_returns = list(config["episode_returns"])
         agent.training = dict(config["training"])
         agent.view = stored_view(config, Path(folder) / "config.json")
-        agent.acquisition = _acquisition(agent.settings, torch.Generator())
         with stored_tensors(Path(folder) / "model.safetensors") as weights:
+            check_room((NUM_FEATURES, *agent.settings.hidden_dims, 1), weights)
+            agent.acquisition = _acquisition(agent.settings, torch.Generator())
             agent.acquisition.load_state_dict(weights)
         return agent
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from raise_env.errors import DataError, OutputError, RecordError, SettingError
-from raise_env.files import clear_unfinished, write_json
+from raise_env.files import (
+    check_inside,
+    check_regular,
+    clear_unfinished,
+    numbered_lines,
+    parse_json,
+    write_json,
+)
+from raise_env.files import read_json as read_any_json
 from raise_env.record import EpisodeRecord, versions
 
 __all__ = ["RunFolder", "read_json", "whole_lines", "whole_records"]
@@ -63,7 +70,8 @@ class RunFolder:
         if path.exists():
             clear_unfinished(folder)
             state = read_json(path)
-            before = {"command": state.get("command"), **grown(_mapping(state.get("plan")))}
+            _check_state(state, path)
+            before = {"command": state.get("command"), **grown(state["plan"])}
             _check_same(before, {"command": command, **plan}, path)
             state |= {"status": "running", "plan": dict(plan)}
         else:
@@ -126,11 +134,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read an object that an earlier run wrote.
 
     Raises:
-        RecordError: The file cannot be read, or holds something else.
+        RecordError: The file cannot be read, leads out of its folder, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        check_inside(path, path.parent)
+        value = read_any_json(path)
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path}: cannot be read ({error}); expected what an earlier run wrote.") from error
     if not isinstance(value, dict):
         raise RecordError(f"{path}: holds {type(value).__name__}; expected an object.")
@@ -138,9 +147,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def whole_records(path: Path) -> list[EpisodeRecord]:
-    """Return a file's episode records, up to the first line that a crash has torn; none where there is no file."""
+    """Return a file's episode records, up to the first line that a crash has torn; none where there is no file.
+
+    Raises:
+        RecordError: As `whole_lines`.
+    """
     records: list[EpisodeRecord] = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in _texts(path):
         try:
             records.append(EpisodeRecord.from_json(line, f"{path}, line {number}"))
         except RecordError:
@@ -149,22 +162,41 @@ def whole_records(path: Path) -> list[EpisodeRecord]:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects that a file holds, one a line, up to the first that a crash has torn; none without a file."""
-    found: list[dict[str, Any]] = []
-    for line in _lines(path):
+    """Return the objects of a file, one a line, up to the first that a crash has torn; none where there is no file.
+
+    Raises:
+        RecordError: The path is that of something other than a file of its folder.
+    """
+    lines: list[dict[str, Any]] = []
+    for _, text in _texts(path):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             break
-        if not isinstance(value, dict):
+        if not isinstance(line, dict):
             break
-        found.append(value)
-    return found
+        lines.append(line)
+    return lines
 
 
-def _lines(path: Path) -> list[str]:
-    # What a crash has torn need not be text: it is told by what it does not hold.
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file as far as they are text."""
+    if not path.exists():
+        return
+    try:
+        check_inside(path, path.parent)
+        check_regular(path)
+        lines = numbered_lines(path)
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: cannot be read ({error}); expected what an earlier run wrote.") from error
+    while True:
+        try:
+            line = next(lines, None)
+        except (OSError, ValueError):
+            return
+        if line is None:
+            return
+        yield line
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
@@ -185,8 +217,33 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
             yield name, then, this
 
 
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _check_state(state: Mapping[str, Any], path: Path) -> None:
+    """Refuse a run.json whose parts have another form than those that are gone on with.
+
+    Raises:
+        RecordError: It is so.
+    """
+    faults = [name for name in ("plan", "versions", "content", "seconds", "phi_tokens") if not _is_object(state, name)]
+    plan = state.get("plan")
+    if isinstance(plan, dict):
+        entries, num_seeds = plan.get("entries", {}), plan.get("num_seeds", 0)
+        if not isinstance(entries, dict) or not isinstance(num_seeds, int):
+            faults.append("plan")
+    counts = [state[name] for name in ("seconds", "phi_tokens") if isinstance(state.get(name), dict)]
+    if not all(isinstance(value, (int, float)) for part in counts for value in part.values()):
+        faults.append("seconds")
+    returns = state.get("episode_returns", [])
+    if not isinstance(returns, list) or not all(isinstance(value, (int, float)) for value in returns):
+        faults.append("episode_returns")
+    if not isinstance(state.get("start"), str):
+        faults.append("start")
+    if faults:
+        raise RecordError(f"{path}: the field {faults[0]!r} is not as promised; expected what an earlier run wrote.")
+
+
+def _is_object(state: Mapping[str, Any], name: str) -> bool:
+    """Return whether a part of run.json is an object; what is noted in the course of a run may be missing."""
+    return isinstance(state.get(name, None if name in ("plan", "versions") else {}), dict)
 
 
 def _now() -> str:

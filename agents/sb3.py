@@ -42,14 +42,14 @@ from torch import Tensor, nn
 
 from raise_env import PickOne, RaiseSelectEnv, TopKScores
 from raise_env.errors import OutputError, RecordError, SettingError, suggestion
-from raise_env.files import replaced_folder, write_json
+from raise_env.files import check_inside, check_regular, read_json, replaced_folder, write_json
 from raise_env.vector import RaiseSelectVectorEnv
 
 from .base import DEFAULT_BATCH_SIZE, Progress, world_of
 from .feature_view import FeatureView, Translation, as_it_is
 from .networks import AcquisitionFunction, Critic
 from .sb3_buffer import LeanRolloutBuffer
-from .sb3_files import SavedModel
+from .sb3_files import SavedModel, check_widths, observation_shape
 from .sb3_vector import ReportingVecEnv, StackedVecEnv
 from .subset import SubsetLaw
 
@@ -61,6 +61,12 @@ __all__ = [
     "SubsetDistribution",
     "SubsetPolicy",
 ]
+
+#: What a selector's folder can make these libraries stumble over.
+_LOADING_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError, OSError),
+    *(RuntimeError, SafetensorError, TypeError, ValueError),
+)
 
 #: The format of config.json; counts up when `load` could no longer read what an earlier `save` wrote.
 _FORMAT = 2
@@ -512,21 +518,28 @@ class Sb3Agent:
             RecordError: A file is missing, or not what `save` writes, or the features have changed since.
         """
         try:
-            config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            check_inside(Path(folder, "config.json"), Path(folder))
+            config = read_json(Path(folder, "config.json"))
             if not isinstance(config, dict) or config["format"] != _FORMAT:
                 raise ValueError("it is of another format; learn it again with this version")
+            check_inside(Path(folder, "model.safetensors"), Path(folder))
+            check_regular(Path(folder, "model.safetensors"))
+            weights = load_file(Path(folder, "model.safetensors"))
             form, policy = config["action_form"], config.get("policy")
+            # Where learning would write is not for a file to say.
+            hyperparameters = {n: v for n, v in config["hyperparameters"].items() if n != "tensorboard_log"}
+            check_widths([hyperparameters.get("policy_kwargs"), config["subset_size"]], weights)
             num_envs = config.get("num_envs", 1)
-            agent = cls(
-                config["agent"], action_form=form, policy=policy, num_envs=num_envs, **config["hyperparameters"]
-            )
+            agent = cls(config["agent"], action_form=form, policy=policy, num_envs=num_envs, **hyperparameters)
             agent._subset_size = config["subset_size"]
             agent.view = None if config["features"] is None else FeatureView.from_json(config["features"])
-            model = agent._build_untrained(config["num_candidates"], config["num_features"])
-            _set_weights(model, load_file(Path(folder, "model.safetensors")))
+            shape = observation_shape([config["num_candidates"], config["num_features"]])
+            agent._check_inputs(shape, weights)
+            model = agent._build_untrained(*shape)
+            _set_weights(model, weights)
             agent.model = model
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            # A RuntimeError is torch's, on weights that do not fit, or a RecursionError on nested JSON.
+        except _LOADING_ERRORS as error:
+            # A RuntimeError is torch's, on weights that do not fit.
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
             raise RecordError(f"{folder}: not a selector that can be read: {reason}") from error
         return agent
@@ -539,6 +552,16 @@ class Sb3Agent:
             )
         return self.model
 
+    def _check_inputs(self, shape: tuple[int, int], weights: Mapping[str, Tensor]) -> None:
+        """Refuse a flat network over more numbers than its weights are made for.
+
+        Raises:
+            ValueError: It is one.
+        """
+        is_flat = isinstance(self.policy or _policy(self._class, self.action_form), str)
+        if is_flat:
+            check_widths(shape[0] * shape[1], weights)
+
     def _take_over(self, saved: SavedModel, path: str | Path | None) -> None:
         """Make the model that was saved; `path` is for messages."""
         given = self.hyperparameters.get("policy_kwargs", {})
@@ -546,6 +569,11 @@ class Sb3Agent:
         self._subset_size = policy_kwargs.pop("subset_size", DEFAULT_BATCH_SIZE)
         if policy_kwargs:
             self.hyperparameters = {**self.hyperparameters, "policy_kwargs": policy_kwargs}
+        try:
+            check_widths([policy_kwargs, self._subset_size], saved.weights)
+            self._check_inputs((saved.num_candidates, saved.num_features), saved.weights)
+        except ValueError as error:
+            raise RecordError(f"{path}: the weights are not those of {self.name}: {error}.") from error
         try:
             model = self._build_untrained(saved.num_candidates, saved.num_features)
         except TypeError as error:  # a setting that the policy does not know

@@ -8,9 +8,9 @@ each pickle SB3 notes in plain words what it holds, and that is enough to build 
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from raise_env.errors import RecordError
+from raise_env.files import check_regular, max_bytes, parse_json
 
-__all__ = ["SavedModel"]
+__all__ = ["SavedModel", "check_widths", "observation_shape"]
 
 #: What the last part of an action space's class says of the form in which the model acts.
 _ACTION_FORMS = {"Box": "scores", "Discrete": "pick", "MultiBinary": "multibinary"}
@@ -30,6 +31,10 @@ _OPTIMISER_SETTINGS = ("optimizer_class", "optimizer_kwargs")
 
 #: What the largest observation may hold: a file that claims more would only exhaust the memory.
 _MAX_NUMBERS = 10_000_000
+
+#: Settings of a policy: more has none; and numbers among them that are no widths.
+_MAX_SETTINGS = 1000
+_SMALL = 64
 
 #: What broken archives raise; a RuntimeError also stands for encryption, and for JSON that is nested too deeply.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
@@ -61,14 +66,15 @@ class SavedModel:
             RecordError: It cannot be read, is no such file, or its policy has settings that only a pickle could tell.
         """
         try:
+            check_regular(Path(path))
             with zipfile.ZipFile(path) as archive:
-                notes = json.loads(archive.read("data"))
-                weights = _weights(archive.read("policy.pth"))
-            num_candidates, num_features = _shape(notes["observation_space"]["_shape"])
+                notes = parse_json(_member(archive, "data").decode())
+                weights = _weights(_member(archive, "policy.pth"))
+            num_candidates, num_features = observation_shape(notes["observation_space"]["_shape"])
             kind = notes["action_space"][":type:"].rstrip("'>").rpartition(".")[2]
             policy_kwargs = _plain(notes["policy_kwargs"])
             form = "subset" if "subset_size" in policy_kwargs else _ACTION_FORMS[kind]
-        except (*_ZIP_ERRORS, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (*_ZIP_ERRORS, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             reason = f"missing: {error.args[0]}" if isinstance(error, KeyError) else error
             raise RecordError(
                 f"{path}: cannot be read: {reason}. Expected what Stable-Baselines3's model.save() writes for a model "
@@ -77,7 +83,44 @@ class SavedModel:
         return cls(weights, form, num_candidates, num_features, policy_kwargs)
 
 
-def _shape(sizes: list[int]) -> tuple[int, int]:
+def check_widths(policy_kwargs: Any, weights: Mapping[str, Tensor]) -> None:
+    """Check that a policy is not to be built wider than the weights that there are for it.
+
+    Args:
+        policy_kwargs: Its settings, which may hold lists of widths.
+        weights: What the file holds.
+
+    Raises:
+        ValueError: A whole number among the settings is larger than any side of a weight.
+    """
+    widest = max((side for tensor in weights.values() for side in tensor.shape), default=0)
+    waiting, num_seen = [policy_kwargs], 0
+    while waiting:
+        value = waiting.pop()
+        num_seen += 1
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int) and value > max(widest, _SMALL):
+            raise ValueError(f"its policy is to be {str(value)[:40]} wide, and its widest weights are {widest}")
+    if num_seen > _MAX_SETTINGS:
+        raise ValueError(f"its policy has {num_seen:,} settings")
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Return a file of an archive.
+
+    Raises:
+        ValueError: It is too large to be unpacked; no more is, whatever it really holds.
+    """
+    size, limit = archive.getinfo(name).file_size, max_bytes()
+    if size > limit:
+        raise ValueError(f"{name} would unpack to {size:,} bytes; expected at most {limit:,}")
+    return archive.read(name)
+
+
+def observation_shape(sizes: Any) -> tuple[int, int]:
     """Return the number of rows and of columns of an observation.
 
     Raises:
@@ -96,11 +139,18 @@ def _weights(content: bytes) -> dict[str, Tensor]:
         ValueError: It holds something other than tensors, or a weight that is not finite.
     """
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as inner:
+            if sum(entry.file_size for entry in inner.infolist()) > max_bytes():
+                raise ValueError("it would unpack to more than it may")
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever a broken file makes it stumble over, pickle's own error too
         raise ValueError(f"policy.pth holds no plain weights ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError("policy.pth holds something other than tensors by name")
+    for name, tensor in weights.items():
+        # A view may claim any size over a few bytes.
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"policy.pth holds no plain weights ({str(name)[:60]})")
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"policy.pth holds weights that are not finite: {', '.join(broken)}")

@@ -6,7 +6,7 @@ Nothing is pickled, and nothing in a folder is run.
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raise_env.errors import RecordError
-from raise_env.files import replaced_folder, write_json
+from raise_env.files import check_inside, check_regular, read_json, replaced_folder, write_json
 
 from .feature_view import FeatureView
 
-__all__ = ["SELECTOR_FORMAT", "read_config", "stored_tensors", "write_selector"]
+__all__ = ["SELECTOR_FORMAT", "check_room", "read_config", "stored_tensors", "write_selector"]
 
 #: Counts up when `read_config` could no longer read what an earlier `write_selector` wrote.
 SELECTOR_FORMAT = 2
@@ -68,8 +68,9 @@ def read_config(folder: Path, agent: str) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        check_inside(path, folder)
+        config = read_json(path)
+    except (OSError, ValueError) as error:
         raise RecordError(
             f"{path}: not a selector ({error}). Expected a folder that `raise-env train` wrote."
         ) from error
@@ -77,9 +78,27 @@ def read_config(folder: Path, agent: str) -> dict[str, Any]:
         raise RecordError(f"{path}: not a {agent} selector of format {SELECTOR_FORMAT}.")
     if not isinstance(config.get("settings"), dict) or not isinstance(config.get("training"), dict):
         raise RecordError(f"{path}: the fields 'settings' and 'training' are not as promised.")
-    if not isinstance(config.get("episode_returns"), list):
+    returns = config.get("episode_returns")
+    if not isinstance(returns, list) or not all(isinstance(value, (int, float)) for value in returns):
         raise RecordError(f"{path}: the field 'episode_returns' is not as promised.")
     return config
+
+
+def check_room(dims: Sequence[int], weights: Mapping[str, Tensor], copies: int = 1) -> None:
+    """Check that networks are not larger than the weights that there are for them, before they are built.
+
+    Args:
+        dims: Widths of a network's layers, from input to output.
+        weights: What the file holds.
+        copies: How many networks.
+
+    Raises:
+        ValueError: They are.
+    """
+    num_layers, wanted = len(dims) - 1, sum(a * b for a, b in itertools.pairwise(dims))
+    found = sum(tensor.numel() for tensor in weights.values())
+    if copies * num_layers > len(weights) or copies * wanted > found:
+        raise ValueError(f"{copies} networks of {num_layers} layers asked for, and {found:,} numbers found")
 
 
 @contextlib.contextmanager
@@ -90,8 +109,10 @@ def stored_tensors(path: Path) -> Iterator[dict[str, Tensor]]:
         RecordError: The file is missing or torn, or what it holds does not fit where it is put.
     """
     try:
+        check_inside(path, path.parent)
+        check_regular(path)
         yield load_file(path)
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # A RuntimeError is torch's, on weights of another shape or name.
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise RecordError(f"{path}: not the weights that config.json names ({reason}).") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from . import markdown
 from .report import format_table
 from .significance import PairedTest, holm, paired_test
 from .statistics import (
@@ -313,14 +314,13 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
     parts = []
     for title, (header, rows) in _tables(summary).items():
         table = markdown_table(header, rows)
-        parts.append(f"### {title}\n\n{table}" if title else table)
-    return "\n\n".join([*parts, _legend(summary)])
+        parts.append(f"### {markdown.escaped(title)}\n\n{table}" if title else table)
+    return "\n\n".join([*parts, "\n".join(map(markdown.escaped, _legend(summary).splitlines()))])
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table as Markdown, all columns but the first to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return markdown.table(header, rows, ["---"] + ["---:"] * (len(header) - 1))
 
 
 def _legend(summary: Mapping[str, Any]) -> str:

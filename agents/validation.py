@@ -7,17 +7,18 @@ rows or weights another content hash. A line of results.jsonl is found by its re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raise_env.config import EnvConfig
-from raise_env.errors import RecordError
+from raise_env.errors import RaiseEnvError, RecordError
+from raise_env.files import check_inside, numbered_lines, parse_json
 from raise_env.record import TOLERANCE, Difference, EpisodeRecord, read_records, replay
 from raise_env.side_by_side import one_thread
 
-from .job import OWN_TASK
+from .job import OWN_TASK, check_line
 from .runs import FINAL_SEED
 from .spread import spread
 
@@ -74,6 +75,7 @@ def replay_all(
     tolerance: float = TOLERANCE,
     device: str = "auto",
     reward: str | None = None,
+    allowed: Collection[str] = (),
     workers: int | None = None,
     in_one_thread: bool = False,
 ) -> Iterator[Replayed]:
@@ -84,18 +86,20 @@ def replay_all(
         tolerance: How far a number may be from the recorded one.
         device: Where to replay.
         reward: The reward function that records may run, "module:function".
+        allowed: What records may open, as for `raise_env.record.replay`.
         workers: Processes side by side.
         in_one_thread: Compute as a benchmark's runs do, so that their numbers are equal to the bit.
 
     Raises:
-        RecordError: A record's reward is a function that `reward` does not allow.
+        RecordError: A record asks for a function or a file that it is not allowed.
         RaiseEnvError: An environment cannot be made here.
     """
     in_order = sorted(recorded, key=lambda own: json.dumps(own.record.env, sort_keys=True))
     pieces = []
     for own in in_order:
-        allowed = {"reward": reward} if reward is not None and own.record.env["kwargs"].get("reward") == reward else {}
-        pieces.append(_Replay(own, tolerance, {"device": device, **allowed}, in_one_thread or workers not in (None, 1)))
+        known = {"reward": reward} if reward is not None and own.record.env["kwargs"].get("reward") == reward else {}
+        overrides = {"device": device, "allowed": tuple(allowed), **known}
+        pieces.append(_Replay(own, tolerance, overrides, in_one_thread or workers not in (None, 1)))
     yield from spread(_replay, pieces, workers)
 
 
@@ -111,21 +115,21 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a results.jsonl.
 
     Raises:
-        RecordError: It cannot be read, or a line is not an object with task, agent and seed.
+        RecordError: It cannot be read, or a line is not what a run leaves.
     """
     lines = []
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        for number, text in numbered_lines(path):
+            try:
+                line = parse_json(text)
+                check_line(line)
+            except ValueError as error:
+                raise RecordError(f"{path}, line {number}: {error}; expected what a run of `bench` left.") from error
+            lines.append(line)
+    except (OSError, ValueError) as error:
+        if isinstance(error, RaiseEnvError):
+            raise
         raise RecordError(f"{path}: cannot be read ({error}); expected the results of a benchmark.") from error
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            lines.append({**line, "task": str(line["task"]), "agent": str(line["agent"]), "seed": int(line["seed"])})
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise RecordError(
-                f"{path}, line {number}: expected an object with task, agent and seed ({error!r})."
-            ) from error
     return lines
 
 
@@ -133,9 +137,15 @@ def read_bench(folder: Path) -> tuple[list[dict[str, Any]], list[Recorded]]:
     """Return the lines and the records of a benchmark's folder.
 
     Raises:
-        RecordError: One of the two files cannot be read.
+        RecordError: One of the two files cannot be read, or is a link to elsewhere.
     """
-    return _read_results(folder / "results.jsonl"), read_recorded(folder / "episodes.jsonl")
+    results, episodes = folder / "results.jsonl", folder / "episodes.jsonl"
+    for path in (results, episodes):
+        try:
+            check_inside(path, folder)
+        except ValueError as error:
+            raise RecordError(f"{path}: {error}; expected a file of the folder itself.") from error
+    return _read_results(results), read_recorded(episodes)
 
 
 def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorded]) -> dict[tuple[str, str, int], str]:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from .base_model import BaseModel
-from .config import EnvConfig, LoraSettings
+from .config import EnvConfig, LoraSettings, check_foreign_lora
 from .errors import ModelError, SettingError
+from .files import check_regular, read_json
 
 __all__ = ["adapter_settings", "content_hash", "first_adapter", "read_adapter", "starting_form"]
 
@@ -45,7 +44,7 @@ def adapter_settings(folder: Path) -> LoraSettings:
     """
     path = folder / _CONFIG
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the adapter {str(folder)!r} cannot be loaded: {path.name}: {error}. Expected a folder that PEFT's "
@@ -56,7 +55,12 @@ def adapter_settings(folder: Path) -> LoraSettings:
         raise ModelError(f"{path}: peft_type is {kind!r}; expected 'LORA'.")
     _check_known(found, path)
     own = {entry.name for entry in dataclasses.fields(LoraSettings)} - {"lora_dropout"}
-    return LoraSettings(**{name: value for name, value in found.items() if name in own})
+    try:
+        stored = LoraSettings(**{name: value for name, value in found.items() if name in own})
+        check_foreign_lora(stored)
+    except SettingError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return stored
 
 
 def content_hash(folder: Path) -> str:
@@ -68,8 +72,11 @@ def content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in (_CONFIG, _WEIGHTS):
         try:
-            digest.update((folder / name).read_bytes())
-        except OSError as error:
+            check_regular(folder / name)
+            with (folder / name).open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+        except (OSError, ValueError) as error:
             raise ModelError(f"the adapter {str(folder)!r} cannot be loaded: {name}: {error}.") from error
     return digest.hexdigest()
 
@@ -106,29 +113,42 @@ def read_adapter(folder: Path, base: BaseModel) -> torch.Tensor:
     """
     path = folder / _WEIGHTS
     try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
+        check_regular(path)
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_shapes(found, folder, base)
+            weights = {name: file.get_tensor(name) for name in base.adapter_shapes}
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(
             f"the adapter {str(folder)!r} cannot be loaded: {path.name}: {error}. Expected weights in safetensors; "
             "adapter_model.bin is pickle and never opened: save it again with PEFT's save_pretrained."
         ) from error
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(f"the adapter {str(folder)!r}: {broken[0]} has numbers that are not finite; expected weights.")
+    return torch.cat([weights[name].flatten().float() for name in base.adapter_shapes]).to(base.device)
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], folder: Path, base: BaseModel) -> None:
+    """Refuse, before they are read, matrices that are not those of the model's adapter."""
     shapes = base.adapter_shapes
-    missing, extra = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
+    missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
     where = f"the adapter {str(folder)!r} does not fit the model {base.source!r}"
     if missing or extra:
         named = missing or extra
         which = "are not in it" if missing else "have no place in the model"
         raise ModelError(
-            f"{where}: {len(named)} of {len(shapes if missing else weights)} matrices {which}, such as {named[0]}. "
+            f"{where}: {len(named)} of {len(shapes if missing else found)} matrices {which}, such as {named[0]}. "
             "Expected the model that the adapter was trained on."
         )
     for name, shape in shapes.items():
-        if weights[name].shape != shape:
+        if found[name] != tuple(shape):
             raise ModelError(
-                f"{where}: {name} has shape {tuple(weights[name].shape)}; expected {tuple(shape)}. "
+                f"{where}: {name} has shape {found[name]}; expected {tuple(shape)}. "
                 "Expected the model that the adapter was trained on."
             )
-    return torch.cat([weights[name].flatten().float() for name in shapes]).to(base.device)
 
 
 def first_adapter(config: EnvConfig, base: BaseModel) -> torch.Tensor:

@@ -229,7 +229,13 @@ def classes_of(auxiliary: Auxiliary, features: StaticFeatures, offered: np.ndarr
         "offered": hashlib.sha256(np.packbits(offered).tobytes()).hexdigest(),
     }
     # Kept not for K-means, which takes a moment, but for the import of scikit-learn, which takes a second.
-    form = TableForm("classes", key, {"classes": Column("int64")}, num_rows, num_rows * 8)
+
+    def check(arrays: Mapping[str, np.ndarray]) -> None:
+        classes = arrays["classes"]
+        if (offered != (classes >= 0)).any() or not (classes < num_classes).all():
+            raise ValueError("it has other classes than there are")
+
+    form = TableForm("classes", key, {"classes": Column("int64")}, num_rows, num_rows * 8, check=check)
 
     def blocks(first: int) -> Iterator[Block]:
         if first == 0:
@@ -262,7 +268,9 @@ def _stored_raw(
 ) -> tuple[np.ndarray, Mapping[str, int]]:
     """Return the raw columns of groups of rows, from the cache or computed, and what they took."""
     num_rows = sum(len(rows) for rows in groups)
-    form = TableForm(name, auxiliary.key, {"raw": Column("float32", NUM_STATIC)}, num_rows, num_rows * NUM_STATIC * 4)
+    columns = {"raw": Column("float32", NUM_STATIC)}
+    counts = ("num_tokens", "milliseconds")
+    form = TableForm(name, auxiliary.key, columns, num_rows, num_rows * NUM_STATIC * 4, counts)
     table = stored_table(
         form,
         lambda first: auxiliary.blocks(groups, num_groups, first),

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, StoppingCriteria
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,9 +42,10 @@ from .errors import ModelError, SettingError
 from .hub import quiet_hub
 from .label_positions import LAST_LAYERS, Choice, LabelPositions
 from .lora_layers import lora_linear
+from .model_files import check_model_folder, check_room
 from .packing import Layout, PackedBatch, pack
 
-__all__ = ["BaseModel", "load_config", "load_tokenizer", "model_folder", "quiet", "resolve_device"]
+__all__ = ["BaseModel", "load_config", "load_tokenizer", "model_folder", "quiet", "resolve_device", "shapes_of"]
 
 _ADAPTER = "default"
 
@@ -466,7 +466,7 @@ def model_folder(source: str) -> str:
     """Return the folder or hub id that a model's name stands for.
 
     Raises:
-        ModelError: It looks like a local path, and there is no such folder.
+        ModelError: It looks like a local path, and there is no such folder; or as `check_model_folder`.
     """
     if source == TINY:
         return str(Path(__file__).parent / "tiny" / "base")
@@ -474,6 +474,7 @@ def model_folder(source: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {source!r} is a folder without config.json; expected one saved by transformers.")
+        check_model_folder(path)
         return str(path)
     if path.exists():
         raise ModelError(f"model {source!r} is a file; expected a folder saved by transformers, or a hub id.")
@@ -539,7 +540,10 @@ def _load_causal(source: str, dtype: str, device: torch.device) -> Any:
     # use_safetensors: a checkpoint in pickle would be code to run.
     kwargs = {"use_safetensors": True, "output_loading_info": True}
     kwargs |= _in_four_bits(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
-    causal, loading = _load(AutoModelForCausalLM, model_folder(source), source, "model", **kwargs)
+    folder = model_folder(source)
+    if source != TINY:
+        _check_form(source, Path(folder))
+    causal, loading = _load(AutoModelForCausalLM, folder, source, "model", **kwargs)
     if loading["missing_keys"]:
         # transformers would draw them at random, and every number after that would mean nothing.
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
@@ -550,9 +554,40 @@ def _load_causal(source: str, dtype: str, device: torch.device) -> Any:
     return causal if dtype == "nf4" else causal.to(device)
 
 
+def _check_form(source: str, folder: Path) -> None:
+    """Look at what config.json asks for, before it is given memory, or code of the hub.
+
+    Raises:
+        ModelError: It names a kernel of the hub, asks for more than the files hold, or is of no causal language model.
+    """
+    form = load_config(source)
+    named = [getattr(form, f"_{kind}_implementation", None) for kind in ("attn", "experts")]
+    if any("/" in str(name) for name in named):
+        raise ModelError(f"model {source!r}: its config.json names a kernel of the hub, {named}, which is not run.")
+    if folder.is_dir():
+        shapes = shapes_of(form, source)
+        check_room(sum(value.numel() for value in (*shapes.parameters(), *shapes.buffers())), folder)
+
+
+def shapes_of(form: Any, source: str) -> Any:
+    """Return the model of a configuration, without any memory for its numbers.
+
+    Raises:
+        ModelError: It is no configuration of a causal language model.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            return AutoModelForCausalLM.from_config(form, trust_remote_code=False)
+    except Exception as error:  # a configuration can make transformers stumble over anything
+        raise ModelError(
+            f"model {source!r}: its config.json is not that of a causal language model ({error}). Expected one that "
+            "AutoModelForCausalLM takes."
+        ) from error
+
+
 def _check_vocabulary(causal: Any, tokenizer: Any, source: str) -> None:
     # A tokenizer may have fewer tokens: models are often made a little wider than they need to be.
-    largest, num_words = max(tokenizer.get_vocab().values()), causal.get_input_embeddings().num_embeddings
+    largest, num_words = max(tokenizer.get_vocab().values(), default=-1), causal.get_input_embeddings().num_embeddings
     if largest >= num_words:
         raise ModelError(
             f"the tokenizer of {source!r} has tokens up to number {largest}, and the model knows {num_words}, from 0 "
@@ -584,7 +619,7 @@ def _load(factory: Any, folder: str, source: str, what: str, **kwargs: Any) -> A
     try:
         with _LOADING_LOCK, quiet():
             return factory.from_pretrained(folder, trust_remote_code=False, **kwargs)
-    except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # files of another form can make transformers stumble over anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the {what} {source!r} cannot be loaded: {reason} Expected a folder written by transformers with "

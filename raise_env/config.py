@@ -6,8 +6,9 @@ Nothing here reads a file or loads a library: values are checked against each ot
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -28,6 +29,7 @@ __all__ = [
     "ColumnSettings",
     "EnvConfig",
     "LoraSettings",
+    "check_foreign_lora",
 ]
 
 #: The name under which the embedded base model goes.
@@ -78,6 +80,13 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "large": {"pool_size": 20_000, "horizon": 75},
 }
 
+#: The largest rank that an adapter from a file may have; beyond it LoRA is larger than most layers.
+MAX_FOREIGN_RANK = 4096
+
+#: A regular expression that is matched in a moment: names, at most two gaps, and one choice among names.
+_GAP, _NAME = r"(\.\*)?", r"[\w-]*(\\?\.[\w-]+)*(\\?\.)?"
+_PLAIN_PATTERN = re.compile(rf"\^?{_GAP}{_NAME}{_GAP}{_NAME}(\((\?:)?[\w.-]+(\|[\w.-]+)*\))?\$?")
+
 #: Updates on random rows that make the base model an auxiliary one, where no other model was named.
 AUXILIARY_UPDATES = 60
 
@@ -109,6 +118,19 @@ class LoraSettings:
             value = getattr(self, name)
             _require(isinstance(value, bool), f"lora {name}", value, "true or false")
         _require(self.bias == "none", "lora bias", self.bias, '"none"')
+
+
+def check_foreign_lora(lora: LoraSettings) -> None:
+    """Check an adapter's form that comes from anyone's file: it must cost neither memory nor time without bound.
+
+    Raises:
+        SettingError: Its rank is beyond what any adapter has, or its modules are a regular expression of more than
+            names and gaps, which may take forever to match.
+    """
+    _require(lora.r <= MAX_FOREIGN_RANK, "lora r", lora.r, f"a rank of at most {MAX_FOREIGN_RANK} in a file")
+    modules = lora.target_modules
+    good = not isinstance(modules, str) or (len(modules) <= 200 and _PLAIN_PATTERN.fullmatch(modules) is not None)
+    _require(good, "lora target_modules", modules, "a list of names, or names with .* between, in a file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +414,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    # Compared and not converted: a whole number may be beyond all floats.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _is_reference(value: str) -> bool:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,12 @@ ENCODING_BLOCK_ROWS = 4096
 #: Counts up whenever the same rows would give other tokens.
 SCHEMA_VERSION = 2
 
-_COLUMNS = {"tokens": Column("int32"), "is_label": Column("bool"), "lengths": Column("int32"), "is_cut": Column("bool")}
+_COLUMNS = {
+    "tokens": Column("int32", is_by_row=False),
+    "is_label": Column("bool", is_by_row=False),
+    "lengths": Column("int32"),
+    "is_cut": Column("bool"),
+}
 
 #: What tells a tokenizer that puts nothing together: it has a token for each of these characters.
 _PROBE = "What is 12 + 12?\n\nThe  answer is: 24."
@@ -223,13 +228,27 @@ class Encoder:
             "max_length": self.max_length,
             "schema": SCHEMA_VERSION,
         }
-        form = TableForm("tokens", key, _COLUMNS, len(pool), self._about_bytes(pool))
+        form = TableForm("tokens", key, _COLUMNS, len(pool), self._about_bytes(pool), check=self._check_stored)
         logger.info("encoding %d rows", len(pool))
         table = stored_table(form, lambda first: self._blocks(pool, first, progress), folder, in_memory=False)
         arrays = table.arrays
         rows = EncodedRows.of_mask(arrays["tokens"], arrays["lengths"], arrays["is_label"], arrays["is_cut"])
         _note_truncated(rows, "pool", self.max_length)
         return rows
+
+    def _check_stored(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Check tokens from disk: those of all rows, as long as they may be, and known to the tokenizer.
+
+        Raises:
+            ValueError: They are something else.
+        """
+        tokens, lengths = arrays["tokens"], arrays["lengths"]
+        if (lengths < 0).any() or (lengths > self.max_length + 1).any():
+            raise ValueError("it has rows of another length")
+        if not len(tokens) == len(arrays["is_label"]) == int(lengths.sum(dtype=np.int64)):
+            raise ValueError("it has another number of tokens than its rows")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) <= max(self.tokenizer.get_vocab().values()):
+            raise ValueError("it has tokens that the tokenizer does not know")
 
     def encode_responses(self, rows: Iterable[Instruction], *, what: str = "pool") -> EncodedRows:
         """Encode each row's last response without what stands before it, for log P(y)."""

@@ -39,6 +39,7 @@ __all__ = [
     "StepOutcome",
     "StepRecord",
     "StepResult",
+    "action_array",
     "step_together",
 ]
 
@@ -717,7 +718,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
     def _chosen(self, action: Action) -> np.ndarray:
         """Return the pool ids that an action takes, padding left out."""
-        mask = np.asarray(action)
+        mask = action_array(action)
         if mask.shape != (self._num_candidates,):
             raise ActionError(
                 f"the action has shape {mask.shape}; expected ({self._num_candidates},), a 0 or 1 for each candidate."
@@ -839,6 +840,22 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             taken_history=np.array(rows).reshape(-1, self.config.num_classes),
             last_reward=last.reward if last else None,
         )
+
+
+def action_array(action: Any) -> np.ndarray:
+    """Return an action as an array of numbers.
+
+    Raises:
+        ActionError: It is none: ragged, text, times.
+    """
+    try:
+        array = np.asarray(action)
+        array = array.astype(np.float64) if array.dtype == object else array
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ActionError(f"the action is no array of numbers ({error}); expected one number for each.") from error
+    if array.dtype.kind not in "biuf":
+        raise ActionError(f"the action holds {array.dtype}; expected numbers.")
+    return array
 
 
 @memory_explained(_LESS_MEMORY)

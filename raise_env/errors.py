@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator
 
 __all__ = [
@@ -22,12 +23,25 @@ __all__ = [
     "excerpt",
     "lacks_memory",
     "memory_explained",
+    "printable",
     "suggestion",
 ]
 
+#: What a terminal obeys or cannot show: control characters, marks that turn the direction of writing, separators of
+#: lines that are no line feed, and halves of pairs. Line feed and tab stay.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
 
 class RaiseEnvError(Exception):
-    """Base of every error that a user can mend; the command line turns it into one message and exit code 2."""
+    """Base of every error that a user can mend; the command line turns it into one message and exit code 2.
+
+    Messages show what was found, which may come from anyone's file: as text they are `printable`.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SettingError(RaiseEnvError, ValueError):
@@ -91,6 +105,11 @@ def memory_explained(advice: str) -> Iterator[None]:
             raise
         told = excerpt(str(error) or type(error).__name__, 160)
         raise MemoryShortageError(f"there is too little memory ({told}). {advice}") from error
+
+
+def printable(text: str) -> str:
+    """Return a text that a terminal shows and does not obey: escape sequences and the like are spelled out."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

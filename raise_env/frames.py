@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import SettingError, excerpt
 from .pool import Instruction
+from .sandbox import BoundedTemplate
 
 __all__ = ["PLAIN_TEMPLATE", "ChatFrame", "Frame", "FramedRow", "PlainFrame"]
 
@@ -36,9 +36,6 @@ _STAND_IN = "stand-in-for-a-response"
 
 #: The tag by which a chat template marks what the assistant says, as `transformers` looks for it.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-#: How `apply_chat_template` is asked for tokens and what is learned of them, without a warning about long ones.
-_WITH_MASK = {"return_dict": True, "return_assistant_tokens_mask": True, "tokenizer_kwargs": {"verbose": False}}
 
 Messages = list[dict[str, str]]
 
@@ -93,7 +90,7 @@ class PlainFrame:
         self.description = template
         self._end = end
         self._template = _compile(template)
-        self._shows_system = "\x01" in self._template.render(prompt="\x00", system="\x01")
+        self._shows_system = "\x01" in self._shown("\x00", "\x01")
 
     def prompt_text(self, row: Instruction) -> str:
         """Return the frame of the last prompt, and all exchanges before it.
@@ -108,9 +105,18 @@ class PlainFrame:
         """Return each row as one text.
 
         Raises:
-            SettingError: A row has a system text, and the template never shows it.
+            SettingError: A row has a system text, and the template never shows it; or the template fails on a row.
         """
         return [self._framed(row) for row in rows]
+
+    def _shown(self, prompt: str, system: str) -> str:
+        try:
+            return self._template.render(prompt=prompt, system=system)
+        except TemplateError as error:
+            raise SettingError(
+                f"the template {excerpt(self.description)!r} refuses the prompt {excerpt(prompt)!r}: {error}. Expected "
+                "Jinja over {{ prompt }} and {{ system }}."
+            ) from error
 
     def _framed(self, row: Instruction) -> FramedRow:
         if row.system and not self._shows_system:
@@ -120,7 +126,7 @@ class PlainFrame:
             )
         text, spans, system = "", [], row.system
         for prompt, response in row.exchanges:
-            text += str(self._template.render(prompt=prompt, system=system))
+            text += self._shown(prompt, system)
             spans.append((len(text), len(text) + len(response) + len(self._end)))
             text += response + self._end
             system = ""
@@ -135,6 +141,9 @@ class ChatFrame:
 
     Args:
         tokenizer: A `transformers` tokenizer that has one.
+
+    Raises:
+        SettingError: It does not compile.
     """
 
     has_start = True
@@ -142,6 +151,13 @@ class ChatFrame:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.description = str(tokenizer.chat_template)
+        try:
+            self._template = BoundedTemplate(tokenizer.get_chat_template(), is_chat=True)
+        except (TemplateError, ValueError) as error:  # a ValueError: there are several, and none is the default
+            raise SettingError(
+                f"the tokenizer's chat template cannot be used: {error}. Give a template of your own: --template."
+            ) from error
+        self._special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         #: Whether the template itself tells what is learned; which characters a token stands for, fast ones alone know.
         self.has_marks = bool(_MARK.search(self.description)) and bool(tokenizer.is_fast)
         if not self.has_marks:
@@ -199,20 +215,19 @@ class ChatFrame:
                 f"the chat template marks what is not an answer as generated: system texts, such as "
                 f"{excerpt(headed.system)!r}. Mend its {{% generation %}} tags, or give a template: --template."
             )
-        found = self._applied([messages_of(row) for row in rows], _WITH_MASK)
-        masks = [[bool(bit) for bit in mask] for mask in found["assistant_masks"]]
+        tokens, masks = self._tokenized([messages_of(row) for row in rows])
         for row, mask in zip(rows, masks, strict=True):
             if not any(mask):
                 raise SettingError(
                     f"the chat template marks nothing of the conversation {excerpt(row.prompt)!r} as generated. "
                     "Mend its {% generation %} tags, or give a template: --template."
                 )
-        return list(zip(found["input_ids"], masks, strict=True))
+        return list(zip(tokens, masks, strict=True))
 
     @functools.cached_property
     def _marks_system(self) -> bool:
         turns = messages_of(Instruction("question", _STAND_IN, system="system"))[:-1]
-        return any(self._applied([turns], _WITH_MASK)["assistant_masks"][0])
+        return any(self._tokenized([turns])[1][0])
 
     def _spanned(self, whole: str, turns: Sequence[tuple[str, str]]) -> FramedRow:
         """Return the row for its text and, of each response, what the template shows before it, and the response."""
@@ -239,19 +254,33 @@ class ChatFrame:
             spans.append((start, end))
         return FramedRow(whole, tuple(spans), is_ended=bool(self.end))
 
-    def _rendered(self, chats: list[Messages], *, is_open: bool) -> list[str]:
-        return list(self._applied(chats, {"tokenize": False, "add_generation_prompt": is_open}))
+    def _tokenized(self, chats: list[Messages]) -> tuple[list[list[int]], list[list[bool]]]:
+        """Return the tokens of each conversation, and which of them stand for what is marked."""
+        rendered = [self._marked(chat, is_open=False) for chat in chats]
+        found = self._tokenizer([text for text, _ in rendered], add_special_tokens=False, verbose=False)
+        masks = []
+        for place, (_, marks) in enumerate(rendered):
+            mask = [False] * len(found["input_ids"][place])
+            for start, end in marks:
+                first, last = found.char_to_token(place, start), found.char_to_token(place, end - 1)
+                if first is None:
+                    break
+                for token in range(first, last + 1 if last else len(mask)):
+                    mask[token] = True
+            masks.append(mask)
+        return [list(tokens) for tokens in found["input_ids"]], masks
 
-    def _applied(self, chats: list[Messages], settings: dict[str, Any]) -> Any:
+    def _rendered(self, chats: list[Messages], *, is_open: bool) -> list[str]:
+        return [self._marked(chat, is_open=is_open)[0] for chat in chats]
+
+    def _marked(self, chat: Messages, *, is_open: bool) -> tuple[str, list[tuple[int, int]]]:
+        shown = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": is_open}
         try:
-            return self._tokenizer.apply_chat_template(chats, **settings)
-        except (TemplateError, TypeError) as error:
-            if len(chats) > 1:
-                for chat in chats:  # so that the message shows which one it is
-                    self._applied([chat], settings)
+            return self._template.render_marked(**shown, **self._special_tokens)
+        except TemplateError as error:
             raise SettingError(
-                f"the chat template refuses the conversation that begins {excerpt(chats[0][0]['content'])!r}, with the "
-                f"roles {', '.join(message['role'] for message in chats[0])}: {error}. "
+                f"the chat template refuses the conversation that begins {excerpt(chat[0]['content'])!r}, with the "
+                f"roles {', '.join(message['role'] for message in chat)}: {error}. "
                 "Change the rows, or give a template of your own: --template."
             ) from error
 
@@ -264,10 +293,9 @@ def messages_of(row: Instruction) -> Messages:
     return messages
 
 
-def _compile(template: str) -> Any:
-    # A template may come from a stranger's file: the sandbox lets it format text and nothing else.
+def _compile(template: str) -> BoundedTemplate:
     try:
-        compiled = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(template)
+        compiled = BoundedTemplate(template)
         probe = compiled.render(prompt="\x00", system="")
     except TemplateError as error:
         raise SettingError(

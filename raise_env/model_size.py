@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from .base_model import load_config, load_tokenizer, model_folder, quiet, resolve_device
+from .base_model import load_config, load_tokenizer, model_folder, quiet, resolve_device, shapes_of
 from .config import TINY, EnvConfig
 from .errors import ModelError
 
@@ -72,14 +72,7 @@ def size_of(config: EnvConfig, source: str) -> ModelSize:
         ModelError: There is no configuration of a causal language model.
     """
     form = load_config(source)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(form, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"model {source!r}: its config.json is not that of a causal language model ({error}). Expected one that "
-            "AutoModelForCausalLM takes."
-        ) from error
+    model = shapes_of(form, source)
     text = form.get_text_config()
     layers = {name: part for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
     head = model.get_output_embeddings()

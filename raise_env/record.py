@@ -2,6 +2,9 @@
 
 A record holds the pool ids of every step, not the policy: whoever has the data can check a result without the
 agent that got it, and without running anything that came with the record.
+
+A record may be a stranger's. What it asks for is given where the one who replays it has allowed it: files, models and
+names of the hub one by one, a function by the same name, sizes up to `FOREIGN_LIMITS`.
 """
 
 from __future__ import annotations
@@ -10,19 +13,32 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+import shlex
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .config import EnvConfig
+from .config import TINY, EnvConfig, check_foreign_lora
 from .env import RaiseSelectEnv
-from .errors import RecordError, SettingError
+from .errors import RaiseEnvError, RecordError, SettingError
+from .files import numbered_lines, parse_json
 from .rewards import DIVERGENCE_PENALTY
 
-__all__ = ["ENV_ID", "SCHEMA_VERSION", "TOLERANCE", "Difference", "EpisodeRecord", "read_records", "replay", "versions"]
+__all__ = [
+    "ENV_ID",
+    "FOREIGN_LIMITS",
+    "SCHEMA_VERSION",
+    "TOLERANCE",
+    "Difference",
+    "EpisodeRecord",
+    "read_records",
+    "replay",
+    "versions",
+]
 
 SCHEMA_VERSION = 1
 ENV_ID = "RaiseSelect-v0"
@@ -109,8 +125,8 @@ class EpisodeRecord:
             RecordError: It is not JSON, or a field is missing, unknown, or of the wrong form.
         """
         try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            value = parse_json(text)
+        except ValueError as error:
             raise RecordError(f"{where}: not JSON ({error}). Expected one episode record a line.") from error
         _check(isinstance(value, dict), where, "record", "a JSON object")
         if value.get("schema_version") != SCHEMA_VERSION:
@@ -141,6 +157,20 @@ class Difference:
 #: Settings that say where and how a run is made, not what it computes.
 _PRIVATE = ("cache_dir", "render_mode", "device")
 
+#: Settings that name what is opened.
+_OPENED = ("model", "auxiliary_model", "adapter", "pool", "dev", "test")
+
+#: The largest sizes that a record may ask for unless whoever replays it gives the same: beyond them a line of text
+#: could take all of a machine's memory, or days.
+FOREIGN_LIMITS = {
+    "pool_size": 1_000_000,
+    "num_candidates": 1_000_000,
+    "num_classes": 10_000,
+    "auxiliary_updates": 10_000,
+    "max_length": 1_000_000,
+    "micro_batch_tokens": 1_000_000,
+}
+
 
 def read_records(path: str | Path) -> Iterator[EpisodeRecord]:
     """Yield the records of a file, one a line.
@@ -148,42 +178,42 @@ def read_records(path: str | Path) -> Iterator[EpisodeRecord]:
     Raises:
         RecordError: The file cannot be read, holds none, or a line is not a record.
     """
+    count = 0
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            count = 0
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    count += 1
-                    yield EpisodeRecord.from_json(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
+        for number, line in numbered_lines(Path(path)):
+            count += 1
+            yield EpisodeRecord.from_json(line, f"{path}, line {number}")
+    except (OSError, ValueError) as error:
+        if isinstance(error, RaiseEnvError):
+            raise
         raise RecordError(f"{path}: cannot be read ({error}). Expected a file of episode records.") from error
     if count == 0:
         raise RecordError(f"{path}: it holds no episode record.")
 
 
-def replay(record: EpisodeRecord, tolerance: float = TOLERANCE, **overrides: Any) -> tuple[Difference | None, float]:
+def replay(
+    record: EpisodeRecord, tolerance: float = TOLERANCE, *, allowed: Collection[str] = (), **overrides: Any
+) -> tuple[Difference | None, float]:
     """Make a recorded episode again and compare it.
 
     Args:
         record: What to replay.
         tolerance: How far a number may be from the recorded one.
-        overrides: Settings that say where it runs, such as `device` or `cache_dir`; and `reward`, where the record
-            names a function: code gets in by whoever replays, never by a file.
+        allowed: What the record may open: names of the hub, files, and folders with all that is in them.
+        overrides: Settings in place of the record's: where it runs, such as `device` or `cache_dir`; a file that lies
+            elsewhere here; and `reward`, where the record names a function: code gets in by whoever replays, never by a
+            file.
 
     Returns:
         The first difference, or None; and the largest distance of any number from the recorded one.
 
     Raises:
-        RecordError: The record's reward is a function, and `overrides` does not give the same one.
+        RecordError: The record asks for more than it may: a function that `overrides` does not give, a file that
+            `allowed` does not have, or a size beyond `FOREIGN_LIMITS`.
         RaiseEnvError: The environment that the record names cannot be made here.
     """
     kwargs = {name: value for name, value in record.env["kwargs"].items() if name not in _PRIVATE}
-    reward = kwargs.get("reward", "loss")
-    if ":" in reward and overrides.get("reward") != reward:
-        raise RecordError(
-            f"the record's reward is the function {reward!r}, which replaying would run: if you know it, allow it with "
-            f"--reward {reward} (in Python: reward={reward!r})."
-        )
+    _check_allowed(kwargs, allowed, overrides)
     env = RaiseSelectEnv(**{**kwargs, **overrides})
     for what, digest in record.content.items():
         found = env.assets.content.get(what)
@@ -209,6 +239,50 @@ def replay(record: EpisodeRecord, tolerance: float = TOLERANCE, **overrides: Any
     if check.first is None:
         _compare_end(check, record, env, info)
     return check.first, check.largest
+
+
+def _check_allowed(kwargs: Mapping[str, Any], allowed: Collection[str], overrides: Mapping[str, Any]) -> None:
+    """Refuse what a record asks for and whoever replays it has not allowed.
+
+    Raises:
+        RecordError: There is something of that kind.
+    """
+    reward = kwargs.get("reward", "loss")
+    if ":" in reward and overrides.get("reward") != reward:
+        raise RecordError(
+            f"the record's reward is the function {reward!r}, which replaying would run: if you know it, allow it with "
+            f"--reward {reward} (in Python: reward={reward!r})."
+        )
+    for name in _OPENED:
+        source = kwargs.get(name)
+        if source not in (None, TINY) and name not in overrides and not _is_allowed(source, allowed):
+            raise RecordError(
+                f"the record's {name} is {source!r}, which replaying would open: if you know it, allow it with "
+                f"--allow {shlex.quote(source)}, or allow a folder that it is in (in Python: allowed=[{source!r}])."
+            )
+    config = EnvConfig.from_kwargs({**kwargs, **overrides})
+    for name, most in FOREIGN_LIMITS.items():
+        found = getattr(config, name)
+        if name not in overrides and isinstance(found, int) and found > most:
+            raise RecordError(
+                f"the record's {name} is {str(found)[:60]}; expected at most {most:,}. If you know it, give the same "
+                f"in Python: replay(record, {name}=...)."
+            )
+    if "lora" not in overrides:
+        try:
+            check_foreign_lora(config.lora)
+        except SettingError as error:
+            raise RecordError(f"the record's settings cannot be replayed: {error}") from error
+
+
+def _is_allowed(source: str, allowed: Collection[str]) -> bool:
+    """Return whether a name is one of those allowed, or a file in one of them, wherever links lead."""
+    if source in allowed:
+        return True
+    path = Path(source)
+    if not path.exists():  # what is not here might be fetched from the hub
+        return False
+    return any(path.resolve().is_relative_to(Path(known).resolve()) for known in allowed if Path(known).exists())
 
 
 def _compare_end(check: _Comparison, record: EpisodeRecord, env: RaiseSelectEnv, info: Mapping[str, Any]) -> None:
@@ -260,7 +334,8 @@ def _check_fields(value: Mapping[str, Any], where: str) -> None:
     _check(isinstance(value["agent"], str), where, "agent", "a name")
     _check(_is_list([value["seed"]], int) and value["seed"] >= 0, where, "seed", "a whole number of at least 0")
     hashed = isinstance(value["content"], dict) and {"model", "pool", "dev"} <= set(value["content"])
-    _check(hashed, where, "content", "hashes of model, pool and dev at least")
+    _check(hashed and _is_names(value["content"]), where, "content", "hashes of model, pool and dev at least")
+    _check(_is_names(value["versions"]), where, "versions", "versions by name")
     _check_course(value, where)
 
 
@@ -287,7 +362,16 @@ def _check_course(value: Mapping[str, Any], where: str) -> None:
 
 
 def _is_list(value: object, *kinds: type) -> bool:
-    return isinstance(value, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
+    return isinstance(value, list) and all(isinstance(v, kinds) and _is_sized(v) for v in value)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _is_sized(value: object) -> bool:
+    """Return whether a whole number is one that a float can be compared with; a truth value is none."""
+    return not isinstance(value, bool) and not (isinstance(value, int) and abs(value) > sys.float_info.max)
 
 
 def _check(good: bool, where: str, name: str, expected: str) -> None:

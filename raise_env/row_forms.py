@@ -24,7 +24,7 @@ from typing import Any
 from .config import ColumnSettings
 from .errors import DataError, describe, excerpt
 from .pool import Instruction
-from .row_files import Row
+from .row_files import Row, check_halves
 
 __all__ = ["RowForm", "RowReader"]
 
@@ -273,15 +273,7 @@ def _text(row: Row, column: str | None, where: str) -> str:
 def _check_text(value: object, where: str) -> None:
     if not isinstance(value, str):
         raise DataError(f"{where}: found {describe(value)}; expected text. Write the value in quotes.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # JSON's escapes can spell one half of a character beyond U+FFFF; no tokenizer takes it.
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise DataError(
-            f"{where}: found {half} at character {error.start + 1}, one half of a pair; expected whole characters. "
-            "Write the pair, or the character itself."
-        ) from error
+    check_halves(value, where)
 
 
 def _choices(value: Any, where: str) -> tuple[list[str], list[str]] | None:

@@ -32,7 +32,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import OutputError
-from .files import clear_unfinished, write_json
+from .files import check_regular, clear_unfinished, read_json, write_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -57,10 +57,17 @@ class Column:
     Attributes:
         dtype: Of its numbers.
         width: Numbers of one entry, for an array of shape (entries, width); None: shape (entries,).
+        is_by_row: Whether each row has one entry.
     """
 
     dtype: str
     width: int | None = None
+    is_by_row: bool = True
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry."""
+        return np.dtype(self.dtype).itemsize * (1 if self.width is None else self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ class TableForm:
         columns: Its arrays by name.
         num_rows: Rows when it is whole.
         num_bytes: About what it needs on disk then.
+        counts: What its blocks count.
+        check: Raises a ValueError where arrays from disk cannot be what was written, whatever their index says.
     """
 
     name: str
@@ -80,6 +89,8 @@ class TableForm:
     columns: Mapping[str, Column]
     num_rows: int
     num_bytes: int
+    counts: tuple[str, ...] = ()
+    check: Callable[[Mapping[str, np.ndarray]], None] = lambda _: None
 
     @property
     def digest(self) -> str:
@@ -260,9 +271,12 @@ def _read(path: Path, form: TableForm, in_memory: bool) -> Table | None:
         if index["num_rows"] != form.num_rows:
             raise ValueError("it is not whole")
         for name in form.columns:
+            if (path / f"{name}.bin").stat().st_size != index["num_bytes"][name]:
+                raise ValueError(f"{name}.bin is longer than what was written")
             with (path / f"{name}.bin").open("rb") as file:
                 _check(name, hashlib.file_digest(file, "sha256").hexdigest(), index)
         arrays = {name: _array(path / f"{name}.bin", column, in_memory) for name, column in form.columns.items()}
+        form.check(arrays)
         return Table(arrays, index["counts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error) or type(error).__name__
@@ -277,7 +291,7 @@ def _read_index(path: Path, form: TableForm) -> dict[str, Any]:
         OSError: There is none.
         ValueError: It is no index, or that of another table.
     """
-    index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+    index = read_json(path / _INDEX)
     if not isinstance(index, dict) or index.get("digest") != form.digest:
         raise ValueError("its index is not that of what was asked for")
     parts = [index["sha256"], index["num_bytes"], index["counts"]]
@@ -288,7 +302,20 @@ def _read_index(path: Path, form: TableForm) -> dict[str, Any]:
     numbers = [index["num_rows"], *index["num_bytes"].values(), *index["counts"].values()]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("its index holds something other than counts")
+    if index["num_rows"] > form.num_rows or (index["num_rows"] and not set(form.counts) <= set(index["counts"])):
+        raise ValueError("its index is that of another table")
+    for name, column in form.columns.items():
+        _check_size(path / f"{name}.bin", column, index["num_bytes"][name], index["num_rows"])
     return index
+
+
+def _check_size(path: Path, column: Column, num_bytes: int, num_rows: int) -> None:
+    """Check before a file is read that it is as large as its index says, and that this is what its rows take."""
+    if num_bytes % column.entry_bytes or (column.is_by_row and num_bytes != column.entry_bytes * num_rows):
+        raise ValueError(f"{path.name} has another number of entries than there are rows")
+    check_regular(path)
+    if path.stat().st_size < num_bytes:
+        raise ValueError(f"{path.name} is torn")
 
 
 def _check(name: str, sha256: str, index: Mapping[str, Any]) -> None:
@@ -335,9 +362,11 @@ class _Writer:
         """Return what was found on disk, as one block."""
         if self.num_rows == 0:
             return []
+        return [Block(self.num_rows, self._arrays(), dict(self.counts))]
+
+    def _arrays(self) -> dict[str, np.ndarray]:
         columns = self._form.columns
-        arrays = {name: _array(self._path / f"{name}.bin", columns[name], in_memory=True) for name in columns}
-        return [Block(self.num_rows, arrays, dict(self.counts))]
+        return {name: _array(self._path / f"{name}.bin", columns[name], in_memory=True) for name in columns}
 
     def append(self, block: Block) -> None:
         """Write a block, then the index that knows of it."""
@@ -380,6 +409,8 @@ class _Writer:
             index = _read_index(self._path, self._form)
             for name in self._form.columns:
                 self._take_up(name, index)
+            if index["num_rows"]:
+                self._form.check(self._arrays())
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error) or type(error).__name__
             logger.warning("%s begun in %s cannot be gone on with (%s); starting anew", *self._what(), reason)

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
-from .env import RaiseSelectEnv, StepResult
+from .env import RaiseSelectEnv, StepResult, action_array
 from .errors import ActionError
 from .features import CLIP
 
@@ -72,7 +72,7 @@ class TopKScores(ActionForm):
         Raises:
             ActionError: The scores have another shape, or one is not a number.
         """
-        scores = np.asarray(action, dtype=np.float64)
+        scores = action_array(action).astype(np.float64)
         if scores.shape != (self._size,):
             raise ActionError(
                 f"the scores have shape {scores.shape}; expected ({self._size},), one for each candidate."
@@ -130,9 +130,10 @@ class PickOne(ActionForm):
         Raises:
             ActionError: There is no such candidate.
         """
-        index = int(action)
-        if not 0 <= index < self._size:
-            raise ActionError(f"candidate {index} was picked; expected 0 to {self._size - 1}.")
+        picked = action_array(action)
+        if picked.size != 1 or picked.dtype.kind not in "iu" or not 0 <= picked.item() < self._size:
+            raise ActionError(f"candidate {str(action)[:60]} was picked; expected 0 to {self._size - 1}.")
+        index = int(picked.item())
         self._taken[index] = 1
         self._num_picks += 1
         # Without a round, after an episode's end, the environment says at once that it needs a reset.

@@ -124,7 +124,7 @@ def test_saved_model__pickle_in_place_of_weights__is_not_run(kind: str, saved: P
         ({"policy_pth": None}, "There is no item named 'policy.pth'"),
         ({"data": b"{"}, "Expecting property name"),
         ({"data": b"[]"}, "list indices"),
-        ({"data": b"[" * 100_000}, "recursion"),
+        ({"data": b"[" * 100_000}, "nested too deeply"),
         ({"data": b'"\xff"'}, "codec can't decode"),
         ({"data": b'{"observation_space": {"_shape": [0, 39]}}'}, r"its observations have shape \(0, 39\)"),
         ({"data": b'{"observation_space": {"_shape": [1000000000, 39]}}'}, "its observations have shape"),

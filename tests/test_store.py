@@ -14,7 +14,13 @@ import pytest
 from raise_env.errors import OutputError
 from raise_env.store import Block, Column, TableForm, cache_folder, stored_table
 
-FORM = TableForm("things", {"pool": "a", "updates": 3}, {"ids": Column("int64"), "rows": Column("float32", 3)}, 10, 200)
+FORM = TableForm(
+    "things",
+    {"pool": "a", "updates": 3},
+    {"ids": Column("int64", is_by_row=False), "rows": Column("float32", 3)},
+    10,
+    200,
+)
 
 #: What FORM's table holds: two ids for each even row, and a line of numbers for every row.
 ROWS = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
@@ -195,7 +201,7 @@ def test_stored_table__fewer_rows_than_asked_for__is_made_again(tmp_path, caplog
     maker = Maker()
     check(stored_table(FORM, maker, tmp_path, in_memory=True))
     assert maker.calls == [0]
-    assert "not whole" in caplog.text
+    assert "another number of entries" in caplog.text
 
 
 def test_stored_table__killed_while_its_index_was_written__keeps_nothing_of_that(tmp_path):

@@ -1,0 +1,376 @@
+"""Templates of strangers, rendered in bounds: Jinja's sandbox, and no more time and text than a conversation takes.
+
+Jinja's `ImmutableSandboxedEnvironment` keeps a template from Python's insides and from changing what it is shown. It
+does not keep one from looping for years, or from doubling a text until the memory is full. Here every value that a
+template makes is weighed when it is made, each turn of a loop and each call is counted, and what would make much of
+little (powers, repetitions, padding) is refused before it is done.
+
+Chat templates are given what transformers gives them (`render_jinja_template` in its `chat_template_utils.py`, 5.23):
+its blocks' white space, `tojson`, `raise_exception`, `strftime_now`, and the tag {% generation %}. A test holds both
+equal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, Undefined, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+__all__ = ["BoundedTemplate"]
+
+#: Turns of loops and calls of macros in one rendering, and the seconds that it may take.
+MAX_TURNS = 200_000
+MAX_SECONDS = 10.0
+
+#: Characters that a value may have, and how many times those of what a template is shown.
+MAX_SIZE, MAX_GROWTH = 1_000_000, 50
+
+#: Characters of a template; real ones have some thousands.
+MAX_TEMPLATE = 1_000_000
+
+#: Widths, counts and indents that a template may name.
+_MAX_WIDTH = 1000
+
+#: Bits of a whole number.
+_MAX_BITS = 4096
+
+#: What a template may call of Python's own values; each gives about as much as it is given.
+_METHODS = frozenset(
+    {
+        *("strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "partition", "rpartition", "startswith"),
+        *("endswith", "upper", "lower", "title", "capitalize", "swapcase", "casefold", "removeprefix", "removesuffix"),
+        *("find", "rfind", "index", "rindex", "count", "isdigit", "isdecimal", "isnumeric", "isalpha", "isalnum"),
+        *("isspace", "isupper", "islower", "istitle", "isidentifier", "get", "items", "keys", "values", "copy"),
+        *("ljust", "rjust", "center", "zfill", "replace", "join", "format", "is_integer"),
+    }
+)
+
+#: Jinja's filters that are not there: they make much of little, or markup that no chat has.
+_NO_FILTERS = ("filesizeformat", "forceescape", "pprint", "random", "striptags", "urlize", "xmlattr")
+
+
+class BoundedTemplate:
+    """A stranger's template.
+
+    Args:
+        source: Jinja.
+        is_chat: Whether it is a chat template, and gets what transformers gives those.
+
+    Raises:
+        TemplateError: It does not compile.
+    """
+
+    def __init__(self, source: str, *, is_chat: bool = False) -> None:
+        if len(source) > MAX_TEMPLATE:
+            raise SecurityError(f"it has {len(source):,} characters; a template has at most {MAX_TEMPLATE:,}")
+        self._environment = _Bounded(is_chat)
+        self._lock = threading.Lock()
+        try:
+            self._template = self._environment.from_string(source)
+        except RecursionError as error:
+            raise SecurityError("its expressions are nested too deeply") from error
+
+    def render(self, **shown: Any) -> str:
+        """Return the text.
+
+        Raises:
+            TemplateError: The template fails, or asks for more than its bounds.
+        """
+        return self.render_marked(**shown)[0]
+
+    def render_marked(self, **shown: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and of each part marked as generated its first character and the one after its last.
+
+        Raises:
+            TemplateError: As `render`.
+        """
+        with self._lock:  # the account is one
+            return self._rendered(shown)
+
+    def _rendered(self, shown: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        environment = self._environment
+        environment.begin(shown)
+        context = self._template.new_context(shown)
+        try:
+            for part in self._template.root_render_func(context):
+                environment.written.append(part)
+                environment.written_size += len(part)
+                environment.require(environment.written_size)
+        except TemplateError:
+            raise
+        except RecursionError as error:
+            raise SecurityError("it calls itself too deeply") from error
+        except Exception as error:  # whatever a template makes Python stumble over
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
+        return "".join(environment.written), environment.marks
+
+
+class _Bounded(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with an account of what a rendering takes."""
+
+    intercepted_binops = frozenset({"+", "*", "%", "**", "-", "/", "//"})
+
+    def __init__(self, is_chat: bool) -> None:
+        if is_chat:
+            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+            self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+            self.filters["tojson"] = _tojson
+        else:
+            super().__init__(keep_trailing_newline=True)
+        self.globals |= {"dict": _plain_dict, "namespace": _PlainNamespace}
+        del self.globals["lipsum"]
+        for name in _NO_FILTERS:
+            del self.filters[name]
+        self.filters = {name: self._weighed_filter(name, function) for name, function in self.filters.items()}
+        self.finalize = self.weighed
+        self.concat = self._concat  # type: ignore[method-assign]
+        self.begin({})
+
+    def begin(self, shown: Mapping[str, Any]) -> None:
+        """Begin a rendering's account."""
+        self.written: list[str] = []
+        self.written_size = 0
+        self.marks: list[tuple[int, int]] = []
+        self._turns = 0
+        self._deadline = time.monotonic() + MAX_SECONDS
+        self._most = 2**62
+        self._most = MAX_SIZE + MAX_GROWTH * _weight(list(shown.values()), 2**40)
+
+    def require(self, size: int) -> None:
+        """Refuse a value of more characters than the rendering may make."""
+        if size > self._most:
+            raise SecurityError(f"it makes more than {self._most:,} characters")
+
+    def turn(self) -> None:
+        """Count a turn of a loop, or a call."""
+        self._turns += 1
+        if self._turns > MAX_TURNS:
+            raise SecurityError(f"it takes more than {MAX_TURNS:,} turns")
+        if self._turns % 64 == 0 and time.monotonic() > self._deadline:
+            raise SecurityError(f"it takes more than {MAX_SECONDS:g} seconds")
+
+    def weighed(self, value: Any) -> Any:
+        """Return a value, if it is not too large."""
+        self.require(_weight(value, self._most))
+        return value
+
+    def joined(self, *values: Any) -> str:
+        """Return values as one text."""
+        self.require(_weight(values, self._most))
+        return self._concat(map(str, values))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call what a template calls, if it makes no more of its arguments than it may."""
+        __self.turn()
+        __self.weighed([args, kwargs])
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # str.format comes wrapped
+        if isinstance(owner, (str, bytes, int, float, list, tuple, dict)):
+            __self._check_method(owner, __obj.__name__, (*args, *kwargs.values()))
+        return __self.weighed(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Reckon what a template reckons."""
+        self.turn()
+        sizes = [_weight(value, self._most) for value in (left, right)]
+        numbers = [value.bit_length() for value in (left, right) if isinstance(value, int)]
+        if operator == "**" and not (isinstance(right, int) and abs(right) <= 64 and sum(numbers) <= 64):
+            raise SecurityError("it raises to a power that is not small")
+        if operator == "*":
+            count = next((value for value in (left, right) if isinstance(value, int)), 1)
+            self.require(sum(sizes) if len(numbers) == 2 else max(count, 0) * max(sizes))
+            if len(numbers) == 2 and sum(numbers) > _MAX_BITS:
+                raise SecurityError("it multiplies numbers that are not small")
+        if operator == "%" and isinstance(left, str):
+            self._check_format(left, sizes[1])
+        if operator == "+":
+            self.require(sum(sizes))
+        return self.weighed(super().call_binop(context, operator, left, right))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = Parser(self, source, name, filename).parse()
+        _bound(tree, self)
+        return tree
+
+    def _concat(self, parts: Iterable[str]) -> str:
+        found, size = [], 0
+        for part in parts:
+            size += len(part)
+            self.require(size)
+            found.append(part)
+        return "".join(found)
+
+    def _weighed_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a filter that is counted, and whose result is weighed."""
+
+        def weighed(*args: Any, **kwargs: Any) -> Any:
+            self.turn()
+            # Jinja puts its own context before the value where the function is marked for it.
+            values = [value for value in args if not isinstance(value, (Context, nodes.EvalContext, _Bounded))]
+            self.weighed([values, kwargs])
+            rest = [*values[1:], *kwargs.values()]
+            if any(isinstance(value, int) and abs(value) > _MAX_WIDTH for value in rest):
+                raise SecurityError(f"{name} is asked for more than {_MAX_WIDTH}")
+            if values and isinstance(values[0], str):
+                self._check_method(values[0], name, tuple(rest))
+            if name == "join" and (len(values) > 1 or "d" in kwargs):
+                self._check_join(str(kwargs.get("d", values[-1])), values[0])
+            return self.weighed(function(*args, **kwargs))
+
+        for mark in ("jinja_pass_arg",):
+            if hasattr(function, mark):
+                setattr(weighed, mark, getattr(function, mark))
+        return weighed
+
+    def _check_method(self, owner: Any, name: str, args: tuple[Any, ...]) -> None:
+        """Refuse what would make much of a text."""
+        if name in self.filters or name in _METHODS:
+            if any(isinstance(value, int) and abs(value) > max(_MAX_WIDTH, len(str(owner))) for value in args):
+                raise SecurityError(f"{name} is asked for more than {_MAX_WIDTH}")
+            if name == "replace" and len(args) >= 2:
+                old, new = str(args[0]), str(args[1])
+                self.require(len(owner) + (owner.count(old) if old else len(owner) + 1) * len(new))
+            if name == "indent" and args:
+                width = args[0] if isinstance(args[0], int) else len(str(args[0]))
+                self.require(len(owner) + (owner.count("\n") + 1) * max(0, width))
+            if name == "join" and args:
+                self._check_join(owner, args[0])
+            if name == "format":
+                self._check_format(owner, _weight(list(args), self._most))
+            if name == "wordwrap":
+                self.require(len(owner) * (1 + sum(len(str(value)) for value in args)))
+            return
+        raise SecurityError(f"it calls {name} of a {type(owner).__name__}, which templates may not")
+
+    def _check_join(self, between: str, values: Any) -> None:
+        if isinstance(values, (list, tuple, dict, str)):
+            self.require(len(between) * len(values))
+
+    def _check_format(self, form: str, size: int) -> None:
+        if re.search(r"%[^%]*\*|\d{4,}|\{[^}]*\{", form):
+            raise SecurityError("it formats to a width that is not small")
+        self.require(len(form) + (form.count("%") + form.count("{")) * (_MAX_WIDTH + size))
+
+
+def _bound(tree: nodes.Template, environment: _Bounded) -> None:
+    """Have every turn counted, and every value weighed that is made without a call."""
+    node: Any
+    for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+        counted: Any = nodes.ExprStmt(_call("turn", []))
+        node.body.insert(0, counted.set_lineno(node.lineno))
+    _weigh_made(tree)
+    tree.set_environment(environment)
+
+
+def _weigh_made(node: nodes.Node) -> None:
+    """Put what weighs or joins around lists, dictionaries and concatenations, the inner ones first."""
+    for name in node.fields:
+        value = getattr(node, name)
+        if isinstance(value, list):
+            value[:] = [_weighing(item) if isinstance(item, nodes.Node) else item for item in value]
+        elif isinstance(value, nodes.Node):
+            setattr(node, name, _weighing(value))
+
+
+def _weighing(node: nodes.Node) -> nodes.Node:
+    _weigh_made(node)
+    if isinstance(node, nodes.Concat):
+        return _call("joined", list(node.nodes)).set_lineno(node.lineno)
+    is_made = isinstance(node, (nodes.List, nodes.Dict)) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
+    return _call("weighed", [node]).set_lineno(node.lineno) if is_made else node
+
+
+def _call(name: str, args: list[Any]) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None)
+
+
+def _weight(value: Any, most: int) -> int:
+    """Return about how many characters a value has as text, or a number beyond `most` where it has more."""
+    total, waiting = 0, [value]
+    while waiting and total <= most:
+        item = waiting.pop()
+        total += 1
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, int):
+            total += item.bit_length() // 3
+        elif isinstance(item, Mapping):
+            waiting += item
+            waiting += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting += item
+        elif isinstance(item, Namespace):
+            waiting.append(getattr(item, "_Namespace__attrs", {}))
+        elif not isinstance(item, Undefined):
+            total += 16
+    return total
+
+
+# What transformers gives chat templates
+
+
+class _Generation(Extension):
+    """The tag that marks what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Return a block whose text is noted."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_noted"), [], [], body).set_lineno(line)
+
+    def _noted(self, caller: Macro) -> str:
+        environment: Any = self.environment
+        text = str(caller())
+        environment.marks.append((environment.written_size, environment.written_size + len(text)))
+        return text
+
+
+class _PlainNamespace(Namespace):
+    """Names that a template sets; none of Python's own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in dict(*args, **kwargs):
+            _check_name(name)
+        super().__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"it stores {name!r}; names that begin with _ are Python's own")
+
+
+def _plain_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _raise_exception(message: object) -> None:
+    raise TemplateError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    if len(form) > _MAX_WIDTH or re.search(r"\d{3,}", form):
+        raise SecurityError("it writes the time at a length that is not small")
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -90,6 +90,18 @@ def test_learn__raise_fork_whose_every_fork_diverges__says_what_to_change(embedd
     assert agent.episode_returns == [DIVERGENCE_PENALTY] * 2, "it went on with the next episode"
 
 
+def test_learn__raise_fork_that_diverges_after_the_last_look__is_told_and_can_be_kept(tmp_path, embedded_env):
+    agent = make_agent("raise_fork", {**LEARNERS["raise_fork"], "num_states": 1, "num_lookahead": 0})
+    env = embedded_env(learning_rate=1e30)
+    env.reset(seed=0)
+    before = env.ledger.divergences
+    agent.learn(env, 2, seed=0)
+    assert agent.episode_returns == [DIVERGENCE_PENALTY] * 2
+    assert env.ledger.divergences == before + 2
+    agent.save_progress(tmp_path / "kept")
+    assert all(torch.isfinite(value).all() for value in weights_of(agent))
+
+
 def test_learn__raise_fork_whose_first_episode_diverges__is_gone_on_with(tmp_path, embedded_env):
     agent, kept = make_agent("raise_fork", LEARNERS["raise_fork"]), tmp_path / "kept"
     with pytest.raises(SettingError, match="nothing to learn from"):

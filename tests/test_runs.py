@@ -357,7 +357,9 @@ def test_train__checkpoints_are_torn__goes_on_from_what_is_whole(tmp_path, plan,
     assert files_of(folder) == files_of(finished)
     for name in ("episodes.jsonl", "selector/model.safetensors", "learning/episode-0002/state/groups.safetensors"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
-    assert read_json(folder / "run.json")["phi_tokens"] == read_json(finished / "run.json")["phi_tokens"]
+    booked = read_json(folder / "run.json")["phi_tokens"]
+    assert booked == read_json(finished / "run.json")["phi_tokens"]
+    assert booked["learning"] > 0
 
 
 def test_train__what_a_killed_process_was_writing__is_cleared_away(tmp_path, plan, finished):

@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 COMMANDS := test_cli test_runs test_examples test_sb3 test_guide test_benchmark test_estimate test_evaluate test_model_card
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lowest check bench-speed soak lint ruff ruff-format mypy
+.PHONY: help demo test test-all test-lowest coverage mutants check bench-speed soak lint ruff ruff-format mypy
 
 help:  ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,13 @@ test: $(VENV)/.dev  ## Run the tests (at most ten minutes on two cores)
 
 test-all: $(VENV)/.dev  ## Run the slow tests too
 	$(PYTEST) -m "not gpu and not network"
+
+coverage: $(VENV)/.dev  ## Run the tests and tell which lines and branches they never reach
+	$(PYTEST) --cov --cov-report=term
+
+mutants: $(VENV)/.dev  ## Change sources one place at a time, and see which changes no test notices (an hour)
+	@$(PIP) install --quiet -c constraints.txt --editable ".[mutants]"
+	$(BIN)/python tests/mutants.py
 
 # Warnings that older versions of others give each other are not ours to mend: they are no errors here.
 test-lowest: $(VENV)/.torch  ## Run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest

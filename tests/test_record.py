@@ -45,6 +45,7 @@ def test_of__an_episode__says_what_was_done(embedded_env, record):
     assert (record.agent, record.seed) == ("first rows", 3)
     assert set(record.content) == {"model", "pool", "dev", "test"}
     assert record.versions == versions()
+    assert set(record.versions) == {"python", "raise-env", "torch", "transformers", "peft", "numpy"}
     assert record.test_score == -record.final["test_loss"]
     assert 0 <= record.final["test_exact_match"] <= 1
 
@@ -110,7 +111,33 @@ def test_replay__tampered__names_what_differs_first(record, name):
     difference, _ = replay(EpisodeRecord.from_json(changed(record, **change(record)), "here"))
     assert difference is not None
     assert difference.what == what
-    assert what in str(difference)
+    assert str(difference) == f"{what}: recorded {difference.recorded}, replayed {difference.replayed}"
+
+
+#: By tampering: what was recorded and what came of it, in words or as a function of the record.
+BOTH_SIDES = {
+    "reward": (lambda r: r.rewards[1] + 0.01, lambda r: r.rewards[1]),
+    "a row twice": (lambda r: [*r.actions[0], r.actions[0][0]], lambda r: r.actions[0]),
+    "a row that is not offered": (lambda r: "pool ids [-1]", lambda r: "not among the candidates offered"),
+    "no test score": (lambda r: None, lambda r: r.test_score),
+    "unknown final score": (lambda r: 1.0, lambda r: None),
+    "pool": (lambda r: "0" * 64, lambda r: r.content["pool"]),
+}
+
+
+@pytest.mark.parametrize("name", BOTH_SIDES)
+def test_replay__tampered__tells_both_sides(record, name):
+    change, _ = TAMPERED[name]
+    difference, _ = replay(EpisodeRecord.from_json(changed(record, **change(record)), "here"))
+    assert (difference.recorded, difference.replayed) == tuple(side(record) for side in BOTH_SIDES[name])
+
+
+def test_replay__no_tolerance__is_equal_to_the_bit(record):
+    assert replay(record, tolerance=0.0) == (None, 0.0)
+
+
+def test_from_json__no_final_scores__as_records_without_a_test_set_have_it(record):
+    assert EpisodeRecord.from_json(changed(record, final=...), "here").final == {}
 
 
 def test_replay__more_rows_than_the_budget_had__is_found(record, embedded_env):
@@ -127,7 +154,7 @@ def test_replay__more_rows_than_the_budget_had__is_found(record, embedded_env):
 def test_replay__steps_missing_or_too_many__is_found(record):
     shorter = changed(record, actions=record.actions[:2], rewards=record.rewards[:2], dev_scores=record.dev_scores[:3])
     difference, _ = replay(EpisodeRecord.from_json(shorter, "here"))
-    assert (difference.what, difference.replayed) == ("length of the episode", "goes on")
+    assert (difference.what, difference.recorded, difference.replayed) == ("length of the episode", 2, "goes on")
     longer = changed(
         record,
         actions=[*record.actions, []],
@@ -160,15 +187,19 @@ BAD = {
     "seed": ({"seed": 1.5}, "seed"),
     "negative seed": ({"seed": -1}, "seed"),
     "bool seed": ({"seed": True}, "seed"),
-    "actions": ({"actions": [["a"], [], []]}, "actions"),
-    "no actions": ({"actions": [], "rewards": [], "dev_scores": [0.0]}, "actions"),
-    "rewards": ({"rewards": ["a", 0, 0]}, "rewards"),
-    "fewer rewards": ({"rewards": [0.0]}, "rewards"),
-    "fewer dev scores": ({"dev_scores": [0.0]}, "dev_scores"),
-    "test_score": ({"test_score": "high"}, "test_score"),
-    "content": ({"content": []}, "content"),
-    "no content": ({"content": {}}, "content"),
-    "final": ({"final": {"test_loss": "low"}}, "final"),
+    "actions": ({"actions": [["a"], [], []]}, "field 'actions' .* expected lists of pool ids"),
+    "no actions": (
+        {"actions": [], "rewards": [], "dev_scores": [0.0]},
+        "field 'actions' .* expected at least one step",
+    ),
+    "rewards": ({"rewards": ["a", 0, 0]}, "field 'rewards' .* expected a list of numbers"),
+    "fewer rewards": ({"rewards": [0.0]}, "field 'rewards' .* expected 3 of them, one for each step"),
+    "dev_scores": ({"dev_scores": [True, 0, 0, 0]}, "field 'dev_scores' .* expected a list of numbers"),
+    "fewer dev scores": ({"dev_scores": [0.0]}, "field 'dev_scores' .* expected 4 of them"),
+    "test_score": ({"test_score": "high"}, "field 'test_score' .* expected a number, or null"),
+    "content": ({"content": []}, "field 'content' .* expected hashes of model, pool and dev"),
+    "no content": ({"content": {}}, "field 'content' .* expected hashes of model, pool and dev"),
+    "final": ({"final": {"test_loss": "low"}}, "field 'final' .* expected scores by name"),
 }
 
 
@@ -190,6 +221,12 @@ def test_read_records__several_lines__yields_them_in_order(record, tmp_path):
     path = tmp_path / "episodes.jsonl"
     path.write_text(record.to_json() + "\n\n" + changed(record, agent="other") + "\n")
     assert [r.agent for r in read_records(path)] == ["first rows", "other"]
+
+
+def test_read_records__letters_of_all_languages__come_back(record, tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    path.write_bytes(json.dumps({**json.loads(record.to_json()), "agent": "é水"}, ensure_ascii=False).encode())
+    assert [r.agent for r in read_records(path)] == ["é水"]
 
 
 def test_read_records__bad_line__is_named(record, tmp_path):

@@ -150,15 +150,34 @@ def test_load_reward__no_such_function__is_named_at_once(reward, said):
         toy_env(reward=reward)
 
 
-@pytest.mark.parametrize("name", ["not_a_number", "not_one_number", "yes"])
-def test_load_reward__returns_no_finite_number__is_an_error(name):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("not_a_number", "returned nan for a dev loss of 2.5; expected a finite number. Losses that are not finite"),
+        ("not_one_number", "expected one number, higher is better"),
+        ("yes", "returned True; expected one number, higher is better"),
+    ],
+)
+def test_load_reward__returns_no_finite_number__is_an_error(name, said):
     score = load_reward(f"{__name__}:{name}")
-    with pytest.raises(RewardError, match=name):
+    with pytest.raises(RewardError, match=name) as caught:
         score(PLAIN)
+    assert said in str(caught.value)
 
 
 def test_step_reward__two_scores__is_their_difference():
     assert step_reward(-2.5, -2.0) == 0.5
+
+
+def test_choice_probability__long_choices__whose_likelihoods_no_number_holds():
+    """Of choices of hundreds of tokens."""
+    long = Evaluation(
+        *(np.array([1.0]), np.array([1]), np.array([True])),
+        choice_scores=(np.array([-2000.0, -2000.0 + math.log(3)]),),
+        choice_answers=np.array([1]),
+        choice_lengths=(np.array([900, 900]),),
+    )
+    assert long.choice_probability == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])

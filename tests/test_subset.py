@@ -94,6 +94,25 @@ def test_log_prob__wrong_size__is_minus_infinity_without_a_gradient(size: int) -
     assert gradient.eq(0).all()
 
 
+def test_log_prob__one_of_several_is_impossible__the_others_are_what_they_are() -> None:
+    logits, mask = random_logits(4), torch.tensor([True, True, True, False])
+    actions = torch.tensor([[1.0, 1, 0, 0], [1.0, 0, 0, 1], [0.0, 1, 1, 0], [1.0, 1, 1, 0]])
+    law = SubsetLaw(logits, 2, mask)
+
+    together = SubsetLaw(logits.expand(4, 4), 2, mask).log_prob(actions.double())
+    assert together[[1, 3]].eq(-math.inf).all()
+    for place in (0, 2):
+        torch.testing.assert_close(together[place], law.log_prob(actions[place].double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_subset_law__what_it_gives__is_of_the_logits_kind(dtype: torch.dtype) -> None:
+    law = SubsetLaw(torch.zeros(5, dtype=dtype), 2)
+
+    assert law.k == 2
+    assert [law.sample().dtype, law.mode().dtype, law.entropy().dtype, law.marginals().dtype] == [dtype] * 4
+
+
 def test_sample__many_draws__has_the_frequencies_of_the_law() -> None:
     num_draws = 20_000
     logits = random_logits(6, scale=1.0)

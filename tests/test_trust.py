@@ -1130,7 +1130,7 @@ def test_chat_template__in_bounds__gives_what_transformers_gives(name: str, is_o
 def results_line(**values: Any) -> dict[str, Any]:
     parts = dict.fromkeys(("features", "preparation", "learning", "final"), 1.0)
     line = {"task": "t", "agent": "a", "seed": 0, "phi": 1.0, "phi_parts": parts, "tokens": parts, "seconds": parts}
-    return {**line, "dev_loss": 1.0, "test_loss": 1.0, "error": None, **values}
+    return {**line, "dev_loss": 1.0, "test_loss": 1.0, "diverged": False, "error": None, **values}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ are the same. What it leaves goes back to whoever asked for it as plain data, fo
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -52,7 +51,13 @@ _FIELDS = (
     "updates",
 )
 _NEEDED = ("phi", "phi_parts", "seconds")
-_PARTS_NEEDED = frozenset(PARTS) - {"features"}
+_KNOWN = ("dev_loss", "test_loss", "diverged", "error")
+
+#: The parts that costs are told by; features have no seconds in files of old.
+_PARTS_OF = {"phi_parts": set(PARTS), "seconds": set(PARTS) - {"features"}, "tokens": set(PARTS)}
+
+#: No number of a run is larger; means and squares of what is not are finite.
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,22 +222,29 @@ def check_line(line: Any) -> None:
     for name, kind in (("task", str), ("agent", str), ("seed", int)):
         if not isinstance(line.get(name), kind) or isinstance(line[name], bool):
             raise ValueError(f"the field {name!r} is {str(line.get(name))[:60]!r}")
+    if line.get("error") is not None:
+        if not isinstance(line["error"], str):
+            raise ValueError(f"the field 'error' is {str(line['error'])[:60]!r}")
+        return
+    lacking = [name for name in _NEEDED if line.get(name) is None] + [name for name in _KNOWN if name not in line]
+    if lacking:
+        raise ValueError(f"it lacks the field {lacking[0]!r}")
     for name in _FIELDS:
         value = line.get(name)
-        parts = value.values() if name in _BY_PART and isinstance(value, dict) else [value]
-        has_all = value is None or name not in _BY_PART or (isinstance(value, dict) and set(value) >= _PARTS_NEEDED)
-        if name == "episode_returns" and isinstance(value, list):
-            parts = value
-        if not has_all or not all(part is None or _is_finite(part) for part in parts):
+        numbers = [value]
+        if name in _BY_PART and isinstance(value, dict) and set(value) >= _PARTS_OF.get(name, set()):
+            numbers = list(value.values())
+        elif name == "episode_returns" and isinstance(value, list):
+            numbers = value
+        elif value is None or (name in _BY_PART and value is not None):
+            numbers = [] if value is None else [None]
+        if not all(map(_is_number, numbers)):
             raise ValueError(f"the field {name!r} is {str(value)[:60]!r}")
-    has_failed = isinstance(line.get("error"), str)
-    if not has_failed and (line.get("error") is not None or not all(line.get(name) is not None for name in _NEEDED)):
-        raise ValueError(f"it lacks one of {', '.join(_NEEDED)}, and an error")
 
 
-def _is_finite(value: object) -> bool:
+def _is_number(value: object) -> bool:
     """Return whether a value is a number that can be reckoned with; a truth value counts as one."""
-    return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+    return isinstance(value, (int, float)) and abs(value) <= _LARGEST
 
 
 def _reason(error: Exception) -> str:

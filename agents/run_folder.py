@@ -155,9 +155,11 @@ def whole_records(path: Path) -> list[EpisodeRecord]:
     records: list[EpisodeRecord] = []
     for number, line in _texts(path):
         try:
-            records.append(EpisodeRecord.from_json(line, f"{path}, line {number}"))
-        except RecordError:
+            record = EpisodeRecord.from_json(line, f"{path}, line {number}")
+            record.to_json()  # what cannot be written again, such as NaN, no run has written
+        except (RecordError, ValueError):
             break
+        records.append(record)
     return records
 
 

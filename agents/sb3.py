@@ -62,6 +62,9 @@ __all__ = [
     "SubsetPolicy",
 ]
 
+#: Numbers of an observation from which on a flat network is looked at before it is built.
+_LARGE_INPUT = 100_000
+
 #: What a selector's folder can make these libraries stumble over.
 _LOADING_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError, OSError),
@@ -559,7 +562,7 @@ class Sb3Agent:
             ValueError: It is one.
         """
         is_flat = isinstance(self.policy or _policy(self._class, self.action_form), str)
-        if is_flat:
+        if is_flat and shape[0] * shape[1] > _LARGE_INPUT:
             check_widths(shape[0] * shape[1], weights)
 
     def _take_over(self, saved: SavedModel, path: str | Path | None) -> None:

@@ -31,7 +31,7 @@ from jinja2.utils import Namespace
 __all__ = ["BoundedTemplate"]
 
 #: Turns of loops and calls of macros in one rendering, and the seconds that it may take.
-MAX_TURNS = 200_000
+MAX_TURNS = 100_000
 MAX_SECONDS = 10.0
 
 #: Characters that a value may have, and how many times those of what a template is shown.

@@ -543,7 +543,7 @@ def parquet_of_repeats(place: Path, mark: Path) -> Callable[[], object]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2_000_000, np.int32)), pa.array(["x" * 1000]))
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000, np.int32)), pa.array(["x" * 100_000]))
     parquet.write_table(pa.table({"prompt": text, "response": text}), place / "pool.parquet")
     assert (place / "pool.parquet").stat().st_size < 10**6
     return lambda: read_pool(place / "pool.parquet")
@@ -636,7 +636,7 @@ SIZE_CASES = [
         for what, byte in (("zeros", b"\0"), ("empty lines", b"\n"), ("brackets", b"["), ("one word", b"a"))
         for name in ("pool.jsonl.gz", "pool.json.gz", "pool.csv.gz")
     ),
-    Case("packed bomb", "parquet, one row two million times", parquet_of_repeats),
+    Case("packed bomb", "parquet, one row twenty thousand times", parquet_of_repeats),
     Case("packed bomb", "parquet, half a gigabyte in a page", parquet_page),
     Case("packed bomb", "archive of SB3", sb3_archive),
     *(
@@ -778,7 +778,19 @@ CASES = [*pickle_cases(), *CODE_CASES, *PATH_CASES, *SIZE_CASES, *template_cases
 IGNORED = [Case("pickle in parquet's own types", "prompt", parquet_extension, True)]
 
 
-@pytest.mark.parametrize("case", [*CASES, *IGNORED], ids=lambda case: f"{case.kind}: {case.name}")
+def marked(case: Case) -> Any:
+    """The case as a parameter; what takes more than a second, and has a quicker one of its kind, is slow."""
+    is_slow = case.kind == "packed bomb" and case.name != "ten gigabytes of zeros, pool.jsonl.gz"
+    is_slow |= case.kind == "template" and case.name.endswith(", chat") and case.name.startswith(SLOW_TEMPLATES)
+    is_slow |= case.kind == "terabyte without content" and case.name in ("pool.json", "pool.csv")
+    marks = [pytest.mark.slow] if is_slow and "empty lines" not in case.name else []
+    return pytest.param(case, marks=marks, id=f"{case.kind}: {case.name}")
+
+
+SLOW_TEMPLATES = ("a branching macro", "doubled lists", "a text of itself", "loops within loops")
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in [*CASES, *IGNORED]])
 def test_file_of_a_stranger__meaning_ill__is_refused_in_a_message(case: Case, tmp_path: Path) -> None:
     place, mark = tmp_path / "place", tmp_path / "mark"
     place.mkdir()
@@ -1060,7 +1072,7 @@ def test_markdown__what_would_break_a_table_or_make_a_link__stays_text() -> None
     lines = table(["agent", evil], [[evil, "[0.1, 0.2]"]]).split("\n")
     assert len(lines) == 3
     assert all(line.count("|") - line.count("\\|") == 3 for line in (lines[0], lines[2]))
-    bare = re.sub(r"\\\\.", "", lines[2])  # what no backslash stands before
+    bare = re.sub(r"\\.", "", lines[2])  # what no backslash stands before
     assert not [mark for mark in ("](", "<", ">", "`", "\x1b", "![") if mark in bare]
     assert lines[2].endswith("| [0.1, 0.2] |")
 
@@ -1130,7 +1142,7 @@ def test_chat_template__in_bounds__gives_what_transformers_gives(name: str, is_o
 def results_line(**values: Any) -> dict[str, Any]:
     parts = dict.fromkeys(("features", "preparation", "learning", "final"), 1.0)
     line = {"task": "t", "agent": "a", "seed": 0, "phi": 1.0, "phi_parts": parts, "tokens": parts, "seconds": parts}
-    return {**line, "dev_loss": 1.0, "test_loss": 1.0, "error": None, **values}
+    return {**line, "dev_loss": 1.0, "test_loss": 1.0, "diverged": False, "error": None, **values}
 
 
 @pytest.mark.parametrize(

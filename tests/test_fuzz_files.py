@@ -467,3 +467,58 @@ def test_fuzz__cases__counted(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         for kind, count in [*COUNTS.items(), ("in all", COUNTS.total())]:
             print(f"\n  {kind:<40}{count:>7}", end="")
+
+
+# Minimal cases of what was found
+
+
+@pytest.mark.parametrize("ending", ["", ".partial"])
+@pytest.mark.parametrize(
+    "values", [{"counts": {}}, {"num_rows": 10**6}, {"num_rows": 3}, {"num_bytes": {"raw": 16}}], ids=str
+)
+def test_stored_table__index_of_another_table__is_made_again(
+    values: dict[str, Any], ending: str, tmp_path: Path
+) -> None:
+    def blocks(first: int) -> Any:
+        yield Block(4 - first, {"raw": TABLE[first:]}, {"num_tokens": 1})
+
+    stored_table(FORM, blocks, tmp_path, in_memory=True)
+    whole = tmp_path / FORM.folder_name
+    index = json.loads((whole / "index.json").read_text())
+    (whole / "index.json").write_text(json.dumps({**index, **values}))
+    if ending:
+        whole.rename(tmp_path / f"{FORM.folder_name}{ending}")
+    table = stored_table(FORM, blocks, tmp_path, in_memory=True)
+    assert table.arrays["raw"].tobytes() == TABLE.tobytes()
+    assert table.counts == {"num_tokens": 1}
+
+
+def test_stored_table__content_that_cannot_be__is_made_again(tmp_path: Path) -> None:
+    def check(arrays: Mapping[str, np.ndarray]) -> None:
+        if (arrays["raw"] < 0).any():
+            raise ValueError("it is negative")
+
+    def of(rows: np.ndarray) -> Callable[[int], Any]:
+        return lambda _first: iter([Block(4, {"raw": rows}, {"num_tokens": 1})])
+
+    stored_table(FORM, of(-TABLE), tmp_path, in_memory=True)
+    checked = TableForm(FORM.name, FORM.key, FORM.columns, 4, 32, ("num_tokens",), check)
+    assert (stored_table(checked, of(TABLE), tmp_path, in_memory=True).arrays["raw"] >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_grad_norm"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), True])
+def test_settings__number_beyond_floats__is_refused(name: str, value: Any) -> None:
+    with pytest.raises(SettingError, match=name):
+        EnvConfig.from_kwargs({name: value})
+    with pytest.raises(SettingError, match="lora_alpha"):
+        EnvConfig.from_kwargs({"lora": {"lora_alpha": value}})
+
+
+def test_record__number_beyond_floats__is_refused() -> None:
+    value = json.loads(record_of().to_json())
+    for name, number in (("rewards", [10**400]), ("dev_scores", [0.0, 10**400]), ("test_score", 10**400)):
+        with pytest.raises(RecordError, match=name):
+            EpisodeRecord.from_json(json.dumps({**value, name: number}), "here")
+    with pytest.raises(RecordError, match="too long to read"):
+        EpisodeRecord.from_json('{"seed": ' + "1" * 5000 + "}", "here")

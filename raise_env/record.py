@@ -253,13 +253,17 @@ def _check_allowed(kwargs: Mapping[str, Any], allowed: Collection[str], override
             f"the record's reward is the function {reward!r}, which replaying would run: if you know it, allow it with "
             f"--reward {reward} (in Python: reward={reward!r})."
         )
-    for name in _OPENED:
-        source = kwargs.get(name)
-        if source not in (None, TINY) and name not in overrides and not _is_allowed(source, allowed):
-            raise RecordError(
-                f"the record's {name} is {source!r}, which replaying would open: if you know it, allow it with "
-                f"--allow {shlex.quote(source)}, or allow a folder that it is in (in Python: allowed=[{source!r}])."
-            )
+    sources = {name: kwargs.get(name) for name in _OPENED if name not in overrides}
+    opened = {name: str(source) for name, source in sources.items() if source not in (None, TINY)}
+    refused = {name: source for name, source in opened.items() if not _is_allowed(source, allowed)}
+    if refused:
+        named = ", ".join(f"{name} {source!r}" for name, source in refused.items())
+        known = list(dict.fromkeys(refused.values()))
+        flags = " ".join(f"--allow {shlex.quote(source)}" for source in known)
+        raise RecordError(
+            f"replaying would open what the record names: {named}. If you know them, add {flags}, or allow a folder "
+            f"that they are in (in Python: allowed={known!r})."
+        )
     config = EnvConfig.from_kwargs({**kwargs, **overrides})
     for name, most in FOREIGN_LIMITS.items():
         found = getattr(config, name)

@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = Path(raise_env.__file__).parent / "tiny" / "base"
 
 #: What refusing may take: far more than it does, for machines that do much else.
-SECONDS = 10.0
+SECONDS = 10.0  # of the processor, so that other work on the machine does not count
 
 GOOD_ROWS = jsonl(*({"prompt": f"Question {i}?", "response": f"Answer {i}."} for i in range(4)))
 
@@ -795,7 +795,7 @@ def test_file_of_a_stranger__meaning_ill__is_refused_in_a_message(case: Case, tm
     place, mark = tmp_path / "place", tmp_path / "mark"
     place.mkdir()
     opened = case.make(place, mark)
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         opened()
     except RaiseEnvError as error:
@@ -803,7 +803,7 @@ def test_file_of_a_stranger__meaning_ill__is_refused_in_a_message(case: Case, tm
         assert len(message) > 20
     else:
         assert case.is_ignored, "it was opened"
-    assert time.perf_counter() - begun < SECONDS
+    assert time.process_time() - begun < SECONDS
     assert not mark.exists(), "it ran"
 
 
@@ -875,11 +875,11 @@ def test_command__file_that_means_ill__ends_with_one_message(
 ) -> None:
     place, mark = tmp_path / "\x1b]0;title\x07", tmp_path / "mark"  # a name that would rename the terminal's window
     place.mkdir()
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(SystemExit) as ended:
         cli.main(COMMANDS[name](place, pickles(mark).get(form, form.encode())))
     assert ended.value.code == cli.EXIT_USAGE
-    assert time.perf_counter() - begun < 3 * SECONDS
+    assert time.process_time() - begun < 3 * SECONDS
     assert not mark.exists(), "it ran"
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err
@@ -915,7 +915,7 @@ def test_replay__file_that_nobody_allowed__is_refused_by_name(name: str, tmp_pat
     needed = {"pool": str(tmp_path), "dev": str(tmp_path)} if name in ("dev", "test", "pool") else {}
     known = [] if name == "pool" else [str(tmp_path / "other")]
     record = record_of(**{**needed, name: str(secret)})
-    with pytest.raises(RecordError, match=r"which replaying would open: .*--allow"):
+    with pytest.raises(RecordError, match=rf"replaying would open .*: .*{name} .*secret.* add .*--allow"):
         replay(record, allowed=known)
 
 
@@ -930,7 +930,7 @@ def test_replay__file_or_folder_that_is_allowed__is_opened(tmp_path: Path) -> No
         difference, _ = replay(record, allowed=allowed)
         assert difference is not None
         assert difference.what == "content of model"  # it was opened, and is another
-    with pytest.raises(RecordError, match="the record's dev"):
+    with pytest.raises(RecordError, match=r"names: dev .*dev\.jsonl'\. If"):
         replay(record, allowed=[pool])
 
 
@@ -939,7 +939,7 @@ def test_replay__link_in_an_allowed_folder__leads_nowhere_else(tmp_path: Path) -
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "pool.jsonl").symlink_to(tmp_path / "secret.jsonl")
     pool = str(tmp_path / "mine" / "pool.jsonl")
-    with pytest.raises(RecordError, match="the record's pool"):
+    with pytest.raises(RecordError, match="would open what the record names: pool"):
         replay(record_of(pool=pool, dev=pool), allowed=[str(tmp_path / "mine")])
 
 
@@ -1016,10 +1016,10 @@ def test_read_pool__infinite_numbers__become_null_however_they_are_written(tmp_p
 def test_read_pool__header_of_a_million_columns__takes_no_time(tmp_path: Path) -> None:
     path = tmp_path / "pool.csv"
     path.write_text(",".join(f"c{i}" for i in range(10**6)) + "\n" + "1," * (10**6 - 1) + "1\n")
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(DataError, match="expected one of these forms"):
         read_pool(path)
-    assert time.perf_counter() - begun < 3 * SECONDS
+    assert time.process_time() - begun < 3 * SECONDS
 
 
 # Text that a terminal or a page would obey

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raise_env.errors import SettingError, suggestion
-from raise_env.files import read_json
+from raise_env.foreign_files import read_json
 
 from .base import Agent
 from .rollout import agents_code

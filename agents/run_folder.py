@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from raise_env.errors import DataError, OutputError, RecordError, SettingError
-from raise_env.files import (
-    check_inside,
-    check_regular,
-    clear_unfinished,
-    numbered_lines,
-    parse_json,
-    write_json,
-)
-from raise_env.files import read_json as read_any_json
+from raise_env.files import clear_unfinished, write_json
+from raise_env.foreign_files import check_inside, check_regular, numbered_lines, parse_json
+from raise_env.foreign_files import read_json as read_any_json
 from raise_env.record import EpisodeRecord, versions
 
 __all__ = ["RunFolder", "read_json", "whole_lines", "whole_records"]
 
 RUN_VERSION = 1
+
+#: What a piece of a run costs, each in `costs` by piece and in a field of its own in sum.
+_KINDS_OF_COST = ("seconds", "phi_tokens", "divergences")
 
 
 class RunFolder:
@@ -125,7 +122,7 @@ class RunFolder:
         costs = self.state.setdefault("costs", {}).setdefault(part, {})
         before = costs.get(str(number), {}).get("seconds", 0.0)
         costs[str(number)] = {"seconds": max(before, seconds), "phi_tokens": tokens, "divergences": divergences}
-        for kind in ("seconds", "phi_tokens", "divergences"):
+        for kind in _KINDS_OF_COST:
             self.state.setdefault(kind, {})[part] = sum(cost[kind] for cost in costs.values())
         self.note()
 
@@ -225,22 +222,35 @@ def _check_state(state: Mapping[str, Any], path: Path) -> None:
     Raises:
         RecordError: It is so.
     """
-    faults = [name for name in ("plan", "versions", "content", "seconds", "phi_tokens") if not _is_object(state, name)]
+    objects = ("plan", "versions", "content", "costs", *_KINDS_OF_COST)
+    faults = [name for name in objects if not _is_object(state, name)]
     plan = state.get("plan")
     if isinstance(plan, dict):
         entries, num_seeds = plan.get("entries", {}), plan.get("num_seeds", 0)
         if not isinstance(entries, dict) or not isinstance(num_seeds, int):
             faults.append("plan")
-    counts = [state[name] for name in ("seconds", "phi_tokens") if isinstance(state.get(name), dict)]
-    if not all(isinstance(value, (int, float)) for part in counts for value in part.values()):
-        faults.append("seconds")
+    faults += [name for name in _KINDS_OF_COST if not faults and not _are_numbers(state.get(name, {}).values())]
+    if not faults and not all(map(_is_costs_of_part, state.get("costs", {}).values())):
+        faults.append("costs")
     returns = state.get("episode_returns", [])
-    if not isinstance(returns, list) or not all(isinstance(value, (int, float)) for value in returns):
+    if not isinstance(returns, list) or not _are_numbers(returns):
         faults.append("episode_returns")
     if not isinstance(state.get("start"), str):
         faults.append("start")
     if faults:
         raise RecordError(f"{path}: the field {faults[0]!r} is not as promised; expected what an earlier run wrote.")
+
+
+def _is_costs_of_part(part: object) -> bool:
+    """Return whether each piece of a part has each kind of cost."""
+    if not isinstance(part, dict):
+        return False
+    kinds = [[piece.get(kind) for kind in _KINDS_OF_COST] for piece in part.values() if isinstance(piece, dict)]
+    return len(kinds) == len(part) and all(map(_are_numbers, kinds))
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
 
 
 def _is_object(state: Mapping[str, Any], name: str) -> bool:

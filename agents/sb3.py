@@ -42,7 +42,8 @@ from torch import Tensor, nn
 
 from raise_env import PickOne, RaiseSelectEnv, TopKScores
 from raise_env.errors import OutputError, RecordError, SettingError, suggestion
-from raise_env.files import check_inside, check_regular, read_json, replaced_folder, write_json
+from raise_env.files import replaced_folder, write_json
+from raise_env.foreign_files import check_inside, check_regular, read_json
 from raise_env.vector import RaiseSelectVectorEnv
 
 from .base import DEFAULT_BATCH_SIZE, Progress, world_of

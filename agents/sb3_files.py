@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from raise_env.errors import RecordError
-from raise_env.files import check_regular, max_bytes, parse_json
+from raise_env.foreign_files import check_regular, max_bytes, parse_json
 
 __all__ = ["SavedModel", "check_widths", "observation_shape"]
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raise_env.errors import RecordError
-from raise_env.files import check_inside, check_regular, read_json, replaced_folder, write_json
+from raise_env.files import replaced_folder, write_json
+from raise_env.foreign_files import check_inside, check_regular, read_json
 
 from .feature_view import FeatureView
 

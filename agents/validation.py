@@ -14,7 +14,7 @@ from typing import Any
 
 from raise_env.config import EnvConfig
 from raise_env.errors import RaiseEnvError, RecordError
-from raise_env.files import check_inside, numbered_lines, parse_json
+from raise_env.foreign_files import check_inside, numbered_lines, parse_json
 from raise_env.record import TOLERANCE, Difference, EpisodeRecord, read_records, replay
 from raise_env.side_by_side import one_thread
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings, check_foreign_lora
 from .errors import ModelError, SettingError
-from .files import check_regular, read_json
+from .foreign_files import check_regular, read_json
 
 __all__ = ["adapter_settings", "content_hash", "first_adapter", "read_adapter", "starting_form"]
 

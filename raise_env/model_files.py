@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .errors import ModelError
-from .files import check_inside, check_regular, read_json
+from .foreign_files import check_inside, check_regular, read_json
 
 __all__ = ["check_model_folder", "check_room", "num_weights"]
 

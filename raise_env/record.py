@@ -25,7 +25,7 @@ import numpy as np
 from .config import TINY, EnvConfig, check_foreign_lora
 from .env import RaiseSelectEnv
 from .errors import RaiseEnvError, RecordError, SettingError
-from .files import numbered_lines, parse_json
+from .foreign_files import numbered_lines, parse_json
 from .rewards import DIVERGENCE_PENALTY
 
 __all__ = [

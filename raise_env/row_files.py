@@ -4,7 +4,7 @@ A fault is named by file, line and column. Rows are read one by one; only a .jso
 memory. What JSON cannot say becomes what it can: NaN and infinity become None, a date its usual text.
 
 A packed file may be far smaller than what it holds. What grows to more than `MOST_GROWTH` times its size may hold
-`files.max_bytes` at most: a real file is packed less tightly, and may be as large as it will.
+`foreign_files.max_bytes` at most: a real file is packed less tightly, and may be as large as it will.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import DataError, RaiseEnvError, describe, excerpt
-from .files import MAX_BYTES_VARIABLE, lines_of, max_bytes, parse_json
+from .foreign_files import MAX_BYTES_VARIABLE, lines_of, max_bytes, parse_json
 
 __all__ = [
     "ENDINGS",

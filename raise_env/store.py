@@ -32,7 +32,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import OutputError
-from .files import check_regular, clear_unfinished, read_json, write_json
+from .files import clear_unfinished, write_json
+from .foreign_files import check_regular, read_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

@@ -29,7 +29,7 @@ from raise_env.agents.job import check_line
 from raise_env.agents.run_folder import whole_lines, whole_records
 from raise_env.config import EnvConfig
 from raise_env.errors import DataError, RaiseEnvError, RecordError, SettingError
-from raise_env.files import parse_json
+from raise_env.foreign_files import parse_json
 from raise_env.pool import Pool
 from raise_env.reading import read_pool
 from raise_env.record import EpisodeRecord
@@ -351,6 +351,8 @@ def test_run_folder__files_changed__are_refused_or_gone_on_with(examples: int, t
         "content": {"pool": "a"},
         "seconds": {"learning": 1.0},
         "phi_tokens": {"learning": 1},
+        "costs": {"learning": {"1": {"seconds": 1.0, "phi_tokens": 1, "divergences": 0}}},
+        "divergences": {"learning": 0},
         "episode_returns": [0.1],
     }
 
@@ -364,7 +366,7 @@ def test_run_folder__files_changed__are_refused_or_gone_on_with(examples: int, t
             run = open_run(tmp_path)
         except RaiseEnvError:
             return
-        run.add("learning", 1.0, 1)  # type: ignore[attr-defined]
+        run.book("learning", 1, 1.0, 1)  # type: ignore[attr-defined]
 
     fuzz("changed run.json", st.tuples(steps, changes), check, examples)
 

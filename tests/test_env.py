@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -846,8 +847,83 @@ def test_probe__action_that_diverges__scores_minus_infinity():
     env = toy_env(num_rows=32, diverges_on=5)
     env.reset(seed=0)
     actions = np.stack([env.candidates == 5, env.candidates == 6]).astype(np.int8)
-    assert np.isfinite(env.probe(actions)).tolist() == [False, True]
+    scores = env.probe(actions)
+    assert scores[0] == -np.inf
+    assert np.isfinite(scores[1])
     assert env.step(actions[1])[4]["diverged"] is False
+
+
+class Told(FakeLearner):
+    """A learner that notes what it is asked for; its copies note it in the same place."""
+
+    calls: ClassVar[list[tuple]] = []
+
+    def probe(self, *args):
+        self.calls.append(("probe", *args[1:]))
+        return super().probe(*args)
+
+    def row_gradients(self, *args, **kwargs):
+        self.calls.append(("row_gradients", *args, kwargs))
+        return super().row_gradients(*args, **kwargs)
+
+    def dev_direction(self, *args, **kwargs):
+        self.calls.append(("dev_direction", *args, kwargs))
+        return super().dev_direction(*args, **kwargs)
+
+    def copy(self):
+        return Told(self.values, self.num_dev, self.diverges_on, self.ledger, self.state)
+
+
+@pytest.fixture
+def told():
+    """An environment after a step, and what its learner is asked for from then on."""
+    env = toy_env()
+    learner = env.assets.learner
+    env._assets = dataclasses.replace(env.assets, learner=Told(learner.values, learner.num_dev))
+    env.reset(seed=0)
+    env.step(first_rows(env, 8))
+    Told.calls.clear()
+    return env, Told.calls
+
+
+def test_probe__what_the_learner_is_told__rows_once_each_and_one_seed_a_round(told):
+    env, calls = told
+    for num_dev in (15, 15, 16, None):
+        env.probe(np.zeros((2, 32)), num_dev=num_dev)
+    env.step(first_rows(env, 8))
+    env.probe(np.zeros((2, 32)), num_dev=15)
+    names, progress, seeds, subsets = zip(*calls, strict=True)
+    assert set(names) == {"probe"}
+    assert progress == (0.1, 0.1, 0.1, 0.1, 0.2)
+    assert [len(rows) for rows in subsets] == [15, 15, 16, 16, 15]
+    assert all((np.diff(rows) > 0).all() for rows in subsets), "in their order, none twice"
+    assert subsets[2].tolist() == subsets[3].tolist() == list(range(16))
+    assert len(set(seeds[:4])) == 1
+    assert seeds[4] != seeds[0]
+    assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
+
+
+def test_row_gradients__what_the_learner_is_told__is_what_was_asked(told):
+    env, calls = told
+    env.row_gradients([3, 1])
+    env.row_gradients(np.array([2]), "dev", adam=True)
+    assert [(call[1].tolist(), *call[2:]) for call in calls] == [
+        ([3, 1], None, {"adam": False}),
+        ([2], "dev", {"adam": True}),
+    ]
+
+
+def test_dev_direction__what_the_learner_is_told__half_the_rate_and_a_seed_a_round(told):
+    env, calls = told
+    assert env.dev_direction().tolist() == [1.0]
+    env.dev_direction(2, 4)
+    env.step(first_rows(env, 8))
+    env.dev_direction(2, batch_size=4)
+    assert [call[1:3] for call in calls] == [(8, 16), (2, 4), (2, 4)]
+    assert [call[3]["progress"] for call in calls] == [0.5] * 3
+    seeds = [call[3]["seed"] for call in calls]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
 
 
 def test_probe__bad_action__is_refused(env):
@@ -949,8 +1025,37 @@ def test_row_losses__embedded_model__are_of_the_model_as_it_is(embedded_env):
 
 
 def test_render__without_a_mode__warns_and_draws_nothing(env):
-    with pytest.warns(UserWarning, match="render_mode"):
+    with pytest.warns(UserWarning, match=r'render\(\) needs a mode: gym.make\("RaiseSelect-v0", render_mode="ansi"'):
         assert env.render() is None
+
+
+def test_render__what_is_drawn__is_the_last_step_and_the_way_to_it(monkeypatch):
+    monkeypatch.setattr("raise_env.render.render_ansi", lambda view: view)
+    env = toy_env(
+        num_rows=40, render_mode="ansi", num_classes=8, num_candidates=64
+    )  # three places of eight are padding
+    env.reset(seed=0)
+    before = env.render()
+    assert (before.step, before.horizon, before.budget_left, before.last_reward) == (0, 10, 80, None)
+    assert (before.score_name, before.num_classes) == ("-dev loss (nats/token)", 8)
+    assert before.dev_scores == env.dev_scores
+    assert before.taken_history.shape == (0, 8)
+    assert not before.taken_mask.any()
+    assert np.bincount(before.offered_classes + 1).tolist() == [24, *[5] * 8]
+    offered, classes = env.candidates, env.candidate_classes
+    _, reward, *_ = env.step(np.isin(np.arange(64), [0, 8, 9]))
+    after = env.render()
+    assert (after.step, after.budget_left, after.last_reward) == (1, 77, reward)
+    assert np.flatnonzero(after.taken_mask).tolist() == [0, 8, 9]
+    assert after.taken_history.tolist() == [[1, 2, 0, 0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(after.offered_classes, np.where(offered == -1, -1, classes))
+
+
+def test_render__another_reward__is_named(monkeypatch):
+    monkeypatch.setattr("raise_env.render.render_ansi", lambda view: view)
+    env = toy_env(render_mode="ansi", reward="exact_match")
+    env.reset(seed=0)
+    assert env.render().score_name == "dev exact_match"
 
 
 @pytest.mark.parametrize("mode", ["ansi", "rgb_array"])

@@ -132,6 +132,14 @@ def test_replay__tampered__tells_both_sides(record, name):
     assert (difference.recorded, difference.replayed) == tuple(side(record) for side in BOTH_SIDES[name])
 
 
+def test_replay__a_test_score_where_there_is_no_test_set__is_found(monkeypatch):
+    record = run(toy_env(has_test=False))
+    monkeypatch.setattr("raise_env.record.RaiseSelectEnv", lambda **_: toy_env(has_test=False))
+    assert replay(record) == (None, 0.0)
+    difference, _ = replay(EpisodeRecord.from_json(changed(record, test_score=0.5), "here"))
+    assert str(difference) == "test score: recorded 0.5, replayed None"
+
+
 def test_replay__no_tolerance__is_equal_to_the_bit(record):
     assert replay(record, tolerance=0.0) == (None, 0.0)
 

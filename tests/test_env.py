@@ -26,7 +26,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 import raise_env
 from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores, assets
 from raise_env.config import ENV_IDS
-from raise_env.env import StepOutcome
+from raise_env.env import StepOutcome, step_together
 from raise_env.errors import ActionError, MemoryShortageError, ModelError, SettingError
 from raise_env.features import CLIP, FEATURE_NAMES
 from raise_env.rewards import DIVERGENCE_PENALTY
@@ -862,6 +862,10 @@ class Told(FakeLearner):
         self.calls.append(("probe", *args[1:]))
         return super().probe(*args)
 
+    def evaluate(self, split, subset=None):
+        self.calls.append(("evaluate", split, self.scores_choices))
+        return super().evaluate(split, subset)
+
     def row_gradients(self, *args, **kwargs):
         self.calls.append(("row_gradients", *args, kwargs))
         return super().row_gradients(*args, **kwargs)
@@ -886,14 +890,60 @@ def told():
     return env, Told.calls
 
 
+def test_restore__between_two_scores__the_next_one_is_made_when_it_is_due_and_only_then(monkeypatch):
+    env = toy_env(score_every=2)
+    env.reset(seed=0)
+    fresh = env.snapshot()
+    env.step(first_rows(env, 8))
+    unscored = env.snapshot()
+    scored = []
+    evaluate = FakeLearner.evaluate
+    monkeypatch.setattr(FakeLearner, "evaluate", lambda *args: scored.append(args[1]) or evaluate(*args))
+    env.restore(unscored)
+    assert env.step(np.zeros(32))[1] != 0
+    assert scored == ["dev"]
+    env.restore(fresh)
+    for _ in range(2):
+        assert env.step(np.zeros(32))[1] == 0
+    assert scored == ["dev"], "nothing was trained: the first score still holds"
+
+
+def test_evaluate__dev_rows_with_choices__scores_them_though_steps_do_not(told):
+    env, calls = told
+    choices = dataclasses.replace(
+        env.assets.base_evaluation,
+        choice_scores=(np.array([-1.0, -2.0]),) * 16,
+        choice_lengths=(np.ones(2),) * 16,
+        choice_answers=np.zeros(16, dtype=np.int64),
+    )
+    env.evaluate("dev")
+    env._assets = dataclasses.replace(env.assets, base_evaluation=choices)
+    env.evaluate("dev")
+    env.evaluate("test")
+    env._learner.scores_choices = True
+    env.evaluate("dev")
+    assert calls == [
+        *[("evaluate", "dev", False), ("evaluate", "dev", True), ("evaluate", "test", False)],
+        ("evaluate", "dev", True),
+    ]
+
+
+def test_step_together__an_action_too_few__is_refused_before_anything_moves():
+    envs = [toy_env(), toy_env()]
+    for env in envs:
+        env.reset(seed=0)
+    with pytest.raises(ValueError, match="shorter"):
+        step_together(envs, [np.ones(32)])
+    assert [env.num_steps for env in envs] == [0, 0]
+
+
 def test_probe__what_the_learner_is_told__rows_once_each_and_one_seed_a_round(told):
     env, calls = told
     for num_dev in (15, 15, 16, None):
         env.probe(np.zeros((2, 32)), num_dev=num_dev)
     env.step(first_rows(env, 8))
     env.probe(np.zeros((2, 32)), num_dev=15)
-    names, progress, seeds, subsets = zip(*calls, strict=True)
-    assert set(names) == {"probe"}
+    progress, seeds, subsets = zip(*[call[1:] for call in calls if call[0] == "probe"], strict=True)
     assert progress == (0.1, 0.1, 0.1, 0.1, 0.2)
     assert [len(rows) for rows in subsets] == [15, 15, 16, 16, 15]
     assert all((np.diff(rows) > 0).all() for rows in subsets), "in their order, none twice"
@@ -919,9 +969,10 @@ def test_dev_direction__what_the_learner_is_told__half_the_rate_and_a_seed_a_rou
     env.dev_direction(2, 4)
     env.step(first_rows(env, 8))
     env.dev_direction(2, batch_size=4)
-    assert [call[1:3] for call in calls] == [(8, 16), (2, 4), (2, 4)]
-    assert [call[3]["progress"] for call in calls] == [0.5] * 3
-    seeds = [call[3]["seed"] for call in calls]
+    asked = [call[1:] for call in calls if call[0] == "dev_direction"]
+    assert [call[:2] for call in asked] == [(8, 16), (2, 4), (2, 4)]
+    assert [call[2]["progress"] for call in asked] == [0.5] * 3
+    seeds = [call[2]["seed"] for call in asked]
     assert seeds[0] == seeds[1] != seeds[2]
     assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
 

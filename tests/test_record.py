@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -182,46 +183,71 @@ def test_replay__small_distance__is_told_and_tolerated(record):
     assert replay(EpisodeRecord.from_json(text, "here"), tolerance=1e-6)[0].what == "reward of step 1"
 
 
+#: What makes a record no record: changed fields, the field that is named, and what was expected of it.
 BAD = {
-    "missing field": ({"rewards": ...}, "rewards"),
-    "unknown field": ({"extra": 1}, "extra"),
-    "schema_version": ({"schema_version": SCHEMA_VERSION + 1}, "schema_version"),
-    "other env": ({"env": {"id": "CartPole-v1", "kwargs": {}}}, "RaiseSelect-v0"),
-    "env no object": ({"env": "RaiseSelect-v0"}, "env"),
-    "kwargs": ({"env": {"id": "RaiseSelect-v0", "kwargs": []}}, "env.kwargs"),
-    "unknown setting": ({"env": {"id": "RaiseSelect-v0", "kwargs": {"horizont": 1}}}, "'env.kwargs': .*horizon"),
-    "bad setting": ({"env": {"id": "RaiseSelect-v0", "kwargs": {"model": 5}}}, "'env.kwargs': model"),
-    "agent": ({"agent": 1}, "agent"),
-    "seed": ({"seed": 1.5}, "seed"),
-    "negative seed": ({"seed": -1}, "seed"),
-    "bool seed": ({"seed": True}, "seed"),
-    "actions": ({"actions": [["a"], [], []]}, "field 'actions' .* expected lists of pool ids"),
-    "no actions": (
-        {"actions": [], "rewards": [], "dev_scores": [0.0]},
-        "field 'actions' .* expected at least one step",
+    "missing fields": ({"rewards": ..., "agent": ...}, "record", "the fields agent, rewards too"),
+    "unknown fields": ({"extra": 1, "and": 2}, "record", "no fields and, extra"),
+    "other env": (
+        {"env": {"id": "CartPole-v1", "kwargs": {}}},
+        "env",
+        '{"id": "RaiseSelect-v0", "kwargs": ...}',
     ),
-    "rewards": ({"rewards": ["a", 0, 0]}, "field 'rewards' .* expected a list of numbers"),
-    "fewer rewards": ({"rewards": [0.0]}, "field 'rewards' .* expected 3 of them, one for each step"),
-    "dev_scores": ({"dev_scores": [True, 0, 0, 0]}, "field 'dev_scores' .* expected a list of numbers"),
-    "fewer dev scores": ({"dev_scores": [0.0]}, "field 'dev_scores' .* expected 4 of them"),
-    "test_score": ({"test_score": "high"}, "field 'test_score' .* expected a number, or null"),
-    "content": ({"content": []}, "field 'content' .* expected hashes of model, pool and dev"),
-    "no content": ({"content": {}}, "field 'content' .* expected hashes of model, pool and dev"),
-    "final": ({"final": {"test_loss": "low"}}, "field 'final' .* expected scores by name"),
+    "env no object": ({"env": "RaiseSelect-v0"}, "env", '{"id": "RaiseSelect-v0", "kwargs": ...}'),
+    "kwargs": ({"env": {"id": "RaiseSelect-v0", "kwargs": []}}, "env.kwargs", "a JSON object of settings"),
+    "agent": ({"agent": 1}, "agent", "a name"),
+    "seed": ({"seed": 1.5}, "seed", "a whole number of at least 0"),
+    "negative seed": ({"seed": -1}, "seed", "a whole number of at least 0"),
+    "bool seed": ({"seed": True}, "seed", "a whole number of at least 0"),
+    "actions": ({"actions": [["a"], [], []]}, "actions", "lists of pool ids"),
+    "no actions": ({"actions": [], "rewards": [], "dev_scores": [0.0]}, "actions", "at least one step"),
+    "rewards": ({"rewards": ["a", 0, 0]}, "rewards", "a list of numbers"),
+    "fewer rewards": ({"rewards": [0.0]}, "rewards", "3 of them, one for each step"),
+    "dev_scores": ({"dev_scores": [True, 0, 0, 0]}, "dev_scores", "a list of numbers"),
+    "fewer dev scores": ({"dev_scores": [0.0]}, "dev_scores", "4 of them"),
+    "test_score": ({"test_score": "high"}, "test_score", "a number, or null"),
+    "content": ({"content": []}, "content", "hashes of model, pool and dev at least"),
+    "no content": ({"content": {}}, "content", "hashes of model, pool and dev at least"),
+    "final": ({"final": {"test_loss": "low"}}, "final", "scores by name"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_from_json__not_as_promised__names_the_place_and_the_field(record, name):
-    values, said = BAD[name]
-    with pytest.raises(RecordError, match=said) as caught:
+    values, field, expected = BAD[name]
+    with pytest.raises(RecordError) as caught:
         EpisodeRecord.from_json(changed(record, **values), "episodes.jsonl, line 7")
-    assert str(caught.value).startswith("episodes.jsonl, line 7: ")
+    assert str(caught.value) == f"episodes.jsonl, line 7: field {field!r} is not as promised; expected {expected}."
+
+
+@pytest.mark.parametrize(("kwargs", "said"), [({"horizont": 1}, ".*horizon"), ({"model": 5}, "model")])
+def test_from_json__settings_that_cannot_be__are_named(record, kwargs, said):
+    env = {"id": "RaiseSelect-v0", "kwargs": kwargs}
+    with pytest.raises(RecordError, match=f"^here: field 'env.kwargs': {said}"):
+        EpisodeRecord.from_json(changed(record, env=env), "here")
+
+
+def test_from_json__record_of_another_version__says_which_is_read(record):
+    with pytest.raises(
+        RecordError, match=f"^here: schema_version is 7; this version of raise-env reads {SCHEMA_VERSION}"
+    ):
+        EpisodeRecord.from_json(changed(record, schema_version=7), "here")
+
+
+def test_from_json__whole_numbers_and_seed_0__are_numbers(record):
+    whole = {"seed": 0, "rewards": [0, 1, 2], "dev_scores": [0, 0, 1, 3], "test_score": 1, "final": {"test_loss": 1}}
+    read = EpisodeRecord.from_json(changed(record, **whole), "here")
+    assert {name: getattr(read, name) for name in whole} == whole
+
+
+def test_to_json__not_a_number__is_refused(record):
+    with pytest.raises(ValueError, match="JSON"):
+        dataclasses.replace(record, rewards=[math.nan]).to_json()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "5", "null", "[" * 100_000, ""], ids=lambda text: text[:4] or "empty")
 def test_from_json__no_record__is_said(text):
-    with pytest.raises(RecordError, match="here"):
+    said = "^here: (not JSON|field 'record' is not as promised; expected a JSON object.$)"
+    with pytest.raises(RecordError, match=said):
         EpisodeRecord.from_json(text, "here")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raise_env.errors import DataError, OutputError, RecordError, SettingError
-from raise_env.files import clear_unfinished, write_json
+from raise_env.files import clear_unfinished, clear_unfinished_beside, write_json
 from raise_env.foreign_files import check_inside, check_regular, numbered_lines, parse_json
 from raise_env.foreign_files import read_json as read_any_json
 from raise_env.record import EpisodeRecord, versions
@@ -72,6 +72,7 @@ class RunFolder:
             _check_same(before, {"command": command, **plan}, path)
             state |= {"status": "running", "plan": dict(plan)}
         else:
+            clear_unfinished_beside(path)  # nothing else is written before it
             begun = {"command": command, "plan": dict(plan), "versions": versions()}
             state = {"schema_version": RUN_VERSION, "status": "running", "start": _now(), **begun}
         return cls(folder, state)

@@ -25,6 +25,7 @@ from .errors import OutputError, RaiseEnvError
 __all__ = [
     "append_line",
     "clear_unfinished",
+    "clear_unfinished_beside",
     "held",
     "prepare_folder",
     "replaced",
@@ -170,6 +171,12 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def clear_unfinished_beside(path: Path) -> None:
+    """Remove what processes that were killed were about to make this file of; its folder is held."""
+    for left in path.parent.glob(f".{path.name}.*{_UNFINISHED}"):
+        left.unlink(missing_ok=True)
 
 
 def clear_unfinished(folder: Path) -> None:

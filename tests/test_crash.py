@@ -114,12 +114,13 @@ def bench_trial(nursery, folder, small_settings):
     return Trial(nursery, folder, "bench", out="OUT", settings=small_settings, entries=entries, num_seeds=2)
 
 
-def finetune_trial(nursery, folder, small_settings):
+def finetune_trial(nursery, folder, small_settings, own_cache=True):
     made = folder / "selector-of"
     plan = plan_of("raise_ppo", small_settings, episodes=1, num_runs=1)
     assert nursery.run("train", {"out": str(made), "plan": plan})["status"] == 0
     selector = str(made / "selector")
-    return Trial(nursery, folder, "finetune", own_cache=True, out="OUT", selector=selector, settings=small_settings)
+    given = {"out": "OUT", "selector": selector, "settings": small_settings}
+    return Trial(nursery, folder, "finetune", own_cache=own_cache, **given)
 
 
 def test_train__killed_again_and_again__equals_an_undisturbed_run(nursery, tmp_path, small_settings):
@@ -132,6 +133,15 @@ def test_features__killed_again_and_again__equal_those_made_in_one_go(nursery, t
     trial = features_trial(nursery, tmp_path, small_settings, in_memory=None)
     trial.survive(random.Random(3), kills_at_most=2)
     assert trial.num_kills
+
+
+def test_finetune__killed_at_each_of_its_first_deeds__leaves_nothing_behind(nursery, tmp_path, small_settings):
+    """Before run.json is there, and so before anything tells that the folder holds a run."""
+    trial = finetune_trial(nursery, tmp_path, small_settings, own_cache=False)
+    for deed in range(1, 6):
+        assert trial.run("killed", die_at=deed)["status"] == -signal.SIGKILL
+    assert trial.run("killed")["status"] == 0
+    assert_equal(tmp_path / "killed", tmp_path / "undisturbed")
 
 
 MAKERS = {

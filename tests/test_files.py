@@ -15,6 +15,7 @@ from raise_env.errors import OutputError
 from raise_env.files import (
     append_line,
     clear_unfinished,
+    clear_unfinished_beside,
     held,
     prepare_folder,
     replaced,
@@ -185,6 +186,14 @@ def test_clear_unfinished__what_killed_processes_left__is_removed_and_nothing_el
     assert set(names(tmp_path)) == {*kept, "deep", "results"}
     assert names(tmp_path / "deep") == []
     assert names(tmp_path / "results") == ["new.txt"]
+
+
+def test_clear_unfinished_beside__what_was_to_become_this_file__is_all_that_goes(tmp_path):
+    kept = {"run.json", ".results.jsonl.abcdefgh.unfinished", ".run.json", "a.run.json.b.unfinished"}
+    for name in {*kept, ".run.json.abcdefgh.unfinished"}:
+        (tmp_path / name).write_text("mine")
+    clear_unfinished_beside(tmp_path / "run.json")
+    assert set(names(tmp_path)) == kept
 
 
 def test_scratch_folder__after_use_and_a_day_after_a_kill__is_gone(tmp_path, monkeypatch):

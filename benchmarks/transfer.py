@@ -1,13 +1,15 @@
 """What a selector that was learned on one pool is worth on another.
 
-    python benchmarks/transfer.py --out runs/transfer --seeds 5
-    python benchmarks/transfer.py --out runs/transfer_real --seeds 3 --real ../shared
+    python benchmarks/transfer.py --out runs/transfer --seeds 3
+    python benchmarks/transfer.py --out runs/transfer_real --seeds 3 --runs 1 --model stories260K-hf \
+        --real runs/real --learned runs/targets
 
 For each seed a selector learns at home and chooses away, where it is compared with random rows, with a selector that
 learned there, and on embedded pools with the oracle. It chooses twice: shown the other pool in the units of the one
 that it learned on, as `finetune --selector` does, and in those of the other pool, which is what would be seen
-without that. All final runs of a seed are offered the same candidates. Lines of results.jsonl that are there already
-are not made again. docs/results/transfer.md tells what came out.
+without that. All final runs of a seed are offered the same candidates. Real data are the files of real_targets.py;
+selectors that `bench` learned on them, a folder for each target, are taken as they are. Lines of results.jsonl that are
+there already are not made again. docs/results/transfer.md tells what came out.
 """
 
 from __future__ import annotations
@@ -29,12 +31,9 @@ from raise_env.agents.statistics import mean_interval
 from raise_env.files import append_line
 from raise_env.tiny.task import EmbeddedTask, generate_task
 
-#: Final runs of each way to choose.
-NUM_RUNS = 3
-
 OTHER_SKILLS = ("next", "opposite", "capital", "letter")
 
-#: Rank, rate and length of docs/results/gsm8k.md.
+#: Those of docs/results/targets.md.
 REAL_SETTINGS = {
     "horizon": 60,
     "num_candidates": 256,
@@ -47,14 +46,29 @@ REAL_SETTINGS = {
 }
 
 
+#: Where a selector has learned, and the target that it then chooses for, from the same pool.
+PAIRS = (("gsm8k", "arc"), ("gsm8k", "commonsenseqa"), ("commonsenseqa", "gsm8k"))
+
+
 @dataclass(frozen=True)
 class Case:
-    """Where a selector learns, and where it then chooses: keywords of the environment."""
+    """Where a selector learns, and where it then chooses: keywords of the environment.
+
+    Attributes:
+        name: What is said of it.
+        home: Where the selector learns.
+        away: Where it chooses.
+        has_oracle: Whether labels are known there.
+        learned_home: The folder of a selector that has learned at home already.
+        learned_away: The same, away.
+    """
 
     name: str
     home: dict[str, Any]
     away: dict[str, Any]
     has_oracle: bool = True
+    learned_home: Path | None = None
+    learned_away: Path | None = None
 
 
 def embedded_cases(folder: Path, seed: int) -> Iterator[Case]:
@@ -77,19 +91,23 @@ def _written(folder: Path, name: str, task: EmbeddedTask, seed: int) -> dict[str
     return {split: _write(folder / f"{split}.jsonl", [row.fields for row in rows]) for split, rows in splits.items()}
 
 
-def real_cases(folder: Path, shared: Path) -> Iterator[Case]:
-    """Yield Alpaca's halves, and another target, with the model stories260K."""
-    with open(shared / "data/alpaca/alpaca.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    unbiased = [row for row in rows if {"random_9k", "alpaca_5000"} & set(row["in"])]
-    halves = [_write(folder / f"half-{index}.jsonl", unbiased[index::2]) for index in range(2)]
-    model = {"model": str(shared / "models/stories260K-hf"), **REAL_SETTINGS}
-    data = shared / "data"
-    gsm8k = {split: str(data / f"gsm8k/{file}.jsonl") for split, file in (("dev", "train"), ("test", "test"))}
-    arc = {split: str(data / f"arc_challenge/{file}.json") for split, file in (("dev", "train"), ("test", "test"))}
-    home = {**model, "pool": halves[0], **gsm8k}
-    yield Case("the other half of Alpaca", home, {**home, "pool": halves[1]}, has_oracle=False)
-    yield Case("ARC instead of GSM8K", home, {**home, **arc}, has_oracle=False)
+def real_cases(folder: Path, arguments: argparse.Namespace, seed: int) -> Iterator[Case]:
+    """Yield Alpaca's halves, and other targets."""
+    real = arguments.real
+    targets = {
+        target: {split: str(real / f"{target}-{split}.jsonl") for split in ("dev", "test")}
+        for target in ("gsm8k", "arc", "commonsenseqa")
+    }
+    rows = [json.loads(line) for line in (real / "alpaca.jsonl").read_text(encoding="utf-8").splitlines()]
+    halves = [_write(folder / f"half-{index}.jsonl", rows[index::2]) for index in range(2)]
+    model = {"model": arguments.model, **REAL_SETTINGS}
+    first, second = ({**model, "pool": half, **targets["gsm8k"]} for half in halves)
+    yield Case("the other half of Alpaca", first, second, has_oracle=False)
+    for home, away in PAIRS:
+        selectors = [arguments.learned / target / "selectors/own/raise_fork" / str(seed) for target in (home, away)]
+        whole = {**model, "pool": str(real / "alpaca.jsonl")}
+        settings = [{**whole, **targets[target]} for target in (home, away)]
+        yield Case(f"{away}, learned on {home}", *settings, False, *selectors)
 
 
 def _write(path: Path, rows: list[Any]) -> str:
@@ -98,25 +116,25 @@ def _write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def learned_on(settings: dict[str, Any], seed: int) -> RaiseFork:
-    """Return a selector that has learned on a pool."""
+def learned_on(settings: dict[str, Any], seed: int, folder: Path | None) -> RaiseFork:
+    """Return a selector that has learned on a pool, now or before."""
+    if folder is not None:
+        return RaiseFork.load(folder)
     return RaiseFork().learn(RaiseSelectEnv(**settings), RaiseFork.default_episodes, seed=seed)
 
 
-def measure(case: Case, seed: int, learned: RaiseFork) -> dict[str, list[float]]:
+def measure(case: Case, seed: int, learned: RaiseFork, num_runs: int) -> dict[str, list[float]]:
     """Return the test losses of each way to choose away from home."""
     away = RaiseSelectEnv(**case.away)
-    as_it_is = copy.copy(learned)
-    as_it_is.view = None  # so that nothing is translated
-    agents: dict[str, Any] = {
-        "random": make_agent("random"),
-        "learned at home": learned,
-        "the same, in the other pool's units": as_it_is,
-        "learned there": learned_on(case.away, seed),
-    }
+    agents: dict[str, Any] = {"random": make_agent("random"), "learned at home": learned}
+    if case.away["pool"] != case.home["pool"]:
+        as_it_is = copy.copy(learned)
+        as_it_is.view = None  # so that nothing is translated
+        agents["the same, in the other pool's units"] = as_it_is
+    agents["learned there"] = learned_on(case.away, seed, case.learned_away)
     if case.has_oracle:
         agents["oracle"] = make_agent("oracle")
-    seeds = [1000 * (seed + 1) + run for run in range(NUM_RUNS)]
+    seeds = [1000 * (seed + 1) + run for run in range(num_runs)]
     return {name: [_test_loss(away, agent, own, name) for own in seeds] for name, agent in agents.items()}
 
 
@@ -145,7 +163,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--real", type=Path, help="folder of real models and data, instead of the embedded ones")
+    parser.add_argument("--runs", type=int, default=3, help="final runs of each way to choose")
+    parser.add_argument("--real", type=Path, help="the folder that real_targets.py wrote, instead of embedded pools")
+    parser.add_argument("--model", help="with --real, the model that is trained")
+    parser.add_argument("--learned", type=Path, help="with --real, folders of bench by target, with selectors in them")
     arguments = parser.parse_args()
     results = arguments.out / "results.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -153,13 +174,14 @@ def main() -> None:
     for seed in range(arguments.seeds):
         learned: dict[str, RaiseFork] = {}  # by home, which several cases share
         data = arguments.out / "data"
-        cases = real_cases(data, arguments.real) if arguments.real else embedded_cases(data, seed)
+        cases = real_cases(data, arguments, seed) if arguments.real else embedded_cases(data, seed)
         for case in cases:
             if (case.name, seed) in done:
                 continue
             home = json.dumps(case.home)
-            learned[home] = learned.get(home) or learned_on(case.home, seed)
-            lines.append({"case": case.name, "seed": seed, "test_loss": measure(case, seed, learned[home])})
+            learned[home] = learned.get(home) or learned_on(case.home, seed, case.learned_home)
+            test_loss = measure(case, seed, learned[home], arguments.runs)
+            lines.append({"case": case.name, "seed": seed, "test_loss": test_loss})
             append_line(results, json.dumps(lines[-1]))
     sys.stdout.write(table(lines) + "\n")
 

@@ -92,7 +92,7 @@ def _written(folder: Path, name: str, task: EmbeddedTask, seed: int) -> dict[str
 
 
 def real_cases(folder: Path, arguments: argparse.Namespace, seed: int) -> Iterator[Case]:
-    """Yield Alpaca's halves, and other targets."""
+    """Yield other targets, and the other half of the pool."""
     real = arguments.real
     targets = {
         target: {split: str(real / f"{target}-{split}.jsonl") for split in ("dev", "test")}
@@ -102,12 +102,12 @@ def real_cases(folder: Path, arguments: argparse.Namespace, seed: int) -> Iterat
     halves = [_write(folder / f"half-{index}.jsonl", rows[index::2]) for index in range(2)]
     model = {"model": arguments.model, **REAL_SETTINGS}
     first, second = ({**model, "pool": half, **targets["gsm8k"]} for half in halves)
-    yield Case("the other half of Alpaca", first, second, has_oracle=False)
     for home, away in PAIRS:
         selectors = [arguments.learned / target / "selectors/own/raise_fork" / str(seed) for target in (home, away)]
         whole = {**model, "pool": str(real / "alpaca.jsonl")}
         settings = [{**whole, **targets[target]} for target in (home, away)]
         yield Case(f"{away}, learned on {home}", *settings, False, *selectors)
+    yield Case("the other half of Alpaca", first, second, has_oracle=False)
 
 
 def _write(path: Path, rows: list[Any]) -> str:

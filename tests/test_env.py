@@ -1229,6 +1229,29 @@ def test_retrace__steps_that_were_taken_before__gives_what_step_gave_and_trains_
     assert [r.reward for r in again.history] == [r.reward for r in first.history]
 
 
+def test_retrace__outcome__is_taken_as_it_was_told():
+    env = toy_env(horizon=1)
+    env.reset(seed=0)
+    outcome = StepOutcome(dev_score=1.5, train_loss=0.25, test_score=-7.0)
+    _, reward, _, _, info = env.retrace(env.action_masks().astype(np.int8), outcome)
+    assert reward == 1.5 - env.dev_scores[0]
+    assert (info["dev_score"], info["train_loss"], info["test_score"]) == (1.5, 0.25, -7.0)
+    record = env.history[-1]
+    assert (record.dev_score, record.train_loss) == (1.5, 0.25)
+
+
+def test_retrace__outcomes_that_diverged__keep_the_score_and_are_counted():
+    env = toy_env()
+    env.reset(seed=0)
+    before = env.ledger.divergences
+    for episode in range(2):
+        env.reset(seed=episode)
+        *_, info = env.retrace(env.action_masks().astype(np.int8), StepOutcome(dev_score=9.0, diverged=True))
+        assert info["diverged"]
+        assert env.dev_scores == [env.dev_scores[0]] * 2
+    assert env.ledger.divergences == before + 2
+
+
 # Too little memory
 
 

@@ -205,6 +205,7 @@ BAD = {
     "dev_scores": ({"dev_scores": [True, 0, 0, 0]}, "dev_scores", "a list of numbers"),
     "fewer dev scores": ({"dev_scores": [0.0]}, "dev_scores", "4 of them"),
     "test_score": ({"test_score": "high"}, "test_score", "a number, or null"),
+    "versions": ({"versions": {"torch": 2}}, "versions", "versions by name"),
     "content": ({"content": []}, "content", "hashes of model, pool and dev at least"),
     "no content": ({"content": {}}, "content", "hashes of model, pool and dev at least"),
     "final": ({"final": {"test_loss": "low"}}, "final", "scores by name"),

@@ -44,9 +44,10 @@ def runs_of(folders: list[Path], target: str) -> dict[str, list[dict[str, Any]]]
 
 
 def shown(interval: Interval, name: str) -> str:
-    """Return a mean with its interval, as text."""
+    """Return a mean with its interval, as text; of one run the number alone."""
     scale, digits = (100, 1) if name != "test_loss" else (1, 3)
-    return f"{scale * interval.value:.{digits}f} ± {scale * interval.half_width:.{digits}f}"
+    spread = f" ± {scale * interval.half_width:.{digits}f}" if interval.has_ends else ""
+    return f"{scale * interval.value:.{digits}f}{spread}"
 
 
 def table(target: str, agents: dict[str, list[dict[str, Any]]], full: dict[str, Any]) -> Iterator[str]:
@@ -61,7 +62,7 @@ def table(target: str, agents: dict[str, list[dict[str, Any]]], full: dict[str, 
     gain = base["loss"] - best["test_loss"].mean()
     rows = [(base["loss"], "before", [_plain(base[SCORES[name]], name) for name in names], "", "0", "", "")]
     cells = [shown(mean_interval(best[name]), name) for name in names]
-    label = f"full, 3 epochs, rate {full['rate']:g}"
+    label = f"full, 3 epochs, rate {full['rate']:g}{', one seed' if len(full['full']) == 1 else ''}"
     rows.append((best["test_loss"].mean(), label, cells, "", "100%", "1.00", f"{min(full['seconds']):.0f}"))
     for agent, runs in agents.items():
         values = {name: np.array([run[name] for run in runs], dtype=float) for name in names}

@@ -135,8 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
         RecordError: The file cannot be read, leads out of its folder, or holds something else.
     """
     try:
-        check_inside(path, path.parent)
-        value = read_any_json(path)
+        value = read_any_json(path, inside=path.parent)
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: cannot be read ({error}); expected what an earlier run wrote.") from error
     if not isinstance(value, dict):

@@ -27,7 +27,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import BernoulliDistribution, DiagGaussianDistribution
 from stable_baselines3.common.logger import Logger
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from raise_env import PickOne, RaiseSelectEnv, TopKScores
 from raise_env.errors import OutputError, RecordError, SettingError, suggestion
 from raise_env.files import replaced_folder, write_json
-from raise_env.foreign_files import check_inside, check_regular, read_json
+from raise_env.foreign_files import read_json
 from raise_env.vector import RaiseSelectVectorEnv
 
 from .base import DEFAULT_BATCH_SIZE, Progress, world_of
@@ -52,6 +52,7 @@ from .networks import AcquisitionFunction, Critic
 from .sb3_buffer import LeanRolloutBuffer
 from .sb3_files import SavedModel, check_widths, observation_shape
 from .sb3_vector import ReportingVecEnv, StackedVecEnv
+from .selector_files import read_tensors
 from .subset import SubsetLaw
 
 __all__ = [
@@ -68,7 +69,7 @@ _LARGE_INPUT = 100_000
 
 #: What a selector's folder can make these libraries stumble over.
 _LOADING_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError, OSError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError),
     *(RuntimeError, SafetensorError, TypeError, ValueError),
 )
 
@@ -522,13 +523,10 @@ class Sb3Agent:
             RecordError: A file is missing, or not what `save` writes, or the features have changed since.
         """
         try:
-            check_inside(Path(folder, "config.json"), Path(folder))
-            config = read_json(Path(folder, "config.json"))
+            config = read_json(Path(folder, "config.json"), inside=Path(folder))
             if not isinstance(config, dict) or config["format"] != _FORMAT:
                 raise ValueError("it is of another format; learn it again with this version")
-            check_inside(Path(folder, "model.safetensors"), Path(folder))
-            check_regular(Path(folder, "model.safetensors"))
-            weights = load_file(Path(folder, "model.safetensors"))
+            weights = read_tensors(Path(folder, "model.safetensors"))
             form, policy = config["action_form"], config.get("policy")
             # Where learning would write is not for a file to say.
             hyperparameters = {n: v for n, v in config["hyperparameters"].items() if n != "tensorboard_log"}

@@ -21,7 +21,7 @@ from raise_env.foreign_files import check_inside, check_regular, read_json
 
 from .feature_view import FeatureView
 
-__all__ = ["SELECTOR_FORMAT", "check_room", "read_config", "stored_tensors", "write_selector"]
+__all__ = ["SELECTOR_FORMAT", "check_room", "read_config", "read_tensors", "stored_tensors", "write_selector"]
 
 #: Counts up when `read_config` could no longer read what an earlier `write_selector` wrote.
 SELECTOR_FORMAT = 2
@@ -69,8 +69,7 @@ def read_config(folder: Path, agent: str) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        check_inside(path, folder)
-        config = read_json(path)
+        config = read_json(path, inside=folder)
     except (OSError, ValueError) as error:
         raise RecordError(
             f"{path}: not a selector ({error}). Expected a folder that `raise-env train` wrote."
@@ -102,6 +101,19 @@ def check_room(dims: Sequence[int], weights: Mapping[str, Tensor], copies: int =
         raise ValueError(f"{copies} networks of {num_layers} layers asked for, and {found:,} numbers found")
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a selector's file.
+
+    Raises:
+        OSError: It cannot be read.
+        SafetensorError: It is torn.
+        ValueError: It leads out of its folder, or is no regular file.
+    """
+    check_inside(path, path.parent)
+    check_regular(path)
+    return load_file(path)
+
+
 @contextlib.contextmanager
 def stored_tensors(path: Path) -> Iterator[dict[str, Tensor]]:
     """Give the tensors of a file, to be put where they belong within the context.
@@ -110,9 +122,7 @@ def stored_tensors(path: Path) -> Iterator[dict[str, Tensor]]:
         RecordError: The file is missing or torn, or what it holds does not fit where it is put.
     """
     try:
-        check_inside(path, path.parent)
-        check_regular(path)
-        yield load_file(path)
+        yield read_tensors(path)
     except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # A RuntimeError is torch's, on weights of another shape or name.
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]

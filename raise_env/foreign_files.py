@@ -88,13 +88,19 @@ def read_text(path: Path) -> str:
     return path.read_bytes().decode()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, inside: Path | None = None) -> Any:
     """Return the value of a JSON file that anyone may have written.
+
+    Args:
+        path: The file.
+        inside: A folder that it must not lead out of.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is no regular file, too large, or as for `parse_json`.
+        ValueError: It leads out, is no regular file, too large, or as for `parse_json`.
     """
+    if inside is not None:
+        check_inside(path, inside)
     return parse_json(read_text(path))
 
 

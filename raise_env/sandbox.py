@@ -46,6 +46,9 @@ _MAX_WIDTH = 1000
 #: Bits of a whole number.
 _MAX_BITS = 4096
 
+#: By which Jinja knows a filter that wants its context.
+_PASSES_CONTEXT = "jinja_pass_arg"
+
 #: What a template may call of Python's own values; each gives about as much as it is given.
 _METHODS = frozenset(
     {
@@ -228,9 +231,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
                 self._check_join(str(kwargs.get("d", values[-1])), values[0])
             return self.weighed(function(*args, **kwargs))
 
-        for mark in ("jinja_pass_arg",):
-            if hasattr(function, mark):
-                setattr(weighed, mark, getattr(function, mark))
+        if hasattr(function, _PASSES_CONTEXT):
+            setattr(weighed, _PASSES_CONTEXT, getattr(function, _PASSES_CONTEXT))
         return weighed
 
     def _check_method(self, owner: Any, name: str, args: tuple[Any, ...]) -> None:

@@ -372,20 +372,17 @@ def adapter_in_model(place: Path, mark: Path) -> Callable[[], object]:
     return lambda: load_model(folder)
 
 
-def model_says(**values: Any) -> Callable[[Path, Path], Callable[[], object]]:
+def says(kind: str, **values: Any) -> Callable[[Path, Path], Callable[[], object]]:
+    """A model or an adapter with other values in its configuration."""
+    copied, file, load = {
+        "model": (model_copy, "config.json", load_model),
+        "adapter": (adapter_copy, "adapter_config.json", load_adapter),
+    }[kind]
+
     def make(place: Path, mark: Path) -> Callable[[], object]:
-        folder = model_copy(place / "model")
-        changed_json(folder, "config.json", **values)
-        return lambda: load_model(folder)
-
-    return make
-
-
-def adapter_says(**values: Any) -> Callable[[Path, Path], Callable[[], object]]:
-    def make(place: Path, mark: Path) -> Callable[[], object]:
-        folder = adapter_copy(place / "adapter")
-        changed_json(folder, "adapter_config.json", **values)
-        return lambda: load_adapter(folder)
+        folder = copied(place / kind)
+        changed_json(folder, file, **values)
+        return lambda: load(folder)
 
     return make
 
@@ -406,9 +403,11 @@ CODE_CASES = [
     Case("code named by a file", "tokenizer", remote_tokenizer, True),
     Case("code named by a file", "script of a data set", dataset_script),
     Case("code named by a file", "adapter's mapping", adapter_mapping, True),
-    Case("code named by a file", "kernel of the hub", model_says(attn_implementation="evil/kernel")),
-    Case("code named by a file", "kernel of the hub, inside", model_says(text_config={"_attn_implementation": "e/k"})),
-    Case("code named by a file", "experts' kernel of the hub", model_says(experts_implementation="evil/kernel")),
+    Case("code named by a file", "kernel of the hub", says("model", attn_implementation="evil/kernel")),
+    Case(
+        "code named by a file", "kernel of the hub, inside", says("model", text_config={"_attn_implementation": "e/k"})
+    ),
+    Case("code named by a file", "experts' kernel of the hub", says("model", experts_implementation="evil/kernel")),
     Case("code named by a file", "selector of an own module", selector_says({}, agent="evil:Agent")),
 ]
 
@@ -648,14 +647,16 @@ SIZE_CASES = [
             ("selector", "model.safetensors"),
         )
     ),
-    Case("claimed size", "model of a billion layers", model_says(num_hidden_layers=10**9)),
-    Case("claimed size", "model of a million experts", model_says(num_local_experts=10**6)),
-    Case("claimed size", "model of huge width", model_says(hidden_size=2**20, intermediate_size=2**20)),
-    Case("claimed size", "model of a huge vocabulary", model_says(vocab_size=10**10)),
-    Case("claimed size", "model with a width that is text", model_says(hidden_size="evil")),
-    Case("claimed size", "adapter of huge rank", adapter_says(r=10**9)),
-    Case("claimed size", "adapter of a scale beyond numbers", adapter_says(lora_alpha=10**400)),
-    Case("claimed size", "adapter's modules as an endless expression", adapter_says(target_modules="(a|a|.)*(.*)*x")),
+    Case("claimed size", "model of a billion layers", says("model", num_hidden_layers=10**9)),
+    Case("claimed size", "model of a million experts", says("model", num_local_experts=10**6)),
+    Case("claimed size", "model of huge width", says("model", hidden_size=2**20, intermediate_size=2**20)),
+    Case("claimed size", "model of a huge vocabulary", says("model", vocab_size=10**10)),
+    Case("claimed size", "model with a width that is text", says("model", hidden_size="evil")),
+    Case("claimed size", "adapter of huge rank", says("adapter", r=10**9)),
+    Case("claimed size", "adapter of a scale beyond numbers", says("adapter", lora_alpha=10**400)),
+    Case(
+        "claimed size", "adapter's modules as an endless expression", says("adapter", target_modules="(a|a|.)*(.*)*x")
+    ),
     Case("claimed size", "selector of huge networks", selector_says({"hidden_dims": [10**6, 10**6]})),
     Case("claimed size", "selector of a billion networks", selector_says({"num_networks": 10**9})),
     Case("claimed size", "selector of a million layers", selector_says({"hidden_dims": [1] * 10**6})),

@@ -39,7 +39,7 @@ from .causal_attention import LONGEST, rows_at, rows_now, use_block_attention
 from .config import TINY, LoraSettings
 from .encoding import Batch
 from .errors import ModelError, SettingError
-from .hub import quiet_hub
+from .hub import hub_in_reach, quiet_hub
 from .label_positions import LAST_LAYERS, Choice, LabelPositions
 from .lora_layers import lora_linear
 from .model_files import check_model_folder, check_room
@@ -616,8 +616,9 @@ def _in_four_bits(device: torch.device) -> dict[str, Any]:
 
 
 def _load(factory: Any, folder: str, source: str, what: str, **kwargs: Any) -> Any:
+    reach = contextlib.nullcontext() if Path(folder).is_dir() else hub_in_reach()
     try:
-        with _LOADING_LOCK, quiet():
+        with _LOADING_LOCK, quiet(), reach:
             return factory.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except Exception as error:  # files of another form can make transformers stumble over anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from .errors import DataError, excerpt
-from .hub import quiet_hub
+from .hub import hub_in_reach
 from .row_files import Row, plain
 
 __all__ = ["HubName", "rows_of_dataset"]
@@ -47,7 +47,7 @@ def rows_of_dataset(source: str) -> Generator[tuple[int, Row]]:
     name = HubName.parse(source)
     assert name is not None
     try:
-        with quiet_hub():
+        with hub_in_reach():
             split = name.split or _only_split(source, name)
             table = datasets.load_dataset(name.repository, name.config, split=split, revision=name.revision)
         for number, row in enumerate(table, start=1):

@@ -55,11 +55,13 @@ def scores_plot(scores: Mapping[str, Mapping[str, float]], colours: Mapping[str,
 def _draw_interval(axes: Axes, line: int, score: Mapping[str, float], colour: str) -> None:
     value = score["iqm"]
     if value < _LOWEST:
+        # At the left edge, wherever the axis will begin.
         axes.annotate(
             f"◂ {value:.1f}",
-            (_LOWEST, line),
+            (0, line),
             (3, 0),
-            textcoords="offset points",
+            axes.get_yaxis_transform(),
+            "offset points",
             va="center",
             fontsize=8.5,
             color=colour,
@@ -101,6 +103,7 @@ def profile_plot(profiles: Mapping[str, Mapping[str, Sequence[float]]], colours:
             axes.plot(x, share, color=colours[agent], linewidth=1.6)
             ends.append((agent, float(np.mean(share)), colours[agent], False))
         axes.set_ylim(-0.02, 1.02)
+        axes.set_xlim(left=max(axes.get_xlim()[0], _LOWEST))
         axes.set_xlabel("normalised score", fontsize=9, color=MUTED)
         label_ends(axes, ends, 12 if narrow else 16)
 
@@ -117,7 +120,9 @@ def cost_plot(scores: Mapping[str, Mapping[str, float]], phi: Mapping[str, float
         phi: Agent -> Phi of a run, features, preparation, learning and final run together.
         colours: Agent -> colour.
     """
-    shown = [agent for agent in scores if phi.get(agent) and scores[agent]["iqm"] >= _LOWEST]
+    known = [agent for agent in scores if phi.get(agent)]
+    shown = [agent for agent in known if scores[agent]["iqm"] >= _LOWEST]
+    below = [(agent, phi[agent], scores[agent]["iqm"], colours[agent]) for agent in known if agent not in shown]
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = add_axes(figure, left=LEFT, right=30 if narrow else 14, top=24, bottom=34)
@@ -126,15 +131,41 @@ def cost_plot(scores: Mapping[str, Mapping[str, float]], phi: Mapping[str, float
         axes.axvline(1.0, color=RULE, linewidth=1.2, zorder=0)
         for agent in shown:
             axes.plot([phi[agent]], [scores[agent]["iqm"]], "o", color=colours[agent], markersize=6, zorder=3)
+        axes.update_datalim([(phi[agent], scores[shown[0]]["iqm"]) for agent in known if shown])
         axes.margins(x=0.16, y=0.1)
+        axes.autoscale_view()
         ticks = [tick for tick in _PHI_TICKS if _within(tick, axes.get_xlim())]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
         _name_points(axes, [(agent, phi[agent], scores[agent]["iqm"], colours[agent]) for agent in shown])
+        _name_below(axes, below, 2 if narrow else 4)
         axes.set_xlabel("Phi of a run: 1 is a fine-tune on the whole pool", fontsize=9, color=MUTED)
 
     text = "Normalised score against the cost of a run in Phi, by agent."
     return Plot("cost", text, draw, 340, 340)
+
+
+def _name_below(axes: Axes, points: Sequence[tuple[str, float, float, str]], names_wide: int) -> None:
+    """Write under the points who scores below them, one above the other where they cost about the same."""
+    left, right = axes.get_xlim()
+    width = np.log(right / left) / names_wide
+    levels: list[int] = []
+    for place, (_, x, _, _) in enumerate(points):
+        levels.append(sum(abs(np.log(other / x)) < width for _, other, _, _ in points[:place]))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - (high - low) * 0.05 * (max(levels, default=-1) + 1), high)
+    for (name, x, y, colour), level in zip(points, levels, strict=True):
+        axes.annotate(
+            f"▾ {_short(name, 16)} {y:.1f}",
+            (x, 0),
+            (0, 8 + 12 * level),
+            axes.get_xaxis_transform(),
+            "offset points",
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            color=colour,
+        )
 
 
 def _within(value: float, ends: tuple[float, float]) -> bool:

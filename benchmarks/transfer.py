@@ -5,11 +5,11 @@
         --real runs/real --learned runs/targets
 
 For each seed a selector learns at home and chooses away, where it is compared with random rows, with a selector that
-learned there, and on embedded pools with the oracle. It chooses twice: shown the other pool in the units of the one
-that it learned on, as `finetune --selector` does, and in those of the other pool, which is what would be seen
-without that. All final runs of a seed are offered the same candidates. Real data are the files of real_targets.py;
-selectors that `bench` learned on them, a folder for each target, are taken as they are. Lines of results.jsonl that are
-there already are not made again. docs/results/transfer.md tells what came out.
+learned there (but for halves of one pool, which are alike), and on embedded pools with the oracle. It chooses twice:
+shown the other pool in the units of the one that it learned on, as `finetune --selector` does, and in those of the
+other pool, which is what would be seen without that. All final runs of a seed are offered the same candidates. Real
+data are the files of real_targets.py; selectors that `bench` learned on them, a folder for each target, are taken as
+they are. Lines of results.jsonl that are there already are not made again. docs/results/transfer.md has the outcome.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Case:
         home: Where the selector learns.
         away: Where it chooses.
         has_oracle: Whether labels are known there.
+        has_native: Whether a selector learns there too, to be compared with.
         learned_home: The folder of a selector that has learned at home already.
         learned_away: The same, away.
     """
@@ -67,6 +68,7 @@ class Case:
     home: dict[str, Any]
     away: dict[str, Any]
     has_oracle: bool = True
+    has_native: bool = True
     learned_home: Path | None = None
     learned_away: Path | None = None
 
@@ -106,8 +108,10 @@ def real_cases(folder: Path, arguments: argparse.Namespace, seed: int) -> Iterat
         selectors = [arguments.learned / target / "selectors/own/raise_fork" / str(seed) for target in (home, away)]
         whole = {**model, "pool": str(real / "alpaca.jsonl")}
         settings = [{**whole, **targets[target]} for target in (home, away)]
-        yield Case(f"{away}, learned on {home}", *settings, False, *selectors)
-    yield Case("the other half of Alpaca", first, second, has_oracle=False)
+        yield Case(f"{away}, learned on {home}", *settings, False, True, *selectors)
+    # The halves are alike, so what a selector is worth on its own stands for what one would be that learned there.
+    yield Case("its own half of Alpaca", first, first, has_oracle=False, has_native=False)
+    yield Case("the other half of Alpaca", first, second, has_oracle=False, has_native=False)
 
 
 def _write(path: Path, rows: list[Any]) -> str:
@@ -131,7 +135,8 @@ def measure(case: Case, seed: int, learned: RaiseFork, num_runs: int) -> dict[st
         as_it_is = copy.copy(learned)
         as_it_is.view = None  # so that nothing is translated
         agents["the same, in the other pool's units"] = as_it_is
-    agents["learned there"] = learned_on(case.away, seed, case.learned_away)
+    if case.has_native:
+        agents["learned there"] = learned_on(case.away, seed, case.learned_away)
     if case.has_oracle:
         agents["oracle"] = make_agent("oracle")
     seeds = [1000 * (seed + 1) + run for run in range(num_runs)]

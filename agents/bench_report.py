@@ -17,7 +17,7 @@ from raise_env.record import EpisodeRecord
 from .bench_plots import cost_plot, profile_plot, returns_plot, scores_plot
 from .page import NOTHING, css, divergences_told, inline, load_template, pairs, write_files
 from .plots import COLOURS, Plot, agent_colours, dev_curves_plot
-from .summary import ORACLE, PARTS, RANDOM, SHARES
+from .summary import ORACLE, PARTS, RANDOM, SHARES, unscaled_told
 
 __all__ = ["headline", "write_bench_report"]
 
@@ -64,6 +64,7 @@ def write_bench_report(
             name: inline(over_all[name][0]) if name in over_all else None for name in ("scores", "profiles", "cost")
         },
         agents=_agent_rows(summary, colours),
+        unscaled=unscaled_told(summary) if summary["normalised"] else "",
         parts=PARTS,
         tasks=[_task(task, summary, of_tasks[task], colours) for task in summary["tasks"]],
         reference=summary["reference"],
@@ -84,6 +85,7 @@ def headline(summary: Mapping[str, Any]) -> str:
         return f"{where[0].upper()}{where[1:]}; nothing to compare yet."
     if best not in scores:
         return f"Over {where}, {best} had the lowest {summary['metric'].replace('_', ' ')}."
+    where = _count(len(summary["normalised_tasks"]), "task") + " and " + _count(len(summary["seeds"]), "seed")
     score = scores[best]
     ends = "" if score["low"] is None else f" (95% interval {score['low']:.0%} to {score['high']:.0%})"
     chances = summary["against_random"]

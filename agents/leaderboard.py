@@ -78,7 +78,7 @@ def leaderboard(
         reporter: Where progress is shown.
 
     Raises:
-        SettingError: No folder has valid runs of random and of the oracle.
+        SettingError: No folder has valid runs of random and of the oracle, or the two cannot be told apart.
         RecordError: A folder lacks results or records, or they cannot be read.
     """
     entrants = list(_entrants(folders, tasks, num_seeds))
@@ -90,6 +90,11 @@ def leaderboard(
     labels = [entrant.label for entrant in ranked]
     summary = summarise(lines, tasks, labels, range(num_seeds), RANDOM)
     scores = summary["normalised"]
+    if not scores:
+        raise SettingError(
+            f"on none of the tasks {', '.join(tasks)} is the oracle clearly ahead of random rows: there is no scale to "
+            "rank by. Take other tasks, or more seeds."
+        )
     ranked.sort(key=lambda entrant: -scores[entrant.label]["iqm"])
     return Board(ranked, [entrant for entrant in entrants if entrant.faults], summary)
 

@@ -36,6 +36,7 @@ __all__ = [
     "number_or_none",
     "summarise",
     "text_tables",
+    "unscaled_told",
 ]
 
 SUMMARY_VERSION = 2
@@ -43,6 +44,9 @@ SUMMARY_VERSION = 2
 #: The agents that are 0 and 1 on the normalised scale.
 RANDOM = "random"
 ORACLE = "oracle"
+
+#: How many of its standard errors the way from random to the oracle must be long, for a task to have a scale.
+CLEAR_WAY = 2.0
 
 #: What a run's cost is made of.
 PARTS = ("features", "preparation", "learning", "final")
@@ -80,7 +84,8 @@ def summarise(
     """
     metric = "test_loss" if any(line["test_loss"] is not None for line in results) else "dev_loss"
     losses = {agent: _runs(results, agent, tasks, seeds, metric) for agent in agents}
-    scores = _normalised_scores(losses)
+    scaled = _scaled(losses)
+    scores = _normalised_scores({agent: runs[:, scaled] for agent, runs in losses.items()})
     pairs = _pairs(losses)
     differences = _differences(losses, tasks, reference)
     return {
@@ -91,6 +96,7 @@ def summarise(
         "metric": metric,
         "reference": reference,
         "normalised": _normalised(scores),
+        "normalised_tasks": [tasks[place] for place in scaled],
         "per_task": _per_task(losses, tasks),
         **{
             share: _per_task({agent: _runs(results, agent, tasks, seeds, share) for agent in agents}, tasks)
@@ -129,14 +135,27 @@ def _whole(runs: np.ndarray) -> np.ndarray:
     return np.asarray(runs[~np.isnan(runs).any(axis=1)])
 
 
-def _normalised_scores(losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return all runs between random and oracle; nothing where one of the two is missing."""
+def _scaled(losses: Mapping[str, np.ndarray]) -> list[int]:
+    """Return the places of the tasks that have a scale: those on which the oracle is clearly ahead of random.
+
+    Elsewhere the way between the two, which all scores are divided by, is mostly noise, and may have the wrong sign.
+    """
     if RANDOM not in losses or ORACLE not in losses:
+        return []
+    places = []
+    for place, way in enumerate((losses[RANDOM] - losses[ORACLE]).T):
+        known = way[~np.isnan(way)]
+        error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+        if len(known) and known.mean() > CLEAR_WAY * error:
+            places.append(place)
+    return places
+
+
+def _normalised_scores(losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return all runs between random and oracle, shape (seeds, tasks that have a scale); nothing where none has."""
+    if not any(runs.shape[1] for runs in losses.values()):
         return {}
-    try:
-        return {agent: normalise(runs, losses[RANDOM], losses[ORACLE]) for agent, runs in losses.items()}
-    except ValueError:
-        return {}
+    return {agent: normalise(runs, losses[RANDOM], losses[ORACLE]) for agent, runs in losses.items()}
 
 
 def _normalised(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | int | None]]:
@@ -333,8 +352,18 @@ def _legend(summary: Mapping[str, Any]) -> str:
         )
     if summary["missing"]:
         lines.append(f"{_MARK} runs are missing: the means of this agent are over those that are left.")
-    scale = "Normalised: 0 is random, 1 the oracle. " if summary["normalised"] else ""
+    scale = f"Normalised: 0 is random, 1 the oracle.{unscaled_told(summary)} " if summary["normalised"] else ""
     return "\n".join([*lines, f"{scale}One Phi is three epochs over the pool; seconds are those of one run."])
+
+
+def unscaled_told(summary: Mapping[str, Any]) -> str:
+    """Return a sentence on the tasks that are in no normalised score, empty where all are."""
+    # Summaries of earlier versions do not tell, and left none out.
+    scaled = summary.get("normalised_tasks", summary["tasks"])
+    without = [task for task in summary["tasks"] if task not in scaled]
+    if not without:
+        return ""
+    return f" Left out: {', '.join(without)}, where the oracle is not clearly ahead of random rows."
 
 
 def _marked(summary: Mapping[str, Any], agent: str) -> str:

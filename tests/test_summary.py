@@ -53,6 +53,37 @@ def test_summarise__without_one_of_the_marks__has_no_scale(agents):
     assert summary_of(agents=agents)["normalised"] == {}
 
 
+@pytest.mark.parametrize(
+    ("oracle", "has_scale"),
+    [
+        ([0.8, 0.9, 1.0], True),  # 0.1 ahead in each pair
+        ([0.8, 0.9, 0.85], True),  # 0.1, 0.1, 0.25: 0.15 is three standard errors of 0.05
+        ([0.8, 1.0, 0.95], False),  # 0.1, 0.0, 0.15: 0.083 is 1.9 of 0.044
+        ([1.0, 1.1, 1.2], False),  # behind
+        ([0.9, 1.0, 1.1], False),  # the same
+    ],
+)
+def test_summarise__oracle_not_clearly_ahead__task_has_no_scale(oracle, has_scale):
+    close = [line("oracle", seed, loss, task="b") for seed, loss in enumerate(oracle)]
+    close += [
+        line(agent, seed, loss, task="b") for agent in ("random", "mine") for seed, loss in enumerate((0.9, 1.0, 1.1))
+    ]
+    summary = summary_of([*RESULTS, *close], tasks=("a", "b"))
+    assert summary["normalised_tasks"] == (["a", "b"] if has_scale else ["a"])
+    told = "Left out: b, where the oracle is not clearly ahead of random rows."
+    assert (told in text_tables(summary)) != has_scale
+    if not has_scale:
+        assert summary["normalised"] == summary_of()["normalised"]
+        assert summary["profiles"] == summary_of()["profiles"]
+
+
+def test_summarise__oracle_nowhere_ahead__has_no_scale_and_tables_all_the_same():
+    worse = [{**own, "test_loss": 2.0} if own["agent"] == "oracle" else own for own in RESULTS]
+    summary = summary_of(worse)
+    assert (summary["normalised"], summary["profiles"], summary["normalised_tasks"]) == ({}, {}, [])
+    assert "Normalised" not in text_tables(summary)
+
+
 def test_summarise__against_random__lower_loss_is_better():
     against = summary_of()["against_random"]
     assert set(against) == {"mine", "oracle"}

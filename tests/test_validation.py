@@ -150,3 +150,9 @@ def test_leaderboard__no_oracle__is_an_error(theirs, standard):
     (theirs / "results.jsonl").write_text("".join(line for line in lines if '"oracle"' not in line))
     with pytest.raises(SettingError, match="oracle"):
         leaderboard([theirs], ["default"], 2, replays=0)
+
+
+def test_leaderboard__oracle_not_clearly_ahead__is_an_error(finished, standard, monkeypatch):
+    monkeypatch.setattr("raise_env.agents.summary.CLEAR_WAY", float("inf"))
+    with pytest.raises(SettingError, match="no scale to rank by"):
+        leaderboard([finished], ["default"], 2, replays=0)

@@ -17,7 +17,15 @@ from raise_env.foreign_files import read_json
 from .base import Agent
 from .rollout import agents_code
 
-__all__ = ["AGENTS", "FunctionAgent", "agent_name", "learning_episodes", "load_selector", "make_agent"]
+__all__ = [
+    "AGENTS",
+    "FunctionAgent",
+    "agent_name",
+    "learning_episodes",
+    "load_selector",
+    "make_agent",
+    "selector_folder",
+]
 
 #: The agents that have a name of their own, and where they live.
 AGENTS = {
@@ -152,9 +160,7 @@ def load_selector(folder: str | Path) -> Agent:
     from .raise_ppo import RaisePpo
     from .sb3 import Sb3Agent
 
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() and (folder / "selector").is_dir():
-        folder = folder / "selector"
+    folder = selector_folder(folder)
     try:
         kind = read_json(folder / "config.json").get("agent", "")
     except (OSError, ValueError, AttributeError):
@@ -162,6 +168,13 @@ def load_selector(folder: str | Path) -> Agent:
     if str(kind).startswith("sb3"):
         return Sb3Agent.load(folder)
     return RaisePpo.load(folder) if kind == "raise_ppo" else RaiseFork.load(folder)
+
+
+def selector_folder(folder: str | Path) -> Path:
+    """Return the selector's own folder, given that or the folder of the run that learned it."""
+    folder = Path(folder)
+    is_run = not (folder / "config.json").is_file() and (folder / "selector").is_dir()
+    return folder / "selector" if is_run else folder
 
 
 def agent_name(name: str) -> str:

@@ -65,6 +65,6 @@ def stored_view(config: dict[str, Any], path: Path) -> FeatureView | None:
     if config.get("features") is None:
         return None
     try:
-        return FeatureView.from_json(config["features"])
+        return FeatureView.read(config["features"], path.parent)
     except (TypeError, ValueError) as error:
         raise RecordError(f"{path}: {error}.") from error

@@ -27,9 +27,9 @@ from raise_env.rewards import needs_generation
 
 from . import contrast
 from .base import Agent
-from .catalogue import agent_name, learning_episodes, make_agent
+from .catalogue import agent_name, learning_episodes, load_selector, make_agent, selector_folder
 from .checkpoints import Checkpoints
-from .feature_view import FeatureView
+from .feature_view import AUXILIARY, FeatureView
 from .journal import Journal, JournaledEnv
 from .model_card import write_model_card
 from .page import divergences_told
@@ -201,6 +201,7 @@ def finetune(
     Raises:
         RaiseEnvError: As `train`; or the selector cannot be read.
     """
+    settings = _as_learned(settings, selector)
     plan = Plan(settings, agent=f"selector:{selector}", episodes=0, seed=seed, compare=(), num_runs=1, merge=merge)
     return train(out, plan, command="finetune", resume=resume, reporter=reporter)
 
@@ -248,11 +249,31 @@ def _check_selectors(config: EnvConfig, agents: Iterable[Agent]) -> None:
     """Refuse selectors that learned on other features now, and not after these were computed."""
     views = [view for agent in agents if isinstance(view := getattr(agent, "view", None), FeatureView)]
     if views:
-        from raise_env.assets import auxiliary_of
+        from raise_env.assets import auxiliary_of, load_data
 
-        here = auxiliary_of(config)
+        here, pool = auxiliary_of(config), load_data(config).pool.content_hash
         for view in views:
-            view.check(here, config)
+            view.check(here, config, pool)
+
+
+def _as_learned(settings: dict[str, Any], selector: str | Path) -> dict[str, Any]:
+    """Return settings under which features are computed as those were that a selector learned on.
+
+    Where something else is asked for, or another model than the selector's is there, whoever checks it will tell.
+    """
+    from raise_env.assets import auxiliary_of
+
+    view = getattr(load_selector(selector), "view", None)
+    if not isinstance(view, FeatureView) or view.adapter is None:
+        return settings
+    if settings.get("auxiliary_adapter") or settings.get("auxiliary_updates") not in (None, view.auxiliary["updates"]):
+        return settings
+    config = EnvConfig.from_kwargs(settings)
+    check_inputs(config)
+    if auxiliary_of(config)["model"] != view.auxiliary.get("model"):
+        return settings
+    own = {name: value for name, value in settings.items() if name != "auxiliary_updates"}
+    return {**own, "auxiliary_adapter": str(selector_folder(selector) / AUXILIARY)}
 
 
 def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:

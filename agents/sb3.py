@@ -502,7 +502,6 @@ class Sb3Agent:
             "policy": self.policy,
             "num_envs": self.num_envs,
             "hyperparameters": self.hyperparameters,
-            "features": None if self.view is None else self.view.to_json(),
             "num_candidates": num_candidates,
             "num_features": num_features,
             "subset_size": self._subset_size,
@@ -510,6 +509,7 @@ class Sb3Agent:
         weights = {name: tensor.cpu() for name, tensor in model.policy.state_dict().items()}
         try:
             with replaced_folder(Path(folder)) as beside:
+                config["features"] = None if self.view is None else self.view.save(beside)
                 write_json(beside / "config.json", config)
                 save_file(weights, beside / "model.safetensors")
         except OSError as error:
@@ -534,7 +534,7 @@ class Sb3Agent:
             num_envs = config.get("num_envs", 1)
             agent = cls(config["agent"], action_form=form, policy=policy, num_envs=num_envs, **hyperparameters)
             agent._subset_size = config["subset_size"]
-            agent.view = None if config["features"] is None else FeatureView.from_json(config["features"])
+            agent.view = None if config["features"] is None else FeatureView.read(config["features"], Path(folder))
             shape = observation_shape([config["num_candidates"], config["num_features"]])
             agent._check_inputs(shape, weights)
             model = agent._build_untrained(*shape)

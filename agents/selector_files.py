@@ -52,11 +52,11 @@ def write_selector(
         "format": SELECTOR_FORMAT,
         "agent": agent,
         "settings": dict(settings),
-        "features": None if view is None else view.to_json(),
         "episode_returns": list(episode_returns),
         "training": dict(training),
     }
     with replaced_folder(folder) as beside:
+        config["features"] = None if view is None else view.save(beside)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
         write_json(beside / "config.json", config)
 

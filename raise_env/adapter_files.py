@@ -20,7 +20,14 @@ from .config import EnvConfig, LoraSettings, check_foreign_lora
 from .errors import ModelError, SettingError
 from .foreign_files import check_regular, read_json
 
-__all__ = ["adapter_settings", "content_hash", "first_adapter", "read_adapter", "starting_form"]
+__all__ = [
+    "adapter_settings",
+    "auxiliary_form",
+    "content_hash",
+    "first_adapter",
+    "read_adapter",
+    "starting_form",
+]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -99,6 +106,24 @@ def starting_form(config: EnvConfig) -> LoraSettings:
             f"{_told(stored)}: leave lora out."
         )
     return stored
+
+
+def auxiliary_form(config: EnvConfig, *, is_trained: bool) -> LoraSettings:
+    """Return the form of the auxiliary model's adapter: of the one that it has, or else as the settings have it.
+
+    Args:
+        config: The settings.
+        is_trained: Whether it is the model that is trained, and so has that one's form where nothing else is said.
+
+    Raises:
+        ModelError: As `adapter_settings`.
+        SettingError: As `starting_form`.
+    """
+    if config.auxiliary_adapter is not None:
+        stored = adapter_settings(Path(config.auxiliary_adapter))
+        # Otherwise alike, it is one and the same model in memory.
+        return dataclasses.replace(stored, lora_dropout=config.lora.lora_dropout)
+    return starting_form(config) if is_trained else config.lora
 
 
 def read_adapter(folder: Path, base: BaseModel) -> torch.Tensor:

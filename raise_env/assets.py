@@ -10,13 +10,14 @@ import functools
 import logging
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from .adapter_files import content_hash, first_adapter, starting_form
-from .auxiliary import FEATURE_SEED, Auxiliary, classes_of, features_of, identity_of
+from .adapter_files import auxiliary_form, content_hash, first_adapter, starting_form
+from .auxiliary import FEATURE_SEED, Auxiliary, adapter_of, classes_of, features_of, identity_of
 from .base_model import BaseModel
 from .config import EnvConfig, LoraSettings
 from .encoding import EncodedRows, Encoder
@@ -82,11 +83,14 @@ class Assets:
         learner: A learner at its initial state; each environment takes a copy.
         base_evaluation: Dev scores before any update.
         pool_tokens: Tokens of the whole pool, each row once.
-        content: Content hashes by the names "model", "pool", "dev", and where there are such "test" and "adapter".
+        content: Content hashes by the names "model", "pool", "dev", and where there are such "test", "adapter" and
+            "auxiliary_adapter".
         auxiliary: What computed the features: content hashes of "model" and, where it began with one, "adapter"; and
             "updates", its updates before.
         counts: By the names "pool", "dev", "test": "rows" that there are, and of the source those "skipped" for want of
             text; "duplicates" of others; "truncated" at `max_length`, and "left_out" because nothing is left to learn.
+        save_auxiliary: Writes the adapter that the auxiliary model computes features with into a folder, as
+            `auxiliary_adapter` takes it.
     """
 
     data: Data
@@ -99,6 +103,7 @@ class Assets:
     content: dict[str, str]
     auxiliary: dict[str, str | int]
     counts: dict[str, dict[str, int]]
+    save_auxiliary: Callable[[Path], None]
 
     @functools.cached_property
     def members(self) -> tuple[np.ndarray, ...]:
@@ -201,8 +206,8 @@ def auxiliary_of(config: EnvConfig) -> dict[str, str | int]:
     """
     source, is_trained = config.auxiliary_model or config.model, config.auxiliary_model in (None, config.model)
     with _LOCK:
-        model = _shared_base(config, source, starting_form(config) if is_trained else config.lora)
-    return identity_of(config, model, config.adapter if is_trained else None)
+        model = _auxiliary_base(config, source, is_trained=is_trained)
+    return identity_of(config, model, adapter_of(config, is_trained=is_trained))
 
 
 def _data_part(config: EnvConfig) -> EnvConfig:
@@ -212,7 +217,7 @@ def _data_part(config: EnvConfig) -> EnvConfig:
 
 def _stamps(config: EnvConfig) -> Stamps:
     sources = [config.pool, config.dev, config.test]
-    return tuple(stamp(source) for source in [*sources, config.adapter])
+    return tuple(stamp(source) for source in [*sources, config.adapter, config.auxiliary_adapter])
 
 
 @functools.lru_cache(maxsize=1)
@@ -243,7 +248,7 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
             f"model {config.model!r}: its loss on the dev rows is not finite before any update; expected a number to "
             "improve on. Weights that are NaN or infinite do that, or a dtype that they do not fit into."
         )
-    auxiliary = _auxiliary(config, data.pool, encoder, pool, base, watcher)
+    auxiliary = _auxiliary(config, data.pool, encoder, pool, watcher)
     features = features_of(auxiliary)
     classes = classes_of(auxiliary, features, pool.has_labels)
     return Assets(
@@ -257,6 +262,7 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
         content=_content(config, base, data),
         auxiliary=auxiliary.identity,
         counts=_counts(data, pool, splits),
+        save_auxiliary=auxiliary.save_adapter,
     )
 
 
@@ -273,6 +279,13 @@ def _shared_base(config: EnvConfig, source: str, lora: LoraSettings) -> BaseMode
             activation_checkpointing=config.activation_checkpointing,
         )
     return base
+
+
+def _auxiliary_base(config: EnvConfig, source: str, *, is_trained: bool) -> BaseModel:
+    """Return the auxiliary model: the one that is trained, unless it is another one or its adapter has another form."""
+    usual = _shared_base(config, source, starting_form(config) if is_trained else config.lora)
+    form = auxiliary_form(config, is_trained=is_trained)
+    return usual if usual.has_form(form) else _shared_base(config, source, form)
 
 
 def _embedded_data(config: EnvConfig) -> Data:
@@ -317,6 +330,8 @@ def _content(config: EnvConfig, base: BaseModel, data: Data) -> dict[str, str]:
         content["test"] = data.test.content_hash
     if config.adapter is not None:
         content["adapter"] = content_hash(Path(config.adapter))
+    if config.auxiliary_adapter is not None:
+        content["auxiliary_adapter"] = content_hash(Path(config.auxiliary_adapter))
     return content
 
 
@@ -342,11 +357,10 @@ def _encoded(config: EnvConfig, rows: Pool, encoder: Encoder, model: BaseModel, 
     return encoder.encode_pool(rows, model.content_hash, cache_folder(config.cache_dir), watcher)
 
 
-def _auxiliary(
-    config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, base: BaseModel, watcher: _Watcher
-) -> Auxiliary:
+def _auxiliary(config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, watcher: _Watcher) -> Auxiliary:
     if config.auxiliary_model is None or config.auxiliary_model == config.model:
-        return Auxiliary(config, base, encoder, rows, pool, watcher, is_trained=True)
-    model = _shared_base(config, config.auxiliary_model, config.lora)
+        model = _auxiliary_base(config, config.model, is_trained=True)
+        return Auxiliary(config, model, encoder, rows, pool, watcher, is_trained=True)
+    model = _auxiliary_base(config, config.auxiliary_model, is_trained=False)
     own = Encoder(model.tokenizer, _max_length(config, model), config.template)
     return Auxiliary(config, model, own, rows, _encoded(config, rows, own, model, watcher), watcher, is_trained=False)

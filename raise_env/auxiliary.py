@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .adapter_files import content_hash, first_adapter
+from .adapter_files import content_hash, first_adapter, read_adapter
 from .base_model import BaseModel
 from .config import EnvConfig
 from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
@@ -32,7 +32,15 @@ from .pool import MAX_ROWS_IN_MEMORY, Pool, kmeans_centres, kmeans_classes, near
 from .side_by_side import one_thread, one_thread_each
 from .store import Block, Column, TableForm, cache_folder, stored_table
 
-__all__ = ["FEATURE_BATCH_TOKENS", "FEATURE_SEED", "Auxiliary", "classes_of", "features_of", "identity_of"]
+__all__ = [
+    "FEATURE_BATCH_TOKENS",
+    "FEATURE_SEED",
+    "Auxiliary",
+    "adapter_of",
+    "classes_of",
+    "features_of",
+    "identity_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +76,8 @@ class Auxiliary:
     @functools.cached_property
     def warmed_up(self) -> tuple[torch.Tensor, int]:
         """The adapter that features are computed with, and the token forwards that it took."""
+        if self.config.auxiliary_adapter is not None:
+            return read_adapter(Path(self.config.auxiliary_adapter), self.model), 0
         ledger = Ledger()
         # Not from seed_model: the features are kept for all runs, and must not depend on which of them came first.
         first = dataclasses.replace(self.config, seed_model=FEATURE_SEED, adapter=self.adapter)
@@ -94,7 +104,7 @@ class Auxiliary:
     @property
     def adapter(self) -> str | None:
         """The folder of the adapter that it begins with, where it does."""
-        return self.config.adapter if self.is_trained else None
+        return adapter_of(self.config, is_trained=self.is_trained)
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -118,6 +128,11 @@ class Auxiliary:
             "dtype": self.config.dtype,
             "schema": SCHEMA_VERSION,
         }
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter that features are computed with, in PEFT's form: what `auxiliary_adapter` takes."""
+        self.model.save_adapter(self.warmed_up[0], folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, with nothing filled in
 
     def raw_rows(self, rows: np.ndarray, num_before: int = 0, total: int = 0) -> tuple[np.ndarray, int]:
         """Return the raw columns of some rows, computed together, and the token forwards that they took.
@@ -185,6 +200,18 @@ class Auxiliary:
             num_tokens = sum(tokens for _, tokens in computed) + (self.warmed_up[1] if start == 0 else 0)
             milliseconds = round(1000 * (time.perf_counter() - begun))
             yield Block(len(raw), {"raw": raw}, {"num_tokens": num_tokens, "milliseconds": milliseconds})
+
+
+def adapter_of(config: EnvConfig, *, is_trained: bool) -> str | None:
+    """Return the folder of the adapter that an auxiliary model begins with, or None where it has a new one.
+
+    Args:
+        config: The settings.
+        is_trained: Whether the auxiliary model is the one that is trained.
+    """
+    if config.auxiliary_adapter is not None:
+        return config.auxiliary_adapter
+    return config.adapter if is_trained else None
 
 
 def identity_of(config: EnvConfig, model: BaseModel, adapter: str | None) -> dict[str, str | int]:

@@ -21,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +274,14 @@ class BaseModel:
             yield
         finally:
             self._pass.merged = before
+
+    def has_form(self, lora: LoraSettings) -> bool:
+        """Return whether the model's LoRA layers are those of the settings, which may name each of them."""
+        own, asked = self.lora.target_modules, lora.target_modules
+        # PEFT has put the names of the layers in the place of "all-linear".
+        form: Any = self.peft_model.peft_config[_ADAPTER]
+        is_alike = asked == own or (not isinstance(asked, str) and set(asked) == set(form.target_modules))
+        return is_alike and replace(lora, target_modules=own) == self.lora
 
     def save_adapter(self, adapter: Tensor, folder: Path) -> None:
         """Write an adapter, shape (P,), in PEFT's own form: `PeftModel.from_pretrained` loads it."""

@@ -225,6 +225,7 @@ class EnvConfig:
     # The observation.
     auxiliary_model: str | None = None
     auxiliary_updates: int | None = None
+    auxiliary_adapter: str | None = None
     cache_dir: str | None = None
     lazy_features: bool = False
     hide: tuple[str, ...] = ()
@@ -246,6 +247,11 @@ class EnvConfig:
         self._check_sizes()
         self._check_choices()
         self._check_data()
+        if self.auxiliary_adapter is not None and self.num_auxiliary_updates:
+            raise SettingError(
+                f"auxiliary_adapter={self.auxiliary_adapter!r} is what the auxiliary model has learned already, and "
+                f"auxiliary_updates={self.num_auxiliary_updates} would have it learn anew: leave one of the two out."
+            )
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> EnvConfig:
@@ -286,10 +292,10 @@ class EnvConfig:
 
     @property
     def num_auxiliary_updates(self) -> int:
-        """Updates on random rows before the auxiliary model computes features; none if it is a model of its own."""
+        """Updates on random rows before the auxiliary model computes features; none if it is ready as it is."""
         if self.auxiliary_updates is not None:
             return self.auxiliary_updates
-        return AUXILIARY_UPDATES if self.auxiliary_model is None else 0
+        return AUXILIARY_UPDATES if self.auxiliary_model is None and self.auxiliary_adapter is None else 0
 
     @property
     def is_embedded(self) -> bool:

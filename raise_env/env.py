@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -157,6 +157,8 @@ class EnvAssets(Protocol):
     def auxiliary(self) -> dict[str, str | int]: ...  # noqa: D102
     @property
     def counts(self) -> dict[str, dict[str, int]]: ...  # noqa: D102
+    @property
+    def save_auxiliary(self) -> Callable[[Path], None]: ...  # noqa: D102
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...  # noqa: D102
 
 
@@ -256,6 +258,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | device | "auto" | "cpu", "cuda" or "cuda:1"; "auto" is a GPU where there is one |
     | auxiliary_model | None | folder or hub id of the model that computes the features, instead of the base model |
     | auxiliary_updates | None | updates on random rows before it does, instead of 60, or of 0 with a model of its own |
+    | auxiliary_adapter | None | folder of the adapter that it does so with, such as `auxiliary` of a selector |
     | cache_dir | None | folder where features are kept, instead of $RAISE_ENV_CACHE or the user's cache folder |
     | lazy_features | False | compute only the features of rows that are drawn: for pools whose features take too long |
     | hide | () | blocks of the observation that are shown as zeros, for ablations: a list of their names |

@@ -158,7 +158,7 @@ class Difference:
 _PRIVATE = ("cache_dir", "render_mode", "device")
 
 #: Settings that name what is opened.
-_OPENED = ("model", "auxiliary_model", "adapter", "pool", "dev", "test")
+_OPENED = ("model", "auxiliary_model", "adapter", "auxiliary_adapter", "pool", "dev", "test")
 
 #: The largest sizes that a record may ask for unless whoever replays it gives the same: beyond them a line of text
 #: could take all of a machine's memory, or days.

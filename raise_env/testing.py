@@ -169,6 +169,9 @@ class ToyAssets:
         """Draw the candidates of one step."""
         return draw_candidates(self.members, num_candidates, rng)
 
+    def save_auxiliary(self, folder: Path) -> None:
+        """Write nothing: no model computed the features."""
+
     @classmethod
     def build(
         cls, num_rows: int, num_classes: int, seed: int, *, has_test: bool = True, diverges_on: int | None = None

@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from raise_env.agents.feature_view import FeatureView
-from raise_env.errors import SettingError
+from raise_env.agents.feature_view import AUXILIARY, FeatureView, as_it_is
+from raise_env.errors import ModelError, SettingError
 from raise_env.features import BLOCKS, FEATURE_NAMES, NUM_STATIC, STATIC
 from raise_env.testing import toy_env
 
@@ -90,9 +92,11 @@ def test_translation__environment_hides_what_was_seen__refused():
         FeatureView.of(world()).translation(world(hide=("stage",)))
 
 
-def test_from_json__to_json__the_same_view():
+def test_read__what_save_wrote__the_same_view(tmp_path):
     view = FeatureView.of(world(hide=("stage",)))
-    again = FeatureView.from_json(view.to_json())
+    again = FeatureView.read(view.save(tmp_path), tmp_path)
+    assert not list(tmp_path.iterdir())  # no adapter computed the toy's features
+    assert (again.pool, again.adapter) == (view.pool, None)
     np.testing.assert_array_equal(again.mean, view.mean)
     np.testing.assert_array_equal(again.std, view.std)
     assert (dict(again.auxiliary), again.hide) == (dict(view.auxiliary), ("stage",))
@@ -109,14 +113,70 @@ def test_from_json__to_json__the_same_view():
         {"std": [0.0] * NUM_STATIC},
         {"std": [float("nan")] * NUM_STATIC},
         {"mean": "text"},
+        {"adapter": 1},
+        {"pool": []},
     ],
 )
-def test_from_json__not_a_view__value_error(changed):
+def test_read__not_a_view__value_error(changed, tmp_path):
     with pytest.raises(ValueError, match=r"selector|features|could not convert"):
-        FeatureView.from_json({**FeatureView.of(world()).to_json(), **changed})
+        FeatureView.read({**FeatureView.of(world()).save(tmp_path), **changed}, tmp_path)
 
 
 @pytest.mark.parametrize("value", [None, [], "features"])
-def test_from_json__no_object__value_error(value):
+def test_read__no_object__value_error(value, tmp_path):
     with pytest.raises(ValueError, match="other features"):
-        FeatureView.from_json(value)
+        FeatureView.read(value, tmp_path)
+
+
+@pytest.fixture
+def carried(embedded_env, tmp_path):
+    """An environment, and what a selector that learned in it carries, as it is read again."""
+    home = embedded_env()
+    home.load()
+    return home, FeatureView.read(FeatureView.of(home).save(tmp_path), tmp_path), str(tmp_path / AUXILIARY)
+
+
+def test_auxiliary_adapter__of_a_selector__gives_the_columns_that_it_learned_on(carried, embedded_env):
+    home, view, adapter = carried
+    same = embedded_env(auxiliary_adapter=adapter, auxiliary_updates=None)
+    np.testing.assert_array_equal(same.assets.features.raw, home.assets.features.raw)
+    bare = embedded_env(auxiliary_updates=0)
+    assert not np.array_equal(bare.assets.features.raw, home.assets.features.raw)
+    view.translation(same)
+    assert same.assets.auxiliary == {"model": view.auxiliary["model"], "updates": 0, "adapter": view.adapter}
+    assert same.assets.learner.base is home.assets.learner.base
+
+
+def test_auxiliary_adapter__on_another_pool__is_what_a_selector_asks_for(carried, embedded_env):
+    _, view, adapter = carried
+    other = embedded_env(task_seed=1)
+    with pytest.raises(SettingError, match=r"learned on another pool.*--auxiliary-adapter"):
+        view.translation(other)
+    adapted = embedded_env(task_seed=1, auxiliary_adapter=adapter, auxiliary_updates=None)
+    assert view.translation(adapted) is not as_it_is
+    assert not np.array_equal(adapted.assets.features.raw, other.assets.features.raw)
+
+
+def test_auxiliary_adapter__of_another_selector__is_refused(carried, embedded_env, tmp_path):
+    _, view, _ = carried
+    other = embedded_env(auxiliary_updates=3)
+    other.load()
+    FeatureView.of(other).save(tmp_path / "other")
+    adapted = embedded_env(auxiliary_adapter=str(tmp_path / "other" / AUXILIARY), auxiliary_updates=None)
+    with pytest.raises(SettingError, match="another auxiliary"):
+        view.translation(adapted)
+
+
+def test_save__of_what_was_read__carries_the_same_adapter(carried, tmp_path):
+    _, view, _ = carried
+    again = FeatureView.read(view.save(tmp_path / "again"), tmp_path / "again")
+    assert again.adapter == view.adapter is not None
+
+
+def test_save__adapter_that_leads_elsewhere__is_refused(carried, tmp_path, tmp_path_factory):
+    _, view, adapter = carried
+    weights, elsewhere = Path(adapter, "adapter_model.safetensors"), tmp_path_factory.mktemp("elsewhere") / "weights"
+    weights.rename(elsewhere)
+    weights.symlink_to(elsewhere)
+    with pytest.raises(ModelError, match="cannot be read"):
+        view.save(tmp_path / "again")

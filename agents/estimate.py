@@ -134,7 +134,8 @@ def _stood_in(config: EnvConfig, folder: Path) -> tuple[int, dict[str, Any], lis
     if not has_tokenizer:
         notes.append(f"there is no tokenizer either: a token was taken for {CHARACTERS_PER_TOKEN} characters")
     own: dict[str, Any] = {"model": str(folder / "model"), "max_length": scale * config.max_length}
-    own |= {"cache_dir": str(folder / "cache"), "auxiliary_model": None, "adapter": None, **_STAND_IN_SETTINGS}
+    own |= {"cache_dir": str(folder / "cache"), "auxiliary_model": None, "adapter": None, "auxiliary_adapter": None}
+    own |= _STAND_IN_SETTINGS
     own["auxiliary_updates"] = config.num_auxiliary_updates
     own["lora"] = {"r": config.lora.r, "lora_alpha": config.lora.lora_alpha}
     pool = load_data(config).pool

@@ -5,11 +5,11 @@
         --real runs/real --learned runs/targets
 
 For each seed a selector learns at home and chooses away, where it is compared with random rows, with a selector that
-learned there (but for halves of one pool, which are alike), and on embedded pools with the oracle. It chooses twice:
-shown the other pool in the units of the one that it learned on, as `finetune --selector` does, and in those of the
-other pool, which is what would be seen without that. All final runs of a seed are offered the same candidates. Real
-data are the files of real_targets.py; selectors that `bench` learned on them, a folder for each target, are taken as
-they are. Lines of results.jsonl that are there already are not made again. docs/results/transfer.md has the outcome.
+learned there (but for halves of one pool, which are alike), and on embedded pools with the oracle. On another pool it
+chooses twice: with features of the auxiliary model that it carries, as `finetune --selector` does, and with features of
+one that was made ready on that pool. Real data are the files of real_targets.py; selectors that `bench` learned on
+them, a folder for each target, are taken as they are. What is in the folder already is not made again.
+docs/results/transfer.md has the outcome.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 
 from raise_env import RaiseSelectEnv
 from raise_env.agents import RaiseFork, make_agent, run_episode
+from raise_env.agents.feature_view import AUXILIARY
 from raise_env.agents.statistics import mean_interval
 from raise_env.files import append_line
 from raise_env.tiny.task import EmbeddedTask, generate_task
@@ -58,19 +59,17 @@ class Case:
         name: What is said of it.
         home: Where the selector learns.
         away: Where it chooses.
+        learned_home: The folder of the selector that learns at home.
+        learned_away: That of one that learns away, to be compared with; None where none does.
         has_oracle: Whether labels are known there.
-        has_native: Whether a selector learns there too, to be compared with.
-        learned_home: The folder of a selector that has learned at home already.
-        learned_away: The same, away.
     """
 
     name: str
     home: dict[str, Any]
     away: dict[str, Any]
+    learned_home: Path
+    learned_away: Path | None
     has_oracle: bool = True
-    has_native: bool = True
-    learned_home: Path | None = None
-    learned_away: Path | None = None
 
 
 def embedded_cases(folder: Path, seed: int) -> Iterator[Case]:
@@ -82,9 +81,12 @@ def embedded_cases(folder: Path, seed: int) -> Iterator[Case]:
         "30% corrupted": replace(task, corruption=0.3),
         "90% corrupted": replace(task, corruption=0.9),
     }
-    home = _written(folder / f"home-{seed}", "home", task, seed)
+    home = _written(folder / "data" / f"home-{seed}", "home", task, seed)
+    selectors = folder / "selectors"
     for name, other in others.items():
-        yield Case(name, home, _written(folder / f"{name.replace(' ', '-')}-{seed}", name, other, 1000 + seed))
+        label = f"{name.replace(' ', '-')}-{seed}"
+        away = _written(folder / "data" / label, name, other, 1000 + seed)
+        yield Case(name, home, away, selectors / f"home-{seed}", selectors / label)
 
 
 def _written(folder: Path, name: str, task: EmbeddedTask, seed: int) -> dict[str, Any]:
@@ -101,17 +103,18 @@ def real_cases(folder: Path, arguments: argparse.Namespace, seed: int) -> Iterat
         for target in ("gsm8k", "arc", "commonsenseqa")
     }
     rows = [json.loads(line) for line in (real / "alpaca.jsonl").read_text(encoding="utf-8").splitlines()]
-    halves = [_write(folder / f"half-{index}.jsonl", rows[index::2]) for index in range(2)]
+    halves = [_write(folder / "data" / f"half-{index}.jsonl", rows[index::2]) for index in range(2)]
     model = {"model": arguments.model, **REAL_SETTINGS}
     first, second = ({**model, "pool": half, **targets["gsm8k"]} for half in halves)
     for home, away in PAIRS:
         selectors = [arguments.learned / target / "selectors/own/raise_fork" / str(seed) for target in (home, away)]
         whole = {**model, "pool": str(real / "alpaca.jsonl")}
         settings = [{**whole, **targets[target]} for target in (home, away)]
-        yield Case(f"{away}, learned on {home}", *settings, False, True, *selectors)
+        yield Case(f"{away}, learned on {home}", *settings, *selectors, has_oracle=False)
     # The halves are alike, so what a selector is worth on its own stands for what one would be that learned there.
-    yield Case("its own half of Alpaca", first, first, has_oracle=False, has_native=False)
-    yield Case("the other half of Alpaca", first, second, has_oracle=False, has_native=False)
+    own = folder / "selectors" / f"half-{seed}"
+    yield Case("its own half of Alpaca", first, first, own, None, has_oracle=False)
+    yield Case("the other half of Alpaca", first, second, own, None, has_oracle=False)
 
 
 def _write(path: Path, rows: list[Any]) -> str:
@@ -120,27 +123,34 @@ def _write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def learned_on(settings: dict[str, Any], seed: int, folder: Path | None) -> RaiseFork:
-    """Return a selector that has learned on a pool, now or before."""
-    if folder is not None:
-        return RaiseFork.load(folder)
-    return RaiseFork().learn(RaiseSelectEnv(**settings), RaiseFork.default_episodes, seed=seed)
+def learned_on(settings: dict[str, Any], seed: int, folder: Path) -> RaiseFork:
+    """Return the selector of a folder; it learns where there is none yet."""
+    if not (folder / "config.json").exists():
+        learner = RaiseFork()
+        learner.learn(RaiseSelectEnv(**settings), RaiseFork.default_episodes, seed=seed).save(folder)
+    return RaiseFork.load(folder)
 
 
-def measure(case: Case, seed: int, learned: RaiseFork, num_runs: int) -> dict[str, list[float]]:
+def measure(case: Case, seed: int, num_runs: int) -> dict[str, list[float]]:
     """Return the test losses of each way to choose away from home."""
-    away = RaiseSelectEnv(**case.away)
-    agents: dict[str, Any] = {"random": make_agent("random"), "learned at home": learned}
+    learned = learned_on(case.home, seed, case.learned_home)
+    own = away = RaiseSelectEnv(**case.away)
     if case.away["pool"] != case.home["pool"]:
-        as_it_is = copy.copy(learned)
-        as_it_is.view = None  # so that nothing is translated
-        agents["the same, in the other pool's units"] = as_it_is
-    if case.has_native:
-        agents["learned there"] = learned_on(case.away, seed, case.learned_away)
+        away = RaiseSelectEnv(**case.away, auxiliary_adapter=str(case.learned_home / AUXILIARY))
+    ways: dict[str, tuple[RaiseSelectEnv, Any]] = {
+        "random": (away, make_agent("random")),
+        "learned at home": (away, learned),
+    }
+    if away is not own and learned.view is not None:
+        bare = copy.copy(learned)
+        bare.view = replace(learned.view, adapter=None)  # so that other features are not refused
+        ways["the same, features made there"] = own, bare
+    if case.learned_away is not None:
+        ways["learned there"] = own, learned_on(case.away, seed, case.learned_away)
     if case.has_oracle:
-        agents["oracle"] = make_agent("oracle")
+        ways["oracle"] = away, make_agent("oracle")
     seeds = [1000 * (seed + 1) + run for run in range(num_runs)]
-    return {name: [_test_loss(away, agent, own, name) for own in seeds] for name, agent in agents.items()}
+    return {name: [_test_loss(*way, run, name) for run in seeds] for name, way in ways.items()}
 
 
 def _test_loss(env: RaiseSelectEnv, agent: Any, seed: int, name: str) -> float:
@@ -177,17 +187,11 @@ def main() -> None:
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {(line["case"], line["seed"]) for line in lines}
     for seed in range(arguments.seeds):
-        learned: dict[str, RaiseFork] = {}  # by home, which several cases share
-        data = arguments.out / "data"
-        cases = real_cases(data, arguments, seed) if arguments.real else embedded_cases(data, seed)
+        cases = real_cases(arguments.out, arguments, seed) if arguments.real else embedded_cases(arguments.out, seed)
         for case in cases:
-            if (case.name, seed) in done:
-                continue
-            home = json.dumps(case.home)
-            learned[home] = learned.get(home) or learned_on(case.home, seed, case.learned_home)
-            test_loss = measure(case, seed, learned[home], arguments.runs)
-            lines.append({"case": case.name, "seed": seed, "test_loss": test_loss})
-            append_line(results, json.dumps(lines[-1]))
+            if (case.name, seed) not in done:
+                lines.append({"case": case.name, "seed": seed, "test_loss": measure(case, seed, arguments.runs)})
+                append_line(results, json.dumps(lines[-1]))
     sys.stdout.write(table(lines) + "\n")
 
 

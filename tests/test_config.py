@@ -263,3 +263,9 @@ def test_tasks__names_in_every_list__are_those_of_the_tasks():
 
     assert {"default", *TASK_SETTINGS} == set(TASKS)
     assert set(ENV_IDS.values()) <= set(TASKS)
+
+
+def test_config__auxiliary_model_that_is_ready_and_made_ready__contradict():
+    assert EnvConfig(auxiliary_adapter="adapter").num_auxiliary_updates == 0
+    with pytest.raises(SettingError, match=r"auxiliary_adapter='adapter'.*auxiliary_updates=3.*leave one"):
+        EnvConfig(auxiliary_adapter="adapter", auxiliary_updates=3)

@@ -549,7 +549,16 @@ def test_finetune__own_pool_and_another_number_of_candidates__one_run(tmp_path, 
     assert len(lines) == 12
     assert all(line["id"] == f"row-{line['pool_id']}" for line in lines)
     assert files_of(tmp_path / "run") >= FILES - {"selector/config.json", "selector/model.safetensors"}
-    assert read_json(tmp_path / "run" / "run.json")["command"] == "finetune"
+    state = read_json(tmp_path / "run" / "run.json")
+    assert state["command"] == "finetune"
+    # The features of this pool are those of the auxiliary model that the selector learned with.
+    assert state["plan"]["settings"]["auxiliary_adapter"] == str(finished / "selector" / "auxiliary")
+    assert "auxiliary_adapter" in state["content"]
+    record = next(read_records(tmp_path / "run" / "episodes.jsonl"))
+    allowed = [str(tmp_path), str(finished)]
+    assert replay(record, allowed=allowed)[0] is None
+    with pytest.raises(RecordError, match=r"would open .*auxiliary_adapter .*auxiliary'"):
+        replay(record, allowed=allowed[:1])
 
 
 def test_finetune__selector_for_other_features__refused_before_any_is_computed(finished, tmp_path, small_settings):

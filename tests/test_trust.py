@@ -906,7 +906,7 @@ def record_of(**kwargs: Any) -> EpisodeRecord:
     return EpisodeRecord.from_json(json.dumps(value), "here")
 
 
-OPENED = ("model", "auxiliary_model", "adapter", "pool", "dev", "test")
+OPENED = ("model", "auxiliary_model", "adapter", "auxiliary_adapter", "pool", "dev", "test")
 
 
 @pytest.mark.parametrize("name", OPENED)

@@ -164,7 +164,9 @@ def dev_curves_plot(
         title(axes, _score_title(reward, narrow))
         ends = [_draw_agent(axes, name, table[name], horizon, colours[name], name == learned) for name in table]
         axes.set_xlim(0, max(horizon, 1))
-        axes.set_ylim(*_curve_range(list(table.values())))
+        # Of whoever trains for longer only the end is drawn; its many scores would outweigh all others.
+        drawn = [stack if stack.shape[1] <= horizon + 1 else stack[:, -1:] for stack in table.values()]
+        axes.set_ylim(*_curve_range(drawn))
         integer_ticks(axes, 4 if narrow else 8)
         axes.set_xlabel("step", fontsize=9, color=MUTED)
         label_ends(axes, ends, 13 if narrow else 18)

@@ -61,6 +61,13 @@ def test_dev_curves_plot__longer_than_horizon__becomes_a_line_at_its_end():
     np.testing.assert_allclose(full.get_ydata(), [0.3, 0.3])
 
 
+def test_dev_curves_plot__far_longer_than_horizon__leaves_the_others_their_range():
+    long = [[-4.0] * 500 + [-0.3]]
+    low, high = draw(curves_plot({**CURVES, "full": long})).axes[0].get_ylim()
+    assert low < 0.3
+    assert high > 4.0
+
+
 def test_dev_curves_plot__close_ends__labels_are_apart_and_in_order():
     curves = {f"agent{index}": [[-4.0, -1.0 - 0.001 * index]] for index in range(5)}
     (axes,) = draw(curves_plot(curves, 1)).axes

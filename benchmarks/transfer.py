@@ -4,12 +4,11 @@
     python benchmarks/transfer.py --out runs/transfer_real --seeds 3 --runs 1 --model stories260K-hf \
         --real runs/real --learned runs/targets
 
-For each seed a selector learns at home and chooses away, where it is compared with random rows, with a selector that
-learned there (but for halves of one pool, which are alike), and on embedded pools with the oracle. On another pool it
-chooses twice: with features of the auxiliary model that it carries, as `finetune --selector` does, and with features of
-one that was made ready on that pool. Real data are the files of real_targets.py; selectors that `bench` learned on
-them, a folder for each target, are taken as they are. What is in the folder already is not made again.
-docs/results/transfer.md has the outcome.
+For each seed a selector learns at home and chooses away, where it is compared with random rows and with a selector that
+learned there (but for halves of one pool, which are alike). On another pool it chooses twice: with features of the
+auxiliary model that it carries, as `finetune --selector` does, and with features of one that was made ready on that
+pool. Real data are the files of real_targets.py; selectors that `bench` learned on them, a folder for each target, are
+taken as they are. What is in the folder already is not made again. docs/results/transfer.md has the outcome.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ class Case:
         away: Where it chooses.
         learned_home: The folder of the selector that learns at home.
         learned_away: That of one that learns away, to be compared with; None where none does.
-        has_oracle: Whether labels are known there.
     """
 
     name: str
@@ -69,7 +67,6 @@ class Case:
     away: dict[str, Any]
     learned_home: Path
     learned_away: Path | None
-    has_oracle: bool = True
 
 
 def embedded_cases(folder: Path, seed: int) -> Iterator[Case]:
@@ -110,11 +107,11 @@ def real_cases(folder: Path, arguments: argparse.Namespace, seed: int) -> Iterat
         selectors = [arguments.learned / target / "selectors/own/raise_fork" / str(seed) for target in (home, away)]
         whole = {**model, "pool": str(real / "alpaca.jsonl")}
         settings = [{**whole, **targets[target]} for target in (home, away)]
-        yield Case(f"{away}, learned on {home}", *settings, *selectors, has_oracle=False)
+        yield Case(f"{away}, learned on {home}", *settings, *selectors)
     # The halves are alike, so what a selector is worth on its own stands for what one would be that learned there.
     own = folder / "selectors" / f"half-{seed}"
-    yield Case("its own half of Alpaca", first, first, own, None, has_oracle=False)
-    yield Case("the other half of Alpaca", first, second, own, None, has_oracle=False)
+    yield Case("its own half of Alpaca", first, first, own, None)
+    yield Case("the other half of Alpaca", first, second, own, None)
 
 
 def _write(path: Path, rows: list[Any]) -> str:
@@ -147,8 +144,6 @@ def measure(case: Case, seed: int, num_runs: int) -> dict[str, list[float]]:
         ways["the same, features made there"] = own, bare
     if case.learned_away is not None:
         ways["learned there"] = own, learned_on(case.away, seed, case.learned_away)
-    if case.has_oracle:
-        ways["oracle"] = away, make_agent("oracle")
     seeds = [1000 * (seed + 1) + run for run in range(num_runs)]
     return {name: [_test_loss(*way, run, name) for run in seeds] for name, way in ways.items()}
 

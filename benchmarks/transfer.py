@@ -74,7 +74,8 @@ def embedded_cases(folder: Path, seed: int) -> Iterator[Case]:
     task = EmbeddedTask()
     others = {
         "another draw": task,
-        "other target skills": replace(task, target_skills=OTHER_SKILLS),
+        # As many test rows as these skills have facts for.
+        "other target skills": replace(task, target_skills=OTHER_SKILLS, num_test=160),
         "30% corrupted": replace(task, corruption=0.3),
         "90% corrupted": replace(task, corruption=0.9),
     }

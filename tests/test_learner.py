@@ -364,7 +364,7 @@ def test_train__several_adapters_in_one_pass__is_each_by_itself(learner):
     together, losses = learner._train(states, BATCHES, [0.3] * len(states), [0] * len(states))
     for state, rows, after, loss in zip(states, BATCHES, together, losses, strict=True):
         (alone,), (loss_alone,) = learner._train([state], [rows], [0.3], [0])
-        assert loss == pytest.approx(loss_alone, abs=1e-6)
+        assert loss == pytest.approx(loss_alone, abs=1e-5)  # rounding of float32 is the processor's
         torch.testing.assert_close(after.first_moment, alone.first_moment, atol=1e-7, rtol=1e-4)
         # AdamW divides small gradients by their own size, and with them their rounding: single numbers may differ by
         # more, on some processors, so it is the whole step that is compared.
@@ -395,7 +395,7 @@ def test_update__in_micro_batches__is_the_whole_batch_at_once(learner):
     for limit in (1, 120):
         parts = learner.copy()
         parts.settings = dataclasses.replace(learner.settings, micro_batch_tokens=limit)
-        assert parts.update(rows, 0.0, 0) == pytest.approx(loss, abs=1e-6)
+        assert parts.update(rows, 0.0, 0) == pytest.approx(loss, abs=1e-5)
         torch.testing.assert_close(parts.state.first_moment, whole.state.first_moment, atol=1e-7, rtol=1e-4)
 
 

@@ -21,7 +21,8 @@ from raise_env.features import BLOCKS
 from raise_env.testing import toy_env
 from raise_env.vector import RaiseSelectVectorEnv
 
-TOLERANCE = 1e-5
+#: As in test_vector.py: rounding differs by processor.
+TOLERANCE = 1e-4
 
 
 class Notes(BaseCallback):

@@ -15,8 +15,9 @@ from raise_env.learner import LoraLearner
 from raise_env.testing import toy_env
 from raise_env.vector import RaiseSelectVectorEnv
 
-#: How far a step from one and the same state may differ.
-TOLERANCE = 1e-5
+#: How far a step from one and the same state may differ. AdamW divides small gradients by their own size, and with them
+#: their rounding, which is the processor's: 2e-5 was seen, and a step with another's adapter is far beyond this.
+TOLERANCE = 1e-4
 
 
 @pytest.fixture

@@ -196,7 +196,9 @@ class FeatureView:
 
 def _copy_adapter(source: Path, target: Path) -> None:
     """Copy a LoRA adapter's two files, if they lie where they seem to."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    from raise_env.adapter_files import ADAPTER_FILES
+
+    for name in ADAPTER_FILES:
         try:
             check_inside(source / name, source.parent)
             shutil.copyfile(source / name, target / name)

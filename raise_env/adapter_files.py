@@ -21,6 +21,7 @@ from .errors import ModelError, SettingError
 from .foreign_files import check_regular, read_json
 
 __all__ = [
+    "ADAPTER_FILES",
     "adapter_settings",
     "auxiliary_form",
     "content_hash",
@@ -29,7 +30,8 @@ __all__ = [
     "starting_form",
 ]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: The files of an adapter's folder that count.
+ADAPTER_FILES = _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 #: What a LoRA folder may say beside `LoraSettings` without changing what the model computes.
 _HARMLESS = frozenset(
@@ -77,7 +79,7 @@ def content_hash(folder: Path) -> str:
         ModelError: A file cannot be read.
     """
     digest = hashlib.sha256()
-    for name in (_CONFIG, _WEIGHTS):
+    for name in ADAPTER_FILES:
         try:
             check_regular(folder / name)
             with (folder / name).open("rb") as file:

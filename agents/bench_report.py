@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def write_bench_report(
         missing=summary["missing"],
         num_runs=len(lines),
         settings=pairs({**state.get("plan", {}).get("settings", {}), "seeds": len(summary["seeds"])}),
-        machine=pairs({**state.get("machine", {}), **state.get("versions", {})}),
+        machine=pairs({"hardware": _hardware(lines, state), **state.get("versions", {})}),
     )
     write_files(folder, {**files, "report.html": page.encode()})
 
@@ -255,6 +256,14 @@ def _table(rows: Sequence[Sequence[float]]) -> np.ndarray:
 # --- Text -----------------------------------------------------------------------------------------------------
 
 
+def _hardware(lines: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> str:
+    """Return what the runs were made on, each with how many of them; lines of old do not say it, but run.json does."""
+    of_old = state.get("machine", {}).get("processor")
+    names = Counter(line.get("hardware") or of_old for line in lines if line.get("error") is None)
+    names.pop(None, None)
+    return ", ".join(names if len(names) == 1 else (f"{name} ({_count(num, 'run')})" for name, num in names.items()))
+
+
 def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of results.jsonl with its costs as columns of their own."""
     flat = {name: value for name, value in line.items() if name not in ("phi_parts", "tokens", "seconds")}
@@ -268,7 +277,7 @@ def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
 def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     buffer = io.StringIO(newline="")
     if rows:
-        writer = csv.DictWriter(buffer, list(rows[0]))
+        writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
     return buffer.getvalue().encode()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from .bench_report import write_bench_report
 from .catalogue import make_agent
 from .job import OWN_TASK, Entry, Job, Outcome, check_line, failed, run_job
 from .run_folder import RunFolder, whole_lines, whole_records
-from .runs import Reporter, Silent, check_inputs, processor_name
+from .runs import Reporter, Silent, check_inputs
 from .spread import spread
 from .summary import RANDOM, summarise
 from .validation import Recorded
@@ -213,7 +212,7 @@ def _make_runs(
         with reporter.task("loading models, data and features", len(plan.tasks)) as show:
             content = _contents(plan, workers, show)
         run.check_content(content)
-        run.note(content=content, machine={"processor": processor_name(), "cores": os.cpu_count()})
+        run.note(content=content)
     begun, in_runs = time.perf_counter(), 0.0
     with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
         for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):

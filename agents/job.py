@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from raise_env import RaiseSelectEnv
@@ -21,7 +22,7 @@ from raise_env.side_by_side import one_thread
 
 from .catalogue import make_agent
 from .rollout import run_episode
-from .runs import FINAL_SEED, Clock, final_environment, final_scores, phi_tokens
+from .runs import FINAL_SEED, Clock, final_environment, final_scores, hardware_name, phi_tokens
 from .summary import PARTS, SHARES
 
 __all__ = ["OWN_TASK", "Entry", "Job", "Outcome", "check_line", "failed", "run_job"]
@@ -165,6 +166,7 @@ def _run(job: Job) -> Outcome:
         episode_returns=_returns(agent),
         rows=len({row for step in record.actions for row in step}),
         updates=sum(bool(step) for step in record.actions),
+        hardware=hardware_name(env),
     )
     return Outcome(line, record, selector)
 
@@ -207,7 +209,7 @@ def _scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
 
 def _line(job: Job, **values: Any) -> dict[str, Any]:
     """Return a line of results.jsonl; what is not given is null."""
-    empty = dict.fromkeys((*_FIELDS, "error"))
+    empty = dict.fromkeys((*_FIELDS, "hardware", "error"))
     return {"task": job.task, "agent": job.label, "seed": job.seed, **empty, **values}
 
 
@@ -229,6 +231,8 @@ def check_line(line: Any) -> None:
     lacking = [name for name in _NEEDED if line.get(name) is None] + [name for name in _KNOWN if name not in line]
     if lacking:
         raise ValueError(f"it lacks the field {lacking[0]!r}")
+    if not isinstance(line.get("hardware"), (str, NoneType)):
+        raise ValueError(f"the field 'hardware' is {str(line['hardware'])[:60]!r}")
     for name in _FIELDS:
         value = line.get(name)
         numbers = [value]

@@ -89,11 +89,19 @@ class RunFolder:
             self.note(status="interrupted" if interrupted else ended, end=_now())
 
     def check_content(self, content: Mapping[str, Any]) -> None:
-        """Refuse to go on with other data or another model than the run was begun with.
+        """Refuse to go on with other data, another model or other versions than the run was begun with.
 
         Raises:
             DataError: The content hashes differ from those noted.
+            SettingError: The versions do.
         """
+        versions_then, versions_now = self.state["versions"], versions()
+        changed = [f"{name} {then}, now {now}" for name, then, now in _differences(versions_then, versions_now)]
+        if changed:
+            raise SettingError(
+                f"{self.folder / 'run.json'}: the run was begun with {'; '.join(changed)}: what is added to it would "
+                "not be what it would have been. Install those versions, or start anew in another folder."
+            )
         before = self.state.get("content", content)
         different = [name for name in {**before, **content} if before.get(name) != content.get(name)]
         if different:

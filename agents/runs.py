@@ -48,6 +48,7 @@ __all__ = [
     "final_environment",
     "final_scores",
     "finetune",
+    "hardware_name",
     "phi_tokens",
     "processor_name",
     "train",
@@ -575,6 +576,14 @@ def _verdict(agents: Mapping[str, Any], name: str, metric: str) -> str:
     pairs = [(a, b) for a, b in zip(agents[name][metric], agents["random"][metric], strict=False) if None not in (a, b)]
     wins = sum(sign * (a - b) > 0 for a, b in pairs)
     return f" It did better than random rows in {wins} of {len(pairs)} paired runs."
+
+
+def hardware_name(env: RaiseSelectEnv) -> str:
+    """Return the name of what an environment computes on: a GPU's, or the processor's."""
+    import torch
+
+    device = env.assets.learner.base.device  # type: ignore[attr-defined]
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def _machine(env: RaiseSelectEnv) -> dict[str, Any]:

@@ -64,6 +64,22 @@ def test_headline__marks_alone__says_that_there_is_nothing_to_compare():
     assert "nothing to compare" in headline(summary_of(results, ("random", "oracle")))
 
 
+def test_page__runs_made_on_two_machines__names_both_with_their_runs(tmp_path):
+    early, *others = ({**own, "hardware": "Xeon"} for own in lines())
+    of_old = {name: value for name, value in early.items() if name != "hardware"}
+    results = [of_old, *others[:-1], {**others[-1], "hardware": "H100"}]
+    write_bench_report(tmp_path, summary_of(lines()), results, [], {**STATE, "machine": {"processor": "EPYC"}})
+    assert "EPYC (1 run), Xeon (14 runs), H100 (1 run)" in (tmp_path / "report.html").read_text()
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [row["hardware"] for row in csv.DictReader(file)] == ["", *["Xeon"] * 14, "H100"]
+
+
+def test_page__runs_made_on_one_machine__names_it_once(tmp_path):
+    results = [{**own, "hardware": "Xeon"} for own in lines()]
+    write_bench_report(tmp_path, summary_of(lines()), results, [], STATE)
+    assert re.search(r"<dt>hardware</dt><dd>Xeon</dd>", (tmp_path / "report.html").read_text())
+
+
 def test_page__tables__hold_every_agent_and_task(page):
     assert page.count("<h3>noise-0</h3>") == page.count("<h3>target</h3>") == 1
     assert len(re.findall(r"</span>ours", page)) == 3

@@ -28,7 +28,7 @@ from raise_env.base_model import load_tokenizer
 from raise_env.config import OBSERVATION_BLOCKS, EnvConfig
 from raise_env.encoding import Encoder
 from raise_env.errors import DataError, OutputError, RaiseEnvError, RecordError, SettingError
-from raise_env.record import read_records, replay
+from raise_env.record import read_records, replay, versions
 
 PPO_SETTINGS = {"gamma": 0.5}
 
@@ -385,6 +385,21 @@ def test_bench__resume_with_other_settings__all_are_named(finished, plan):
         bench(finished, other, resume=True)
     for words in ("settings.horizon: then 3, now 4", "num_seeds: then 2, now 1", "entries.sb3:PPO.episodes: then 2"):
         assert words in str(caught.value)
+
+
+def test_bench__more_seeds_with_other_versions__is_refused_and_nothing_is_run(tmp_path, plan, finished, monkeypatch):
+    folder = copy_of(finished, tmp_path / "bench")
+    before = (folder / "results.jsonl").read_bytes()
+    monkeypatch.setattr("raise_env.agents.run_folder.versions", lambda: {**versions(), "peft": "9.9"})
+    with pytest.raises(SettingError, match=rf"peft {re.escape(versions()['peft'])}, now 9\.9"):
+        bench(folder, dataclasses.replace(plan, num_seeds=3), resume=True)
+    assert (folder / "results.jsonl").read_bytes() == before
+
+
+def test_bench__finished_with_other_versions__is_summed_up_anew(tmp_path, plan, finished, monkeypatch):
+    folder = copy_of(finished, tmp_path / "bench")
+    monkeypatch.setattr("raise_env.agents.run_folder.versions", lambda: {**versions(), "peft": "9.9"})
+    assert bench(folder, plan, resume=True) == read_json(finished / "summary.json")
 
 
 # Failures

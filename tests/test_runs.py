@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from raise_env.errors import (
 )
 from raise_env.files import held
 from raise_env.learner import LoraLearner
-from raise_env.record import read_records, replay
+from raise_env.record import read_records, replay, versions
 
 FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
 FILES = {
@@ -472,6 +473,13 @@ def test_train__resume_with_other_data__refuses(tmp_path, small_settings, plan):
     write_rows(tmp_path / "pool.jsonl", list(data.pool)[::-1])
     with pytest.raises(DataError, match=r"run\.json.*pool"):
         train(tmp_path / "run", own, resume=True)
+
+
+def test_train__resume_with_other_versions__refuses_and_names_them(finished, plan, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr("raise_env.agents.run_folder.versions", lambda: {**versions(), "torch": "9.9"})
+    with pytest.raises(SettingError, match=rf"run\.json.*torch {re.escape(versions()['torch'])}, now 9\.9"):
+        train(tmp_path / "run", plan, resume=True)
 
 
 def test_train__folder_with_a_run__refuses_and_says_how_to_go_on(finished, plan):

@@ -28,7 +28,7 @@ from .bench_report import write_bench_report
 from .catalogue import make_agent
 from .job import OWN_TASK, Entry, Job, Outcome, check_line, failed, run_job
 from .run_folder import RunFolder, whole_lines, whole_records
-from .runs import Reporter, Silent, check_inputs
+from .runs import Reporter, Silent, as_learned, check_inputs, check_selectors
 from .spread import spread
 from .summary import RANDOM, summarise
 from .validation import Recorded
@@ -82,8 +82,13 @@ class BenchPlan:
             folder: Where they are written; a plan may build on what lies beside it.
         """
         del folder
+        settings = {
+            (task, label): self._entry_settings(task, entry)
+            for task in self.tasks
+            for label, entry in self.entries.items()
+        }
         return [
-            Job(task, label, seed, entry, self._settings(task, entry, seed))
+            Job(task, label, seed, entry, {**settings[task, label], "seed_model": seed})
             for task in self.tasks
             for seed in range(self.num_seeds)
             for label, entry in self.entries.items()
@@ -112,9 +117,19 @@ class BenchPlan:
             raise SettingError("\n".join(dict.fromkeys(faults)))
         for task in self.tasks:
             check_inputs(EnvConfig.from_kwargs(self.task_settings(task)))
+            for label, entry in self.entries.items():
+                self._check_selector(task, label, entry)
 
-    def _settings(self, task: str, entry: Entry, seed: int) -> dict[str, Any]:
-        return {**self.task_settings(task), **entry.settings, "seed_model": seed}
+    def _check_selector(self, task: str, label: str, entry: Entry) -> None:
+        config = EnvConfig.from_kwargs(self._entry_settings(task, entry))
+        try:
+            check_selectors(config, [make_agent(entry.agent, entry.arguments)])
+        except SettingError as error:
+            raise SettingError(f"agent {label!r} on task {task!r}: {error}") from error
+
+    def _entry_settings(self, task: str, entry: Entry) -> dict[str, Any]:
+        """Return the environment's keywords for an entry; for a selector, with what it carries to compute features."""
+        return as_learned({**self.task_settings(task), **entry.settings}, entry.agent)
 
 
 def ablation(

@@ -44,7 +44,9 @@ __all__ = [
     "Plan",
     "Reporter",
     "Silent",
+    "as_learned",
     "check_inputs",
+    "check_selectors",
     "final_environment",
     "final_scores",
     "finetune",
@@ -154,7 +156,7 @@ def train(
     agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in plan.names}
     env = RaiseSelectEnv(**plan.settings)
     check_inputs(env.config)
-    _check_selectors(env.config, agents.values())
+    check_selectors(env.config, agents.values())
     with held(folder):
         run = RunFolder.open(folder, command, plan.to_json(), resume)
         with reporter.task("loading model, data and features", 1) as show, _parts_shown(reporter) as progress:
@@ -202,8 +204,9 @@ def finetune(
     Raises:
         RaiseEnvError: As `train`; or the selector cannot be read.
     """
-    settings = _as_learned(settings, selector)
-    plan = Plan(settings, agent=f"selector:{selector}", episodes=0, seed=seed, compare=(), num_runs=1, merge=merge)
+    agent = f"selector:{selector}"
+    settings = as_learned(settings, agent)
+    plan = Plan(settings, agent=agent, episodes=0, seed=seed, compare=(), num_runs=1, merge=merge)
     return train(out, plan, command="finetune", resume=resume, reporter=reporter)
 
 
@@ -246,8 +249,13 @@ def check_inputs(config: EnvConfig) -> None:
     load_data(config)
 
 
-def _check_selectors(config: EnvConfig, agents: Iterable[Agent]) -> None:
-    """Refuse selectors that learned on other features now, and not after these were computed."""
+def check_selectors(config: EnvConfig, agents: Iterable[Agent]) -> None:
+    """Refuse selectors that learned on other features now, and not after these were computed.
+
+    Raises:
+        SettingError: One of them did.
+        RaiseEnvError: The auxiliary model or the pool cannot be read.
+    """
     views = [view for agent in agents if isinstance(view := getattr(agent, "view", None), FeatureView)]
     if views:
         from raise_env.assets import auxiliary_of, load_data
@@ -257,14 +265,19 @@ def _check_selectors(config: EnvConfig, agents: Iterable[Agent]) -> None:
             view.check(here, config, pool)
 
 
-def _as_learned(settings: dict[str, Any], selector: str | Path) -> dict[str, Any]:
-    """Return settings under which features are computed as those were that a selector learned on.
+def as_learned(settings: dict[str, Any], agent: str) -> dict[str, Any]:
+    """Return settings under which features are computed as those were that a selector, "selector:DIR", learned on.
 
-    Where something else is asked for, or another model than the selector's is there, whoever checks it will tell.
+    Where something else is asked for, or another model than the selector's is there, `check_selectors` will tell.
+    Settings of other agents are returned as they are.
+
+    Raises:
+        RecordError: The folder holds no selector.
     """
     from raise_env.assets import auxiliary_of
 
-    view = getattr(load_selector(selector), "view", None)
+    kind, _, folder = agent.partition(":")
+    view = getattr(load_selector(folder), "view", None) if kind == "selector" else None
     if not isinstance(view, FeatureView) or view.adapter is None:
         return settings
     if settings.get("auxiliary_adapter") or settings.get("auxiliary_updates") not in (None, view.auxiliary["updates"]):
@@ -274,7 +287,7 @@ def _as_learned(settings: dict[str, Any], selector: str | Path) -> dict[str, Any
     if auxiliary_of(config)["model"] != view.auxiliary.get("model"):
         return settings
     own = {name: value for name, value in settings.items() if name != "auxiliary_updates"}
-    return {**own, "auxiliary_adapter": str(selector_folder(selector) / AUXILIARY)}
+    return {**own, "auxiliary_adapter": str(selector_folder(folder) / AUXILIARY)}
 
 
 def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:

@@ -19,6 +19,7 @@ from joblib.externals.loky import get_reusable_executor
 from raise_env.agents import load_selector
 from raise_env.agents.baselines import RandomAgent
 from raise_env.agents.benchmark import ALL_FEATURES, BenchPlan, ablation, bench
+from raise_env.agents.feature_view import AUXILIARY
 from raise_env.agents.job import OWN_TASK, Entry
 from raise_env.agents.rollout import run_episode
 from raise_env.agents.sb3 import Sb3Agent
@@ -226,6 +227,27 @@ def test_bench__agents_with_hooks__are_prepared_in_their_own_environment(own, tm
         assert line["phi_parts"]["preparation"] > 0
         assert line["seconds"]["preparation"] > 0
         assert line["phi_parts"]["features"] == 0, "it says that it uses none"
+
+
+def test_bench__a_learned_selector_on_another_pool__sees_features_of_the_auxiliary_model_that_it_carries(
+    tmp_path, plan, finished
+):
+    folder = finished / "selectors" / "default" / "sb3-PPO" / "0"
+    entries = {"random": Entry("random"), "learned": Entry(f"selector:{folder}")}
+    elsewhere = BenchPlan({**plan.settings, "task_seed": 1}, entries, num_seeds=1)
+    assert bench(tmp_path / "bench", elsewhere)["missing"] == []
+    random, learned = read_records(tmp_path / "bench" / "episodes.jsonl")
+    assert learned.env["kwargs"]["auxiliary_adapter"] == str(folder / AUXILIARY)
+    assert "auxiliary_adapter" not in random.env["kwargs"]
+    assert learned.content.items() > random.content.items()
+
+
+def test_bench__a_selector_for_other_features__is_named_before_anything_is_run(tmp_path, plan, finished):
+    folder = finished / "selectors" / "default" / "sb3-PPO" / "0"
+    entries = {"random": Entry("random"), "learned": Entry(f"selector:{folder}")}
+    with pytest.raises(SettingError, match=r"'learned' on task 'default': .*after 2 updates.*after 1:"):
+        bench(tmp_path / "bench", BenchPlan({**plan.settings, "auxiliary_updates": 1}, entries, num_seeds=1))
+    assert not (tmp_path / "bench").exists()
 
 
 def test_bench__threads__are_one_meanwhile_and_as_before_afterwards(own, tmp_path, small_settings, monkeypatch):

@@ -11,14 +11,14 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.config import OBSERVATION_BLOCKS, TASK_SETTINGS
-from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
+from raise_env.errors import OutputError, RaiseEnvError, RecordError, SettingError, suggestion
 from raise_env.files import append_line, held, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord, versions
 from raise_env.side_by_side import one_thread
@@ -202,11 +202,14 @@ def bench(
     reporter = reporter or Silent()
     plan.check()
     with held(folder):
+        _refuse_results_alone(folder)
         run = RunFolder.open(folder, command, plan.to_json(), resume, grown=plan.with_additions)
-        done = _finished(folder) if resume else []
+        pairs = _finished(folder) if resume else []
+        done = [line for line, _ in pairs]
         jobs = [job for job in plan.jobs(folder) if job.key not in {_key(line) for line in done}]
         with run:
-            _make_runs(run, plan, jobs, done, workers, cluster, reporter)
+            if jobs:
+                _make_runs(run, plan, jobs, pairs, done, workers, cluster, reporter)
             summary = summarise(done, plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
             write_json(folder / "summary.json", summary)
             write_bench_report(folder, summary, done, _by_task(folder / "episodes.jsonl"), run.state)
@@ -217,17 +220,18 @@ def _make_runs(
     run: RunFolder,
     plan: BenchPlan,
     jobs: list[Job],
+    pairs: list[tuple[dict[str, Any], EpisodeRecord]],
     done: list[dict[str, Any]],
     workers: int | None,
     cluster: str | None,
     reporter: Reporter,
 ) -> None:
     """Make runs, and add each to the folder and its line to those that are done."""
-    if jobs:
-        with reporter.task("loading models, data and features", len(plan.tasks)) as show:
-            content = _contents(plan, workers, show)
-        run.check_content(content)
-        run.note(content=content)
+    with reporter.task("loading models, data and features", len(plan.tasks)) as show:
+        content = _contents(plan, workers, show)
+    run.check_content(content)
+    run.note(content=content)
+    _write_whole(run.folder, pairs)
     begun, in_runs = time.perf_counter(), 0.0
     with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
         for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
@@ -308,8 +312,25 @@ def _by_task(path: Path) -> list[tuple[str, EpisodeRecord]]:
     return [(Recorded(str(path), record).key[0], record) for record in whole_records(path)]
 
 
-def _finished(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of the runs that are done; failed ones and what a crash has torn are dropped from the files.
+def _refuse_results_alone(folder: Path) -> None:
+    """Refuse to add to results of which nothing says how they were made."""
+    alone = [name for name in ("results.jsonl", "episodes.jsonl") if (folder / name).exists()]
+    if alone and not (folder / "run.json").exists():
+        raise OutputError(
+            f"{str(folder)!r} holds {' and '.join(alone)} without the run.json that says how they were made: name "
+            "another folder, or put run.json back."
+        )
+
+
+def _write_whole(folder: Path, pairs: Sequence[tuple[dict[str, Any], EpisodeRecord]]) -> None:
+    """Leave in the files of a bench only the runs that are done."""
+    if (folder / "results.jsonl").exists() or (folder / "episodes.jsonl").exists():
+        write_text(folder / "results.jsonl", "".join(json.dumps(line) + "\n" for line, _ in pairs))
+        write_text(folder / "episodes.jsonl", "".join(record.to_json() + "\n" for _, record in pairs))
+
+
+def _finished(folder: Path) -> list[tuple[dict[str, Any], EpisodeRecord]]:
+    """Return line and record of the runs that are done, without failed ones and what a crash has torn.
 
     Raises:
         RecordError: A line has another form, or lines and records do not belong together.
@@ -323,8 +344,14 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
             raise RecordError(f"{results}, line {number}: {error}; expected what a run left.") from error
         if line.get("error") is None:
             lines.append(line)
+    records = whole_records(episodes)
     # As many records as lines, unless a crash came between a record and its line.
-    pairs = list(zip(lines, whole_records(episodes), strict=False))
+    if abs(len(lines) - len(records)) > 1:
+        raise RecordError(
+            f"{results} has {len(lines)} whole lines of runs that did not fail, {episodes.name} {len(records)} whole "
+            "records; expected as many, but for one that a crash may have torn. Mend them, or start anew elsewhere."
+        )
+    pairs = list(zip(lines, records, strict=False))
     for number, (line, record) in enumerate(pairs, start=1):
         found, expected = Recorded(f"{episodes}, record {number}", record), _key(line)
         if found.key != expected:
@@ -332,10 +359,7 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
                 f"{found.where}: it is of {_words(found.key)}; expected the run of {_words(expected)}, as in "
                 f"{results.name}. Start anew in another folder."
             )
-    if results.exists() or episodes.exists():
-        write_text(results, "".join(json.dumps(line) + "\n" for line, _ in pairs))
-        write_text(episodes, "".join(record.to_json() + "\n" for _, record in pairs))
-    return [line for line, _ in pairs]
+    return pairs
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, str, int]:

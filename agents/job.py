@@ -125,6 +125,7 @@ def run_job(job: Job) -> Outcome:
     try:
         with one_thread():
             outcome = _run(job)
+            _check_writable(outcome)
     except Exception as error:
         # An agent may be anyone's code, and one that fails is a result like any other: the rest goes on.
         outcome = failed(job, _reason(error))
@@ -134,6 +135,13 @@ def run_job(job: Job) -> Outcome:
 def failed(job: Job, reason: str) -> Outcome:
     """Return what a run leaves that came to nothing."""
     return Outcome(_line(job, error=reason))
+
+
+def _check_writable(outcome: Outcome) -> None:
+    """Refuse what could not be written or read again: an agent's own numbers, such as its returns, may be anything."""
+    check_line(outcome.line)
+    if outcome.record is not None:
+        outcome.record.to_json()
 
 
 def _run(job: Job) -> Outcome:

@@ -6,6 +6,7 @@ agent, or none of it. What a final run scored is checked by replaying it; what l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Entrant:
     """An agent of one folder.
 
     Attributes:
+        agent: Its name in its folder.
         label: Its name on the board.
         folder: Where its runs are.
         lines: Its lines of results.jsonl.
@@ -38,6 +40,7 @@ class Entrant:
         num_replayed: Records that were made again, and came out as recorded.
     """
 
+    agent: str
     label: str
     folder: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -78,9 +81,12 @@ def leaderboard(
         reporter: Where progress is shown.
 
     Raises:
-        SettingError: No folder has valid runs of random and of the oracle, or the two cannot be told apart.
+        SettingError: A folder is named twice, none has valid runs of random and of the oracle, or the two cannot be
+            told apart.
         RecordError: A folder lacks results or records, or they cannot be read.
     """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise SettingError("a folder is named twice: name each once.")
     entrants = list(_entrants(folders, tasks, num_seeds))
     _require_marks(entrants, tasks, num_seeds)
     _replay(entrants, replays, np.random.default_rng(seed), workers, reporter or Silent())
@@ -106,9 +112,10 @@ def _entrants(folders: Iterable[Path], tasks: Sequence[str], num_seeds: int) -> 
         wanted = {(task, seed) for task in tasks for seed in range(num_seeds)}
         faults = check_results(lines, recorded)
         for agent in dict.fromkeys(line["agent"] for line in lines):
-            label = agent if agent not in taken else f"{agent} ({folder.name})"
+            names = (f"{agent} ({folder.name}{f' {number}' if number > 1 else ''})" for number in itertools.count(1))
+            label = next(name for name in itertools.chain([agent], names) if name not in taken)
             taken.add(label)
-            entrant = Entrant(label, folder)
+            entrant = Entrant(agent, label, folder)
             entrant.lines = [
                 line for line in lines if line["agent"] == agent and (line["task"], line["seed"]) in wanted
             ]
@@ -119,7 +126,13 @@ def _entrants(folders: Iterable[Path], tasks: Sequence[str], num_seeds: int) -> 
 
 
 def _require_marks(entrants: Sequence[Entrant], tasks: Sequence[str], num_seeds: int) -> None:
-    """Raise a SettingError where random or the oracle, between which the scale is, cannot be ranked."""
+    """Name random and the oracle, the marks of the scale, in the first folder that has them; SettingError without."""
+    for mark in (RANDOM, ORACLE):
+        of_mark = [entrant for entrant in entrants if entrant.agent == mark]
+        whole = next((entrant for entrant in of_mark if not entrant.faults), None)
+        named = next((entrant for entrant in of_mark if entrant.label == mark), None)
+        if whole is not None and named is not None:
+            named.label, whole.label = whole.label, mark
     missing = {RANDOM, ORACLE} - {entrant.label for entrant in entrants if not entrant.faults}
     if missing:
         reasons = "; ".join(f"{entrant.label}: {entrant.faults[0]}" for entrant in entrants if entrant.label in missing)
@@ -133,9 +146,13 @@ def _require_marks(entrants: Sequence[Entrant], tasks: Sequence[str], num_seeds:
 def _faults(entrant: Entrant, wanted: set[tuple[str, int]], faults: Mapping[tuple[str, str, int], str]) -> list[str]:
     """Return why an agent's runs cannot be ranked, as far as that is seen without replaying them."""
     found = []
-    done = {(line["task"], line["seed"]) for line in entrant.lines if line.get("error") is None}
+    done = {
+        (line["task"], line["seed"])
+        for line in entrant.lines
+        if line.get("error") is None and not line["diverged"] and line["test_loss"] is not None
+    }
     if len(done) < len(entrant.lines):
-        found.append("failed runs, or a run twice")
+        found.append("runs that failed or diverged, or a run twice")
     if done != wanted:
         found.append(f"{len(wanted - done)} of {len(wanted)} runs are missing")
     for line in entrant.lines:

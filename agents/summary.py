@@ -155,7 +155,10 @@ def _normalised_scores(losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     """Return all runs between random and oracle, shape (seeds, tasks that have a scale); nothing where none has."""
     if not any(runs.shape[1] for runs in losses.values()):
         return {}
-    return {agent: normalise(runs, losses[RANDOM], losses[ORACLE]) for agent, runs in losses.items()}
+    # The marks are means over the seeds that both have: `_scaled` has seen that way, and no other.
+    alone = np.isnan(losses[RANDOM]) | np.isnan(losses[ORACLE])
+    marks = [np.where(alone, np.nan, losses[mark]) for mark in (RANDOM, ORACLE)]
+    return {agent: normalise(runs, *marks) for agent, runs in losses.items()}
 
 
 def _normalised(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | int | None]]:

@@ -182,11 +182,13 @@ def _disagreement(line: Mapping[str, Any], record: EpisodeRecord) -> str | None:
     kwargs, final = record.env["kwargs"], record.final
     said: dict[str, Any] = {"seed": kwargs.get("seed_model", EnvConfig().seed_model)}
     said |= {"rows": len({row for step in record.actions for row in step}), "updates": sum(map(bool, record.actions))}
-    said |= {name: final[name] for name in ("test_loss", "test_choice_probability") if name in final}
-    accuracy = final.get("test_accuracy", final.get("test_exact_match"))
-    if line.get("test_accuracy") is not None:
-        said["test_accuracy"] = accuracy
-    if kwargs.get("reward", EnvConfig().reward) == "loss" and not line.get("diverged"):
+    said |= {"diverged": record.diverged, "test_loss": final.get("test_loss")}
+    shares = {
+        "test_accuracy": final.get("test_accuracy", final.get("test_exact_match")),
+        "test_choice_probability": final.get("test_choice_probability"),
+    }
+    said |= {name: value for name, value in shares.items() if line.get(name) is not None}
+    if kwargs.get("reward", EnvConfig().reward) == "loss" and not record.diverged:
         said["dev_loss"] = -record.dev_scores[-1]
     for name, value in said.items():
         if line.get(name) != value:

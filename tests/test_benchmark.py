@@ -57,6 +57,9 @@ class Fails(RandomAgent):
 class Always(Fails):
     seeds = (1000, 1001)
 
+class Silly(RandomAgent):
+    episode_returns = [float("nan")]
+
 class Shapeless(RandomAgent):
     def predict(self, observation, state=None, episode_start=None, deterministic=True):
         return np.ones(3), state
@@ -519,6 +522,33 @@ def test_bench__a_pool_of_ones_own__is_a_task_too(tmp_path, small_settings):
     assert random["test_accuracy"] is None, "of a free answer none is expected"
     assert "hidden labels" in oracle["error"]
     assert summary["normalised"] == {}
+
+
+def test_bench__an_agents_numbers_that_nobody_can_write__are_that_runs_failure(own, tmp_path, small_settings):
+    plan = of_own(small_settings, "Silly", num_seeds=1)
+    summary = bench(tmp_path / "bench", plan)
+    assert [run["agent"] for run in summary["missing"]] == ["Silly"]
+    assert "episode_returns" in summary["missing"][0]["reason"]
+    assert bench(tmp_path / "bench", plan, resume=True)["missing"] == summary["missing"]
+
+
+def test_bench__results_without_the_plan_that_they_are_of__are_refused(tmp_path, plan, finished):
+    folder = copy_of(finished, tmp_path / "bench")
+    (folder / "run.json").unlink()
+    before = (folder / "results.jsonl").read_bytes()
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=r"results\.jsonl and episodes\.jsonl without the run\.json"):
+            bench(folder, plan, resume=resume)
+    assert (folder / "results.jsonl").read_bytes() == before
+
+
+def test_bench__records_that_are_gone__are_told_and_no_result_is_dropped(tmp_path, plan, finished):
+    folder = copy_of(finished, tmp_path / "bench")
+    (folder / "episodes.jsonl").unlink()
+    before = (folder / "results.jsonl").read_bytes()
+    with pytest.raises(RecordError, match="0 whole records"):
+        bench(folder, plan, resume=True)
+    assert (folder / "results.jsonl").read_bytes() == before
 
 
 def test_bench__data_changed_since__is_refused(tmp_path, small_settings):

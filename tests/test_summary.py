@@ -77,6 +77,17 @@ def test_summarise__oracle_not_clearly_ahead__task_has_no_scale(oracle, has_scal
         assert summary["profiles"] == summary_of()["profiles"]
 
 
+def test_summarise__marks_that_share_one_seed__are_those_of_that_seed():
+    losses = {"random": (2.0, None, 0.1), "oracle": (1.0, 5.0, None), "mine": (1.5, 1.5, 1.5)}
+    results = [
+        line(agent, seed, loss, error=None if loss is not None else "it failed")
+        for agent, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    # Between 2.0 and 1.0; the means of all runs would be 1.05 and 3.0, the wrong way round.
+    assert summary_of(results)["normalised"]["mine"]["iqm"] == pytest.approx(0.5)
+
+
 def test_summarise__oracle_nowhere_ahead__has_no_scale_and_tables_all_the_same():
     worse = [{**own, "test_loss": 2.0} if own["agent"] == "oracle" else own for own in RESULTS]
     summary = summary_of(worse)

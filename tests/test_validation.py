@@ -59,6 +59,17 @@ def test_check_results__a_line_that_its_record_does_not_bear__is_named(theirs, n
     assert f"{name} is {value!r}; its record says" in next(iter(faults.values()))
 
 
+def test_check_results__a_record_without_final_scores__bears_no_made_up_ones(theirs):
+    change(theirs / "episodes.jsonl", 3, final={})
+    change(theirs / "results.jsonl", 3, test_loss=0.001, test_accuracy=None)
+    assert "test_loss is 0.001; its record says None" in next(iter(check_results(*read_bench(theirs)).values()))
+
+
+def test_check_results__a_run_that_did_not_diverge__cannot_be_said_to(theirs):
+    change(theirs / "results.jsonl", 3, diverged=True)
+    assert "diverged is True; its record says False" in next(iter(check_results(*read_bench(theirs)).values()))
+
+
 def test_check_results__a_record_of_another_first_adapter__is_named(theirs):
     record = json.loads((theirs / "episodes.jsonl").read_text().splitlines()[0])
     record["env"]["kwargs"]["seed_model"] = 7
@@ -143,6 +154,42 @@ def test_leaderboard__runs_missing_or_failed__are_not_ranked(finished, theirs, s
     reasons = {entrant.label: entrant.faults for entrant in board.unranked}
     assert reasons["loss_low (theirs)"] == ["1 of 2 runs are missing"]
     assert any("failed" in faults[0] for faults in reasons.values())
+
+
+def agent_places(folder, agent):
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return [number for number, line in enumerate(lines) if json.loads(line)["agent"] == agent]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_leaderboard__runs_that_diverged__are_missing_runs(finished, theirs, standard, monkeypatch, count):
+    monkeypatch.setattr("raise_env.agents.leaderboard.check_results", lambda *_: {})  # let record and line agree
+    for place in agent_places(theirs, "loss_low")[:count]:
+        change(theirs / "results.jsonl", place, diverged=True, test_loss=None, dev_loss=None)
+    board = leaderboard([finished, theirs], ["default"], 2, replays=0)
+    (entrant,) = board.unranked
+    assert entrant.label == "loss_low (theirs)"
+    assert entrant.faults == ["runs that failed or diverged, or a run twice", f"{count} of 2 runs are missing"]
+
+
+def test_leaderboard__folders_of_one_name__have_labels_of_their_own(finished, tmp_path, standard):
+    others = [shutil.copytree(finished, tmp_path / name / "ours") for name in ("a", "b")]
+    labels = [entrant.label for entrant in leaderboard([finished, *others], ["default"], 2, replays=0).ranked]
+    assert {"loss_low", "loss_low (ours)", "loss_low (ours 2)"} < set(labels)
+    assert len(set(labels)) == 12
+
+
+def test_leaderboard__a_folder_twice__is_refused(finished, standard):
+    with pytest.raises(SettingError, match="named twice"):
+        leaderboard([finished, finished / "."], ["default"], 2, replays=0)
+
+
+def test_leaderboard__marks__are_of_the_first_folder_that_has_them_whole(finished, theirs, standard):
+    change(theirs / "results.jsonl", agent_places(theirs, "random")[0], error="it failed")
+    board = leaderboard([theirs, finished], ["default"], 2, replays=0)
+    (mark,) = [entrant for entrant in board.ranked if entrant.label == "random"]
+    assert mark.folder == finished
+    assert [(entrant.label, entrant.folder) for entrant in board.unranked] == [("random (ours)", theirs)]
 
 
 def test_leaderboard__no_oracle__is_an_error(theirs, standard):

@@ -651,7 +651,8 @@ def validate(
         typer.Argument(help="Files of episode records, one a line, or folders of `bench`.", metavar="FILE..."),
     ],
     tolerance: Annotated[
-        float | None, typer.Option(help="How far a number may be from the recorded one.", min=0)
+        float | None,
+        typer.Option(help="How far a number may be from the recorded one, as a share of the score.", min=0),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to replay.")] = "auto",
     reward: Annotated[
@@ -699,7 +700,9 @@ def validate(
                 raise typer.Exit(EXIT_NO)
             largest = max(largest, replayed.distance)
             show(done)
-    equal = "equal to the bit" if largest == 0 else f"equal within {limit:g} (largest difference {largest:.1e})"
+    equal = (
+        "equal to the bit" if largest == 0 else f"equal within {limit:g} of a score (largest difference {largest:.1e})"
+    )
     _echo(f"{len(recorded)} episodes replayed: {equal}.")
     if of_bench:
         _echo(f"{num_lines} lines of results say what their records say.")

@@ -83,7 +83,7 @@ def replay_all(
 
     Args:
         recorded: What to replay.
-        tolerance: How far a number may be from the recorded one.
+        tolerance: How far a number may be from the recorded one, as a share of the score.
         device: Where to replay.
         reward: The reward function that records may run, "module:function".
         allowed: What records may open, as for `raise_env.record.replay`.

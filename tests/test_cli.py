@@ -452,7 +452,7 @@ def test_validate__difference_within_the_tolerance__zero_and_says_how_large(trai
         records[0]["rewards"][0] += 0.01
 
     path = tampered(trained[0] / "episodes.jsonl", tmp_path / "tampered.jsonl", change)
-    outcome = run("validate", path, "--tolerance", "0.02")
+    outcome = run("validate", path, "--tolerance", "0.5")
     assert outcome.code == 0
     assert "largest difference 1.0e-02" in outcome.out
 

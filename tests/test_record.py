@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raise_env.errors import RecordError
-from raise_env.record import SCHEMA_VERSION, EpisodeRecord, read_records, replay, versions
+from raise_env.record import SCHEMA_VERSION, EpisodeRecord, _Comparison, read_records, replay, versions
 from raise_env.testing import toy_env
 
 
@@ -181,6 +181,38 @@ def test_replay__small_distance__is_told_and_tolerated(record):
     assert difference is None
     assert largest == pytest.approx(1e-5, rel=1e-3)
     assert replay(EpisodeRecord.from_json(text, "here"), tolerance=1e-6)[0].what == "reward of step 1"
+
+
+@pytest.mark.parametrize(("change", "is_tolerated"), [(5 / 256, True), (6 / 256, False)])
+def test_replay__share_of_right_answers__may_differ_by_a_few_rows(record, change, is_tolerated):
+    final = {**record.final, "test_exact_match": record.final["test_exact_match"] + change}
+    difference, largest = replay(EpisodeRecord.from_json(changed(record, final=final), "here"))
+    assert (difference is None) == is_tolerated
+    assert largest == pytest.approx(change, rel=1e-3)
+
+
+@pytest.mark.parametrize(("share", "is_tolerated"), [(0.0019, True), (0.0021, False)])
+def test_replay__loss__may_differ_by_its_share(record, share, is_tolerated):
+    final = {**record.final, "test_loss": record.final["test_loss"] * (1 + share)}
+    difference, _ = replay(EpisodeRecord.from_json(changed(record, final=final), "here"))
+    assert (difference is None) == is_tolerated
+
+
+def test_replay__small_score__is_held_to_its_size():
+    check = _Comparison(tolerance=2e-3)
+    check.number("loss near zero", 0.01, 0.010099)
+    check.number("small loss", 0.1, 0.100199)
+    assert check.first is None
+    check.number("loss near zero", 0.01, 0.010101)
+    assert check.first is not None
+
+
+def test_replay__early_steps__are_held_closer():
+    for step, limit in ((0, 1e-5), (1, 1e-4), (2, 1e-3), (3, 2e-3), (400, 2e-3)):
+        for factor in (0.99, 1.01):
+            check = _Comparison(tolerance=2e-3)
+            check.number("dev score", 1.0 + factor * limit, 1.0, step=step)
+            assert (check.first is None) == (factor < 1), (step, factor)
 
 
 #: What makes a record no record: changed fields, the field that is named, and what was expected of it.

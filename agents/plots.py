@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _ORACLE = "#009e73"
-_OTHERS = ("#0072b2", "#b5538c", "#8c6d31", "#7a5195", "#2f8f9d", "#a8760a")
+_OTHERS = ("#0072b2", "#b5538c", "#8c6d31", "#7a5195", "#2f8f9d", "#a8760a", "#b3392f", "#647418", "#3f4fb0")
 
 #: The page's colours: CSS name -> (on white, on black).
 COLOURS: Mapping[str, tuple[str, str]] = {
@@ -51,7 +51,14 @@ COLOURS: Mapping[str, tuple[str, str]] = {
     **{
         f"other-{index}": pair
         for index, pair in enumerate(
-            zip(_OTHERS, ("#4ea3e0", "#e08bbd", "#c2a05f", "#b08bd0", "#5cc0ce", "#d9ab3a"), strict=True)
+            zip(
+                _OTHERS,
+                (
+                    *("#4ea3e0", "#e08bbd", "#c2a05f", "#b08bd0", "#5cc0ce", "#d9ab3a"),
+                    *("#ef7d72", "#b4c853", "#8f9cf5"),
+                ),
+                strict=True,
+            )
         )
     },
     **{

@@ -143,3 +143,8 @@ def test_agent_colours__fixed_roles__are_never_given_to_others():
     assert colours["random"] == MUTED
     assert colours["raise_fork"] == ACCENT
     assert len(set(colours.values())) == 5
+
+
+def test_agent_colours__twelve_agents__none_shares_its_colour():
+    names = ["random", "oracle", *(f"agent {number}" for number in range(10))]
+    assert len(set(agent_colours(names, "agent 3").values())) == len(names)

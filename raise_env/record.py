@@ -55,9 +55,10 @@ _FIRST_PART, _GROWTH = 5e-3, 10.0
 #: A score below this counts as one of this size: a loss near zero differs by more than its share.
 _LEAST_SCORE = 0.05
 
-#: Scores that count rows, by the ends of their names: one row that tips over is more than any rounding, and so they may
-#: differ by this many times the tolerance, whatever their size.
-_COUNTED, _COUNTED_FACTOR = ("accuracy", "accuracy_norm", "exact_match"), 10
+#: Scores that count rows: one row that tips over is more than any rounding, and so they may differ by `_COUNTED_FACTOR`
+#: times the tolerance, whatever their size.
+_COUNTED = ("accuracy", "accuracy_norm", "exact_match")
+_COUNTED_FACTOR = 10
 
 _RECORDED_PACKAGES = ("raise-env", "torch", "transformers", "peft", "numpy")
 
@@ -248,10 +249,10 @@ def replay(
         _, reward, over, _, info = env.step(action)
         check.rows(f"action of step {step + 1}", rows, env.history[-1].selected.tolist())
         score = env.dev_scores[-1]
-        now: dict[str, Any] = {"step": step + 1, "counted": counted}
-        check.number(f"reward of step {step + 1}", record.rewards[step], reward, size=score, **now)
-        check.number(f"dev score {step + 1}", record.dev_scores[step + 1], score, **now)
-        if over != (step + 1 == len(record.actions)):
+        done = step + 1
+        check.number(f"reward of step {done}", record.rewards[step], reward, step=done, size=score, counted=counted)
+        check.number(f"dev score {done}", record.dev_scores[done], score, step=done, counted=counted)
+        if over != (done == len(record.actions)):
             check.fail("length of the episode", len(record.actions), "ends" if over else "goes on")
     if check.first is None:
         _compare_end(check, record, env, info)
@@ -317,7 +318,7 @@ def _compare_end(check: _Comparison, record: EpisodeRecord, env: RaiseSelectEnv,
 
 
 def _is_counted(name: str) -> bool:
-    return name.endswith(_COUNTED)
+    return name.removeprefix("test_") in _COUNTED
 
 
 @dataclass(slots=True)
@@ -354,7 +355,8 @@ class _Comparison:
         self.largest = max(self.largest, distance)
         scale = max(abs(replayed if size is None else size), _LEAST_SCORE)
         part = 1.0 if step is None else min(1.0, _FIRST_PART * _GROWTH ** min(step, 10))
-        if not distance <= self.tolerance * (_COUNTED_FACTOR if counted else scale * part):
+        limit = self.tolerance * (_COUNTED_FACTOR if counted else scale * part)
+        if not (math.isfinite(distance) and distance <= limit):  # an infinite score has an infinite limit
             self.fail(what, recorded, replayed)
 
     def rows(self, what: str, recorded: list[int], replayed: list[int]) -> None:

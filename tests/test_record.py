@@ -215,6 +215,12 @@ def test_replay__early_steps__are_held_closer():
             assert (check.first is None) == (factor < 1), (step, factor)
 
 
+def test_replay__infinite_number__is_a_difference():
+    check = _Comparison(tolerance=2e-3)
+    check.number("loss", 1.0, math.inf)
+    assert check.first is not None
+
+
 #: What makes a record no record: changed fields, the field that is named, and what was expected of it.
 BAD = {
     "missing fields": ({"rewards": ..., "agent": ...}, "record", "the fields agent, rewards too"),

@@ -7,6 +7,7 @@ steps of recorded runs made again in the training states of other runs. `finding
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -154,7 +155,8 @@ class AuditPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as run.json keeps it."""
-        return dict(json.loads(json.dumps(asdict(self))))
+        agents = {name: entry.to_json() for name, entry in self.agents.items()}
+        return dict(json.loads(json.dumps({**asdict(self), "agents": agents})))
 
     def with_additions(self, before: dict[str, Any]) -> dict[str, Any]:
         """Return an earlier plan, as `to_json` gave it, with what this one has beyond it."""
@@ -244,25 +246,39 @@ def _probe_all(
 ) -> list[dict[str, Any]]:
     """Return what steps gave that were made again, a line for each task and seed; those on disk are not repeated."""
     path = folder / REWARDS
-    done = whole_lines(path)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in done))  # without what a crash has torn
+    records = {task: _records_of(task, plan, runs) for task in plan.tasks}
+    tried = {task: _digest(own) for task, own in records.items()}
+    # Without what a crash has torn, and what was tried of fewer runs than there are by now.
+    done = [line for line in whole_lines(path) if line.get("tried") == tried.get(line["task"])]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in done))
     found = {(line["task"], line["seed"]): line for line in done}
     wanted = [(task, seed) for task in plan.tasks for seed in range(plan.num_seeds)]
     with reporter.task(f"recorded steps made again in {len(wanted)} other runs", len(wanted)) as show:
         for number, (task, seed) in enumerate(wanted, start=1):
-            records = {
-                name: [r for line, r in runs if r is not None and (line["task"], line["agent"]) == (task, name)]
-                for name in plan.audited
-            }
-            course = [record for record in records[RANDOM] if record.seed == FINAL_SEED + seed]
+            course = [record for record in records[task][RANDOM] if record.seed == FINAL_SEED + seed]
             if (task, seed) not in found and course:  # a random run that failed is named among the missing
                 settings = {**plan.runs().task_settings(task), "seed_model": seed, "num_candidates": "all"}
                 with one_thread():
-                    line = {"task": task, "seed": seed, **probe_rewards(RaiseSelectEnv(**settings), course[0], records)}
+                    probed = probe_rewards(RaiseSelectEnv(**settings), course[0], records[task])
+                line = {"task": task, "seed": seed, "tried": tried[task], **probed}
                 append_line(path, json.dumps(line))
                 found[task, seed] = line
             show(number)
     return [found[key] for key in wanted if key in found]
+
+
+def _records_of(
+    task: str, plan: AuditPlan, runs: Sequence[tuple[dict[str, Any], EpisodeRecord | None]]
+) -> dict[str, list[EpisodeRecord]]:
+    """Return the records of a task's runs by agent, in the order of their seeds, whenever they were made."""
+    own = sorted((run for run in runs if run[0]["task"] == task), key=lambda run: run[0]["seed"])
+    return {name: [r for line, r in own if r is not None and line["agent"] == name] for name in plan.audited}
+
+
+def _digest(records: Mapping[str, Sequence[EpisodeRecord]]) -> str:
+    """Return what tells the steps of some runs from those of others."""
+    actions = {name: [record.actions for record in own] for name, own in records.items()}
+    return hashlib.sha256(json.dumps(actions).encode()).hexdigest()[:16]
 
 
 def probe_rewards(

@@ -64,7 +64,7 @@ class BenchPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as run.json keeps it."""
-        entries = {label: asdict(entry) for label, entry in self.entries.items()}
+        entries = {label: entry.to_json() for label, entry in self.entries.items()}
         plain = {**asdict(self), "entries": entries, "tasks": list(self.tasks)}
         return dict(json.loads(json.dumps(plain)))  # tuples become lists, as they will be when it is read again
 
@@ -111,6 +111,10 @@ class BenchPlan:
             raise SettingError("tasks are those of the embedded pool: name tasks, or give pool=FILE, not both.")
         faults = [f"unknown task {task!r}: {suggestion(task, TASKS)}" for task in self.tasks if not _is_task(task)]
         faults += filter(None, (_fault(entry) for entry in self.entries.values()))
+        nameless = [label for label in self.entries if not _file_name(label).strip(".-")]
+        faults += [
+            f"the agent {label!r} would have no folder of its own: give it a name of letters" for label in nameless
+        ]
         if len({_file_name(label) for label in self.entries}) < len(self.entries):
             faults.append(f"two of the agents {', '.join(self.entries)} would share a folder: rename one.")
         if faults:
@@ -233,14 +237,16 @@ def _make_runs(
     run.note(content=content)
     _write_whole(run.folder, pairs)
     begun, in_runs = time.perf_counter(), 0.0
-    with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
-        for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
-            outcome = _same_world(job, outcome, run.state["content"])
-            _write(run.folder, job, outcome)
-            done.append(outcome.line)
-            in_runs += outcome.elapsed_s
-            show(number)
-    _add_time(run, in_runs, time.perf_counter() - begun)
+    try:
+        with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
+            for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
+                outcome = _same_world(job, outcome, run.state["content"])
+                _write(run.folder, job, outcome)
+                done.append(outcome.line)
+                in_runs += outcome.elapsed_s
+                show(number)
+    finally:  # what is on disk is not made again: its time would be nowhere
+        _add_time(run, in_runs, time.perf_counter() - begun)
 
 
 def _contents(plan: BenchPlan, workers: int | None, show: Callable[[int], None]) -> dict[str, dict[str, str]]:
@@ -262,7 +268,9 @@ def _content(task: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
 def _add_time(run: RunFolder, in_runs: float, elapsed: float) -> None:
     """Note the time of all workers in runs, and the time that passed, with what earlier parts of this bench took."""
     before = run.state.get("seconds", {})
-    run.note(seconds={"runs": before.get("runs", 0.0) + in_runs, "elapsed": before.get("elapsed", 0.0) + elapsed})
+    run.state.update(
+        seconds={"runs": before.get("runs", 0.0) + in_runs, "elapsed": before.get("elapsed", 0.0) + elapsed}
+    )
 
 
 def _named_run(job: Job) -> tuple[Job, Outcome]:

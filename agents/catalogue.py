@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from raise_env.errors import SettingError, suggestion
+from raise_env.errors import RecordError, SettingError, suggestion
 from raise_env.foreign_files import read_json
 
 from .base import Agent
@@ -24,6 +26,7 @@ __all__ = [
     "learning_episodes",
     "load_selector",
     "make_agent",
+    "selector_digest",
     "selector_folder",
 ]
 
@@ -177,6 +180,26 @@ def selector_folder(folder: str | Path) -> Path:
     return folder / "selector" if is_run else folder
 
 
+def selector_digest(name: str) -> str | None:
+    """Return a short digest of the files of an agent "selector:DIR", which tells it from others; None for all others.
+
+    Raises:
+        RecordError: A file cannot be read.
+    """
+    kind, _, rest = name.partition(":")
+    if kind != "selector":
+        return None
+    folder, digest = selector_folder(rest), hashlib.sha256()
+    try:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise RecordError(f"{folder}: cannot be read ({error}); expected a selector.") from error
+    return digest.hexdigest()[:16]
+
+
 def agent_name(name: str) -> str:
     """Return the short name under which an agent's results are listed."""
     return "selector" if name.startswith("selector:") else name
@@ -206,21 +229,26 @@ def _own_agent(name: str, arguments: Mapping[str, Any]) -> Agent:
             f"agent {name!r} is there already, built by its module, and takes no settings; got "
             f"{', '.join(arguments)}. Set them in the module, or name the class instead."
         )
-    return _acting(found)
+    return _acting(found, name)
 
 
-def _acting(found: Any) -> Agent:
-    """Return the agent; without its `learn` where that is another's, as that of SB3's models, which counts steps."""
-    agent: Agent = found
+def _acting(found: Any, name: str) -> Agent:
+    """Return the agent; without its `learn` where that is another's, as that of SB3's models, which counts steps.
+
+    One that learns is a copy: what it learned in one run must not be there in the next.
+
+    Raises:
+        AgentError: It cannot be copied.
+    """
     learn = getattr(found, "learn", None)
     if learn is None:
-        return agent
+        return cast(Agent, found)
     try:
         inspect.signature(learn).bind(None, 1, seed=0, progress=None)
     except TypeError:
-        acting: Any = SimpleNamespace(**{name: getattr(found, name) for name in _ACTING if hasattr(found, name)})
-        agent = acting
-    return agent
+        return cast(Agent, SimpleNamespace(**{part: getattr(found, part) for part in _ACTING if hasattr(found, part)}))
+    with agents_code(f"agent {name!r}, copying it (each run learns anew; name its class to have it built instead)"):
+        return cast(Agent, copy.deepcopy(found))
 
 
 def _imported(name: str) -> Any:

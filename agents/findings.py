@@ -192,13 +192,16 @@ class _Task:
 
     def _replayed(self, agents: Sequence[str]) -> dict[str, Any]:
         """Return the rank correlation between the rewards that the same rows get in different runs at the same step."""
+        at_step: dict[int, list[np.ndarray]] = {}
+        for state in (state for line in self._probes for state in line["states"]):
+            own = [reward for agent in agents for reward in state["rewards"][agent]]
+            at_step.setdefault(state["step"], []).append(np.array(own))
         by_step = {}
-        for states in zip(*(line["states"] for line in self._probes), strict=True):
-            rewards = [np.array([r for agent in agents for r in state["rewards"][agent]]) for state in states]
+        for step, rewards in sorted(at_step.items()):  # a run that ended early has other steps than the rest
             ranks = [correlation(one, other, ranks=True).value for one, other in itertools.combinations(rewards, 2)]
             known = [value for value in ranks if np.isfinite(value)]
             if known:
-                by_step[states[0]["step"]] = float(np.mean(known))
+                by_step[step] = float(np.mean(known))
         mean = mean_interval(np.array(list(by_step.values())))
         return {**_interval(mean, "correlation"), "by_step": {str(step): value for step, value in by_step.items()}}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,7 +20,7 @@ from raise_env.files import scratch_folder
 from raise_env.record import EpisodeRecord
 from raise_env.side_by_side import one_thread
 
-from .catalogue import make_agent
+from .catalogue import make_agent, selector_digest
 from .rollout import run_episode
 from .runs import FINAL_SEED, Clock, final_environment, final_scores, hardware_name, phi_tokens
 from .summary import PARTS, SHARES
@@ -76,6 +76,15 @@ class Entry:
     arguments: dict[str, Any] = field(default_factory=dict)
     episodes: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as run.json keeps it; of a learned selector also which one it is.
+
+        Raises:
+            RecordError: The selector cannot be read.
+        """
+        plain, digest = asdict(self), selector_digest(self.agent)
+        return plain if digest is None else {**plain, "selector": digest}
 
 
 @dataclass(frozen=True, slots=True)

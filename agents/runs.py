@@ -27,7 +27,7 @@ from raise_env.rewards import needs_generation
 
 from . import contrast
 from .base import Agent
-from .catalogue import agent_name, learning_episodes, load_selector, make_agent, selector_folder
+from .catalogue import agent_name, learning_episodes, load_selector, make_agent, selector_digest, selector_folder
 from .checkpoints import Checkpoints
 from .feature_view import AUXILIARY, FeatureView
 from .journal import Journal, JournaledEnv
@@ -110,8 +110,14 @@ class Plan:
             object.__setattr__(self, "episodes", learning_episodes(self.agent, self.agent_settings))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as run.json keeps it."""
+        """Return the plan as run.json keeps it; of learned selectors also which they are.
+
+        Raises:
+            RecordError: A selector cannot be read.
+        """
+        selectors = {name: digest for name in self.names if (digest := selector_digest(name)) is not None}
         return {
+            **({"selectors": selectors} if selectors else {}),
             "settings": self.settings,
             "agent": self.agent,
             "agent_settings": self.agent_settings,
@@ -402,9 +408,7 @@ def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent
         "base": _base_scores(env),
         "agents": {agent_name(name): _agent_scores(records, agent_name(name), env) for name in plan.names},
         "cost": _cost(run, plan, env),
-        "curves": {
-            agent_name(name): [r.dev_scores for r in records if r.agent == agent_name(name)] for name in plan.names
-        },
+        "curves": {agent_name(name): _curves(records, agent_name(name)) for name in plan.names},
         "diverged": _divergences(run, plan, records),
         "learning": {
             "episode_returns": run.state.get("episode_returns", []),
@@ -453,6 +457,11 @@ def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
     return scores
 
 
+def _curves(records: Sequence[EpisodeRecord], name: str) -> list[list[float]]:
+    """Return the dev scores of an agent's final runs; one that diverged ends with the score of an earlier step."""
+    return [record.dev_scores for record in records if record.agent == name and not record.diverged]
+
+
 def _agent_scores(records: Sequence[EpisodeRecord], name: str, env: RaiseSelectEnv) -> dict[str, list[float | None]]:
     own = [final_scores(record, env) for record in records if record.agent == name]
     return {metric: [scores[metric] for scores in own] for metric in own[0]}
@@ -470,15 +479,15 @@ def final_scores(record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, float 
 
 def _test_scores(final: Mapping[str, float], env: RaiseSelectEnv) -> dict[str, float | None]:
     """Return what is reported of the test set; the same names for every run, whatever became of it."""
-    has_choices = env.assets.base_evaluation.accuracy is not None
-    reward = env.config.reward
+    rows = env.assets.learner.splits["test"]  # type: ignore[attr-defined]
+    has_choices, reward = rows.choices is not None, env.config.reward
     names = {"test_loss": "test_loss"}
     # Of a long free answer no word-for-word match can be expected: a column of zeros would only puzzle.
     if env.config.is_embedded or has_choices or needs_generation(reward):
         names["test_accuracy"] = "test_accuracy" if has_choices else "test_exact_match"
     if has_choices:
         names |= {name: name for name in ("test_accuracy_norm", "test_choice_probability")}
-    if needs_generation(reward) and env.assets.base_answers.flexible_match is not None:
+    if needs_generation(reward) and rows.questions:
         names["test_flexible_match"] = "test_flexible_match"
     return {name: final.get(source) for name, source in names.items()}
 

@@ -139,6 +139,14 @@ def test_audit__torn_line_of_rewards__is_made_again(folder, found, small_setting
     assert path.read_text() == whole
 
 
+def test_audit__resumed_with_more_seeds__tries_the_steps_of_all_runs_as_at_once(
+    tmp_path, folder, found, small_settings
+):
+    audit(tmp_path / "out", plan_of(small_settings, num_seeds=1))
+    assert audit(tmp_path / "out", plan_of(small_settings), resume=True) == found
+    assert (tmp_path / "out" / "rewards.jsonl").read_text() == (folder / "rewards.jsonl").read_text()
+
+
 def test_audit__other_settings__are_refused(folder, small_settings):
     with pytest.raises(SettingError, match="other settings"):
         audit(folder, plan_of({**small_settings, "horizon": 2}), resume=True)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from joblib.externals.loky import get_reusable_executor
 
-from raise_env.agents import load_selector
+from raise_env import RaiseSelectEnv
+from raise_env.agents import RaiseFork, load_selector
 from raise_env.agents.baselines import RandomAgent
 from raise_env.agents.benchmark import ALL_FEATURES, BenchPlan, ablation, bench
 from raise_env.agents.feature_view import AUXILIARY
@@ -337,7 +338,10 @@ def test_bench__interrupted_then_resumed__equals_an_undisturbed_one(tmp_path, pl
         bench(folder, plan, reporter=Interrupts(done))
     assert read_json(folder / "run.json")["status"] == "interrupted"
     assert len(read_lines(folder / "results.jsonl")) == done
+    before = read_json(folder / "run.json")["seconds"]
+    assert 0 < before["runs"] < before["elapsed"], "what is on disk took its time"
     bench(folder, plan, resume=True)
+    assert all(value > before[kind] for kind, value in read_json(folder / "run.json")["seconds"].items())
     assert numbers(folder) == numbers(finished)
 
 
@@ -401,6 +405,24 @@ def test_bench__resume_with_more_seeds_and_agents__equals_one_that_had_them_at_o
     bench(tmp_path / "bench", plan, resume=True)
     assert numbers(tmp_path / "bench") == numbers(finished)
     assert read_json(tmp_path / "bench" / "run.json")["plan"] == plan.to_json()
+
+
+@pytest.mark.parametrize("label", ["..", ".", "", "--", "///"])
+def test_check__label_that_names_no_folder_of_its_own__is_refused(small_settings, label):
+    with pytest.raises(SettingError, match=f"agent {label!r} would have no folder"):
+        BenchPlan(small_settings, {label: Entry("random")}).check()
+
+
+def test_bench__resumed_with_another_selector_at_the_same_place__refuses(tmp_path, small_settings):
+    agent = RaiseFork(num_networks=1, num_passes=1, num_states=1, num_rows=4, num_lookahead=1)
+    selector = tmp_path / "selector"
+    agent.learn(RaiseSelectEnv(**small_settings), 1).save(selector)
+    plan = BenchPlan(small_settings, {"learned": Entry(f"selector:{selector}")}, num_seeds=1)
+    bench(tmp_path / "bench", plan)
+    bench(tmp_path / "bench", plan, resume=True)
+    agent.learn(RaiseSelectEnv(**small_settings), 1, seed=1).save(selector)
+    with pytest.raises(SettingError, match=r"entries\.learned\.selector: then '[0-9a-f]+', now"):
+        bench(tmp_path / "bench", dataclasses.replace(plan, num_seeds=2), resume=True)
 
 
 def test_bench__resume_with_other_settings__all_are_named(finished, plan):

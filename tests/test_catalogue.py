@@ -12,7 +12,7 @@ from stable_baselines3 import PPO
 from raise_env import RaiseSelectEnv, TopKScores
 from raise_env.agents import RaiseFork, cli, load_selector, make_agent, run_episode
 from raise_env.agents.base import Agent
-from raise_env.agents.catalogue import AGENTS, FunctionAgent, agent_name
+from raise_env.agents.catalogue import AGENTS, FunctionAgent, agent_name, selector_digest
 from raise_env.agents.sb3 import PRESETS
 from raise_env.errors import AgentError, RecordError, SettingError
 from raise_env.testing import toy_env
@@ -117,9 +117,32 @@ def test_make_agent__model_that_ones_own_file_has_loaded__acts_and_does_not_lear
     assert not hasattr(agent, "save")
 
 
-def test_make_agent__object_that_learns_as_agents_do__is_used_as_it_is(my_module):
+def test_make_agent__object_that_learns_as_agents_do__is_a_new_one_each_time(my_module):
     my_module("from raise_env.agents import RaiseFork\nmodel = RaiseFork()")
-    assert isinstance(make_agent("mine:model"), RaiseFork)
+    first, second = make_agent("mine:model"), make_agent("mine:model")
+    assert isinstance(first, RaiseFork)
+    first.episode_returns.append(1.0)
+    assert second.episode_returns == [], "what one run learned is there in the next"
+
+
+def test_make_agent__object_that_learns_and_cannot_be_copied__says_what_to_do(my_module):
+    learns = "    def learn(self, env, episodes, seed=0, progress=None): return self\n"
+    my_module(
+        f"import threading\n{TAKES_FIRST}class Locked(Mine):\n{learns}model = Locked()\nmodel.lock = threading.Lock()\n"
+    )
+    with pytest.raises(AgentError, match=r"'mine:model', copying it .*name its class"):
+        make_agent("mine:model")
+
+
+def test_selector_digest__another_selector_in_its_place__is_another(tmp_path):
+    for name, content in {"config.json": "{}", "auxiliary/adapter_config.json": "{}"}.items():
+        (tmp_path / "run" / "selector" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "selector" / name).write_text(content)
+    first = selector_digest(f"selector:{tmp_path / 'run'}")
+    assert first == selector_digest(f"selector:{tmp_path / 'run' / 'selector'}")
+    (tmp_path / "run" / "selector" / "auxiliary" / "adapter_config.json").write_text("{ }")
+    assert selector_digest(f"selector:{tmp_path / 'run'}") != first
+    assert selector_digest("random") is None
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,15 @@ def test_rewards__replayed__rank_correlations_by_hand():
     assert replayed["all"]["by_step"]["5"] == pytest.approx(1 - 6 * (9 + 1 + 1 + 9) / (5 * 24))
 
 
+def test_rewards__replayed__a_run_that_ended_early_counts_where_it_has_steps_in_common():
+    first, second = PROBES
+    early = {**second, "states": [second["states"][0], {**second["states"][1], "step": 3}]}
+    replayed = found(probes=[first, early])["rewards"]["a"]["replayed"]
+    assert replayed["random"]["by_step"] == {"0": pytest.approx(1.0)}
+    early = {**second, "states": second["states"][:1]}
+    assert found(probes=[first, early])["rewards"]["a"]["replayed"] == replayed
+
+
 def test_rewards__halves__share_of_the_dev_sample_by_hand():
     halves = found()["rewards"]["a"]["halves"]
     # Spearman and Brown: halves at 0.5 make a whole at 2/3.

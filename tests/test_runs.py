@@ -569,12 +569,49 @@ def test_finetune__own_pool_and_another_number_of_candidates__one_run(tmp_path, 
         replay(record, allowed=allowed[:1])
 
 
+@pytest.mark.parametrize("chosen", ["dev", "test"])
+def test_train__choices_in_dev_or_test_alone__right_answers_are_those_of_test(tmp_path, small_settings, chosen):
+    data = load_data(EnvConfig.from_kwargs(small_settings))
+    for name, rows in {"pool": data.pool, "dev": data.dev, "test": data.test}.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    lines = read_lines(tmp_path / f"{chosen}.jsonl")
+    choices = [{**line, "choices": [line["answer"], "no"]} for line in lines]
+    (tmp_path / f"{chosen}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in choices))
+    settings = {**own_files(small_settings, tmp_path), "test": str(tmp_path / "test.jsonl")}
+    report = train(tmp_path / "run", Plan(settings, agent="random", compare=(), num_runs=1))
+    (record,) = read_records(tmp_path / "run" / "episodes.jsonl")
+    measures = {name: record.final[name] for name in record.final if "choice" in name or "accuracy" in name}
+    assert bool(measures) == (chosen == "test")
+    scores = report["agents"]["random"]
+    assert {name: scores[name] for name in measures} == {name: [value] for name, value in measures.items()}
+    assert set(report["base"]) - {"dev_loss", "test_loss"} == set(measures)
+
+
+def test_train__runs_that_diverge__are_no_curves(tmp_path, small_settings):
+    settings = {**small_settings, "learning_rate": 1e20}
+    report = train(tmp_path / "run", Plan(settings, agent="random", compare=(), num_runs=2))
+    assert report["diverged"]["final"] == {"random": 2}
+    assert report["curves"] == {"random": []}
+    assert "dev_curves" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_finetune__selector_for_other_features__refused_before_any_is_computed(finished, tmp_path, small_settings):
     settings = {**small_settings, "auxiliary_updates": 1, "cache_dir": str(tmp_path / "cache")}
     with pytest.raises(SettingError, match="after 2 updates, and here they are computed after 1"):
         finetune(tmp_path / "run", finished, settings)
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_finetune__resumed_with_another_selector_at_the_same_place__refuses(tmp_path, small_settings, plan, finished):
+    shutil.copytree(finished / "selector", tmp_path / "selector")
+    settings = {**small_settings, "horizon": 1}
+    finetune(tmp_path / "run", tmp_path / "selector", settings)
+    finetune(tmp_path / "run", tmp_path / "selector", settings, resume=True)
+    config = read_json(tmp_path / "selector" / "config.json")
+    (tmp_path / "selector" / "config.json").write_text(json.dumps(config, indent=3))
+    with pytest.raises(SettingError, match=r"other settings.*selectors\.selector:"):
+        finetune(tmp_path / "run", tmp_path / "selector", settings, resume=True)
 
 
 def test_finetune__no_selector_there__nothing_is_written(tmp_path, small_settings):

@@ -85,7 +85,9 @@ def headline(summary: Mapping[str, Any]) -> str:
     if best is None:
         return f"{where[0].upper()}{where[1:]}; nothing to compare yet."
     if best not in scores:
-        return f"Over {where}, {best} had the lowest {summary['metric'].replace('_', ' ')}."
+        metric = summary["metric"].replace("_", " ")
+        place = "the lowest" if len(summary["tasks"]) == 1 else "the best mean rank by"
+        return f"Over {where}, {best} had {place} {metric}."
     where = _count(len(summary["normalised_tasks"]), "task") + " and " + _count(len(summary["seeds"]), "seed")
     score = scores[best]
     ends = "" if score["low"] is None else f" (95% interval {score['low']:.0%} to {score['high']:.0%})"
@@ -110,10 +112,14 @@ def _best(summary: Mapping[str, Any]) -> str | None:
     agents = [agent for agent in summary["agents"] if agent not in _NO_METHODS]
     if scores:
         return max((agent for agent in agents if agent in scores), key=lambda agent: scores[agent]["iqm"], default=None)
-    (task, *_) = summary["tasks"]
-    losses = {agent: summary["per_task"][task][agent]["mean"] for agent in agents}
-    there = {agent: loss for agent, loss in losses.items() if loss is not None}
-    return min(there, key=lambda agent: there[agent], default=None)
+    # Losses of different tasks cannot be added up; ranks can. Whoever lacks a task is last in it.
+    ranks, there = dict.fromkeys(agents, 0), set()
+    for losses in summary["per_task"].values():
+        means = {agent: _number(losses[agent], "mean", math.inf) for agent in agents}
+        there |= {agent for agent, mean in means.items() if mean < math.inf}
+        for agent, mean in means.items():
+            ranks[agent] += sum(other < mean for other in means.values())
+    return min((agent for agent in agents if agent in there), key=lambda agent: ranks[agent], default=None)
 
 
 def _count(number: int, word: str) -> str:
@@ -217,7 +223,9 @@ def _plots_of_task(
 ) -> Iterator[tuple[str, tuple[Plot, list[dict[str, Any]]]]]:
     """Yield one task's figures by name, each with its data."""
     own = [record for of_task, record in records if of_task == task]
-    curves = {agent: [r.dev_scores for r in own if r.agent == agent] for agent in summary["agents"]}
+    # One that diverged ends with the score of an earlier step, which would look as if it had held it.
+    whole = [record for record in own if not record.diverged]
+    curves = {agent: [r.dev_scores for r in whole if r.agent == agent] for agent in summary["agents"]}
     curves = {agent: seeds for agent, seeds in curves.items() if seeds}
     if curves:
         # One that goes on for long, as full does, is a line at its end.

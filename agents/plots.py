@@ -155,8 +155,8 @@ def dev_curves_plot(
 
     Args:
         curves: Agent -> for each seed the dev scores, the first before any update. A seed that ended early
-            (its budget was used up) keeps its last score; one that diverged is left out; an agent that goes on
-            past the horizon (a fine-tune on all the data) becomes a line at its last score.
+            (its budget was used up) keeps its last score; one that is not finite is left out; an agent that goes
+            on past the horizon (a fine-tune on all the data) becomes a line at its last score.
         learned: The agent to draw attention to.
         horizon: Steps that the axis spans.
         reward: What the score is; "loss" is drawn as the loss itself, so that lower is better.

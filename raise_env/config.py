@@ -80,6 +80,9 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "large": {"pool_size": 20_000, "horizon": 75},
 }
 
+#: What decides on the rows of an embedded task, and on nothing where there is a pool of one's own.
+_OF_TASK = ("task", "task_seed", "pool_size")
+
 #: The largest rank that an adapter from a file may have; beyond it LoRA is larger than most layers.
 MAX_FOREIGN_RANK = 4096
 
@@ -266,11 +269,11 @@ class EnvConfig:
         for name in kwargs:
             if name not in known:
                 raise SettingError(f"unknown setting {name!r}: {suggestion(name, known)}")
-        return cls(**{**_task_settings(kwargs.get("task"), kwargs.get("pool")), **kwargs})
+        return cls(**{**_task_settings(kwargs.get("task")), **kwargs})
 
     def to_kwargs(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, those of the task, as plain data for `from_kwargs`."""
-        default = EnvConfig(**_task_settings(self.task, self.pool))
+        default = EnvConfig(**_task_settings(self.task))
         kwargs: dict[str, Any] = {}
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
@@ -332,6 +335,8 @@ class EnvConfig:
         for name in ("num_auxiliary_updates", "task_seed", "seed_model"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 0, name, value, "a whole number of at least 0")
+        # What torch's generators take.
+        _require(self.seed_model < 2**64, "seed_model", self.seed_model, "a whole number below 2^64")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             _require(_is_number(value), name, value, "a finite number of at least 0")
@@ -369,15 +374,27 @@ class EnvConfig:
             raise SettingError("dev and test belong to a pool: give pool=FILE too, or none of the three.")
         if self.is_embedded and self.columns.named():
             raise SettingError("columns names those of a file: give pool=FILE too, or leave columns out.")
+        if not self.is_embedded:
+            self._check_task_unset()
         if not self.is_embedded and self.dev is None:
             raise SettingError(
                 "a pool without a dev set gives no reward: add dev=FILE (rows that are not in the pool)."
             )
 
+    def _check_task_unset(self) -> None:
+        """Refuse what decides on the rows of an embedded task: nobody shall think that it thins a pool out."""
+        default = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        given = [name for name in _OF_TASK if getattr(self, name) != default[name]]
+        if given:
+            raise SettingError(
+                f"{given[0]}={getattr(self, given[0])!r} is of the embedded tasks, and pool={self.pool!r} takes their "
+                f"place: leave one of the two out. To train on a part of a pool's rows, write that part to a file."
+            )
 
-def _task_settings(task: Any, pool: Any) -> Mapping[str, Any]:
-    """Return a task's own defaults; none beside a pool, which takes the task's place."""
-    return TASK_SETTINGS.get(task, {}) if isinstance(task, str) and pool is None else {}
+
+def _task_settings(task: Any) -> Mapping[str, Any]:
+    """Return a task's own defaults."""
+    return TASK_SETTINGS.get(task, {}) if isinstance(task, str) else {}
 
 
 Part = TypeVar("Part", LoraSettings, ColumnSettings)

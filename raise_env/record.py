@@ -100,7 +100,8 @@ class EpisodeRecord:
     @property
     def diverged(self) -> bool:
         """Whether the loss stopped being finite, so that the last dev score is that of an earlier step."""
-        return self.rewards[-1:] == [DIVERGENCE_PENALTY]
+        # A reward of one's own may truly fall by as much; then the score has moved.
+        return self.rewards[-1:] == [DIVERGENCE_PENALTY] and self.dev_scores[-2:-1] == self.dev_scores[-1:]
 
     @classmethod
     def of(cls, env: RaiseSelectEnv, *, agent: str, seed: int, info: Mapping[str, Any]) -> EpisodeRecord:

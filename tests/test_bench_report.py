@@ -54,9 +54,31 @@ def test_headline__best_agent__is_no_mark_of_the_scale():
     assert "1 of 1 agents" in text
 
 
-def test_headline__no_oracle__names_the_lowest_loss():
-    results = [own for own in lines() if own["agent"] != "oracle"]
-    assert "ours had the lowest test loss" in headline(summary_of(results, ("random", "ours", "full")))
+def test_headline__no_oracle_and_one_task__names_the_lowest_loss():
+    losses = {"random": 1.0, "ours": 0.3, "theirs": 0.4, "full": 0.1}
+    results = [line("noise-0", agent, 0, loss) for agent, loss in losses.items()]
+    summary = summarise(results, ("noise-0",), list(losses), (0,), "random")
+    assert headline(summary) == "Over 1 task and 1 seed, ours had the lowest test loss."
+
+
+def test_headline__no_oracle_and_several_tasks__goes_by_ranks_over_all_of_them():
+    first = {"random": 1.0, "ours": 0.3, "theirs": 0.4, "other": 0.5}
+    second = {"random": 9.0, "ours": 8.0, "theirs": 7.0, "other": 7.5}
+    third = {"random": 1.0, "ours": 0.9, "theirs": 0.1, "other": 0.2}
+    tasks = {"noise-0": first, "target": second, "shift": third}
+    results = [line(task, agent, 0, loss) for task, own in tasks.items() for agent, loss in own.items()]
+    summary = summarise(results, tuple(tasks), list(first), (0,), "random")
+    # Places by task: ours 0, 2, 2; theirs 1, 0, 0; other 2, 1, 1.
+    assert headline(summary) == "Over 3 tasks and 1 seed, theirs had the best mean rank by test loss."
+
+
+def test_headline__no_oracle_and_a_task_that_is_missing__counts_it_as_the_last_place():
+    losses = {"noise-0": {"ours": 0.5, "theirs": 0.4}, "target": {"ours": 0.5}}
+    results = [line(task, agent, 0, loss) for task, own in losses.items() for agent, loss in own.items()]
+    summary = summarise(results, tuple(losses), ["theirs", "ours", "absent"], (0,), "ours")
+    assert "theirs had" in headline(summary), "level, and named first"
+    results.append(line("shift", "ours", 0, 0.5))
+    assert "ours had" in headline(summarise(results, (*losses, "shift"), ["theirs", "ours", "absent"], (0,), "ours"))
 
 
 def test_headline__marks_alone__says_that_there_is_nothing_to_compare():

@@ -47,7 +47,7 @@ BAD = {
     "num_dev": [0],
     "num_test": [-1],
     "task_seed": [-1, 1.0],
-    "seed_model": [-1],
+    "seed_model": [-1, 2**64],
     "auxiliary_updates": [-1],
     "learning_rate": [-1e-3, math.inf, math.nan, "1e-3", None],
     "weight_decay": [-0.1],
@@ -171,10 +171,12 @@ def test_from_kwargs__task__has_settings_of_its_own_where_none_are_given(task):
     assert EnvConfig.from_kwargs({"task": task, "horizon": 5}).to_kwargs() == {"task": task, "horizon": 5}
 
 
-def test_from_kwargs__task_beside_a_pool__leaves_the_settings_alone():
-    config = EnvConfig.from_kwargs({"task": "thrift", "pool": "pool.jsonl", "dev": "dev.jsonl"})
-    assert config == EnvConfig(task="thrift", pool="pool.jsonl", dev="dev.jsonl")
-    assert EnvConfig.from_kwargs(config.to_kwargs()) == config
+@pytest.mark.parametrize(("name", "value"), [("task", "thrift"), ("task_seed", 1), ("pool_size", 500)])
+def test_from_kwargs__rows_of_an_embedded_task_beside_a_pool__are_refused(name, value):
+    files = {"pool": "pool.jsonl", "dev": "dev.jsonl"}
+    with pytest.raises(SettingError, match=rf"{name}=.* is of the embedded tasks, and pool='pool\.jsonl'"):
+        EnvConfig.from_kwargs({name: value, **files})
+    EnvConfig.from_kwargs({name: getattr(EnvConfig(), name), **files})
 
 
 def test_from_kwargs__default_task__is_as_if_there_were_no_others():
@@ -192,11 +194,9 @@ OWN_VALUES = {
     task=st.sampled_from(["default", "unheard of", *TASK_SETTINGS]),
     own=st.fixed_dictionaries({}, optional=OWN_VALUES),
     more=st.fixed_dictionaries({}, optional={"batch_size": st.integers(1, 32), "weight_decay": st.floats(0, 1)}),
-    has_pool=st.booleans(),
 )
-def test_to_kwargs__task_with_any_settings__come_back_through_json(task, own, more, has_pool):
-    files = {"pool": "pool.jsonl", "dev": "dev.jsonl"} if has_pool else {}
-    kwargs = {"task": task, **own, **more, **files}
+def test_to_kwargs__task_with_any_settings__come_back_through_json(task, own, more):
+    kwargs = {"task": task, **own, **more}
     config = EnvConfig.from_kwargs(kwargs)
     assert all(getattr(config, name) == value for name, value in kwargs.items()), "what is given is taken"
     plain = json.loads(json.dumps(config.to_kwargs()))

@@ -65,6 +65,14 @@ def test_of__diverged_episode__has_no_test_score():
     assert EpisodeRecord.from_json(record.to_json(), "here") == record
 
 
+def test_diverged__a_reward_that_truly_falls_by_as_much__is_none():
+    env = toy_env(num_rows=4, num_candidates=4, num_classes=1, batch_size=4, diverges_on=0)
+    record = run(env, count=4)
+    assert record.diverged
+    fell = dataclasses.replace(record, rewards=[-10.0], dev_scores=[3.0, -7.0])
+    assert not fell.diverged
+
+
 def test_to_json__and_back__is_the_same_record(record):
     line = record.to_json()
     assert "\n" not in line

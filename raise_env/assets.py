@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from .features import (
 from .lazy import LazyFeatures
 from .learner import LoraLearner, TrainingState, UpdateSettings
 from .learner_protocol import Split
+from .model_files import folder_stamp
 from .pool import (
     Pool,
     check_disjoint,
@@ -55,7 +56,7 @@ _DATA_SETTINGS = (
 Stamps = tuple[Stamp | None, ...]
 
 #: The base models in use. Weak: one that no assets hold is let go, and two assets never hold two of a kind.
-_BASES: weakref.WeakValueDictionary[tuple[str, LoraSettings, str, str, bool], BaseModel] = weakref.WeakValueDictionary()
+_BASES: weakref.WeakValueDictionary[tuple[Hashable, ...], BaseModel] = weakref.WeakValueDictionary()
 
 #: Held while anything is loaded: of threads that ask for the same, one loads it and the others get it too.
 _LOCK = threading.RLock()
@@ -88,7 +89,8 @@ class Assets:
         auxiliary: What computed the features: content hashes of "model" and, where it began with one, "adapter"; and
             "updates", its updates before.
         counts: By the names "pool", "dev", "test": "rows" that there are, and of the source those "skipped" for want of
-            text; "duplicates" of others; "truncated" at `max_length`, and "left_out" because nothing is left to learn.
+            text; "duplicates" of others; "truncated" at `max_length`, and "left_out" because nothing is left to learn,
+            or of a dev or test row to score; of these two also rows with "unscored_choices".
         save_auxiliary: Writes the adapter that the auxiliary model computes features with into a folder, as
             `auxiliary_adapter` takes it.
     """
@@ -127,6 +129,15 @@ class Assets:
         learner = self.learner.copy()
         learner.generates = True
         return learner.evaluate("dev")
+
+    def check_reward(self, reward: str) -> None:
+        """Check that dev and test rows, as they are scored, have what a reward needs.
+
+        Raises:
+            RewardError: None of one of the sets has.
+        """
+        for name, split in self.learner.splits.items():
+            check_reward(reward, split.instructions, name, "has none that fits into max_length")
 
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw the candidates of one step: see `pool.draw_candidates`."""
@@ -194,7 +205,9 @@ def load_assets(config: EnvConfig, progress: LoadingProgress | None = None) -> A
     if data.test is not None:
         check_reward(config.reward, data.test, "test")
     with _LOCK:
-        return _cached_assets(config.shared_part(), _stamps(config), _Watcher(progress))
+        assets = _cached_assets(config.shared_part(), _stamps(config), _folder_stamps(config), _Watcher(progress))
+    assets.check_reward(config.reward)
+    return assets
 
 
 def auxiliary_of(config: EnvConfig) -> dict[str, str | int]:
@@ -216,8 +229,12 @@ def _data_part(config: EnvConfig) -> EnvConfig:
 
 
 def _stamps(config: EnvConfig) -> Stamps:
-    sources = [config.pool, config.dev, config.test]
-    return tuple(stamp(source) for source in [*sources, config.adapter, config.auxiliary_adapter])
+    return tuple(stamp(source) for source in [config.pool, config.dev, config.test])
+
+
+def _folder_stamps(config: EnvConfig) -> Stamps:
+    folders = [config.model, config.auxiliary_model, config.adapter, config.auxiliary_adapter]
+    return tuple(folder_stamp(folder) for folder in folders)
 
 
 @functools.lru_cache(maxsize=1)
@@ -226,8 +243,8 @@ def _cached_data(config: EnvConfig, _stamps: Stamps) -> Data:
 
 
 @functools.lru_cache(maxsize=4)
-def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Assets:
-    data = _cached_data(_data_part(config), _stamps)
+def _cached_assets(config: EnvConfig, stamps: Stamps, _folder_stamps: Stamps, watcher: _Watcher) -> Assets:
+    data = _cached_data(_data_part(config), stamps)
     base = _shared_base(config, config.model, starting_form(config))
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
     pool = _encoded(config, data.pool, encoder, base, watcher)
@@ -268,7 +285,7 @@ def _cached_assets(config: EnvConfig, _stamps: Stamps, watcher: _Watcher) -> Ass
 
 def _shared_base(config: EnvConfig, source: str, lora: LoraSettings) -> BaseModel:
     """Return the base model; as long as anything uses it, all get the same."""
-    key = (source, lora, config.dtype, config.device, config.activation_checkpointing)
+    key = (source, folder_stamp(source), lora, config.dtype, config.device, config.activation_checkpointing)
     base = _BASES.get(key)
     if base is None:
         base = _BASES[key] = BaseModel(
@@ -342,14 +359,18 @@ def _counts(data: Data, pool: EncodedRows, splits: dict[Split, EvaluationSet]) -
         sources["test"] = (data.test, splits["test"].rows)
     counts = {}
     for name, (rows, encoded) in sources.items():
-        num_left = int(encoded.has_labels.sum())  # an evaluation set holds no others
+        # Rows without a label are scored all the same where they have choices or a number.
+        kept = encoded.has_labels if name == "pool" else np.ones(len(encoded), dtype=bool)
         counts[name] = {
             "rows": len(rows),
             "skipped": rows.num_skipped,
             "duplicates": rows.num_duplicates,
-            "truncated": int((encoded.is_cut & encoded.has_labels).sum()),
-            "left_out": len(rows) - num_left,
+            "truncated": int((encoded.is_cut & kept).sum()),
+            "left_out": len(rows) - int(kept.sum()),
         }
+    for name, split in splits.items():
+        asked = sum(bool(row.choices) for row in sources[name][0])
+        counts[name]["unscored_choices"] = asked - sum(bool(row.choices) for row in split.instructions)
     return counts
 
 

@@ -123,11 +123,20 @@ class Auxiliary:
             "updates": self.config.num_auxiliary_updates,
             "lora": str(self.model.lora),
             "learning_rate": self.config.learning_rate,
+            **self._own_training,
             "device": self.model.device.type,
             "threads": 1 if self._is_in_one_thread else torch.get_num_threads(),
             "dtype": self.config.dtype,
             "schema": SCHEMA_VERSION,
         }
+
+    @property
+    def _own_training(self) -> dict[str, float]:
+        """How the updates before are made otherwise than by default, where there are any."""
+        if not self.config.num_auxiliary_updates:
+            return {}
+        own, usual = (dataclasses.asdict(UpdateSettings.of(config)) for config in (self.config, EnvConfig()))
+        return {name: value for name, value in own.items() if value != usual[name] and name != "learning_rate"}
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter that features are computed with, in PEFT's form: what `auxiliary_adapter` takes."""

@@ -19,7 +19,7 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +30,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, StoppingCriteria
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    StoppingCriteria,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -51,6 +58,11 @@ _ADAPTER = "default"
 
 #: Forms of model, by transformers' names, in which attention alone knows where a token stands: such rows can be packed.
 ROTARY = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
+
+#: What config.json says that no number depends on; the weights' own digits tell their type.
+_NO_ARCHITECTURE = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+)
 
 #: What torch calls a processor's own instructions for bfloat16: Intel's and AMD's, Intel's for matrices, Arm's.
 _BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -110,7 +122,7 @@ class BaseModel:
             _warn_of_slow_bfloat16(self.device)
         causal = _load_causal(source, dtype, self.device)
         _check_vocabulary(causal, self.tokenizer, source)
-        self.content_hash = _content_hash(causal, self.tokenizer)
+        self.content_hash = _content_hash(causal, self.tokenizer, source)
         self.peft_model = _with_lora(causal, lora, source)
         self._causal = causal  # the same model, LoRA layers included, without PEFT's own arguments
         self._names = [name for name, value in self.peft_model.named_parameters() if value.requires_grad]
@@ -498,7 +510,7 @@ def load_tokenizer(source: str) -> Any:
         ModelError: There is none, or it has no end token.
     """
     folder = model_folder(source)
-    tokenizer = _load(AutoTokenizer, folder, source, "tokenizer")
+    tokenizer = _load(AutoTokenizer.from_pretrained, folder, source, "tokenizer")
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {source!r} has no end-of-text token; set eos_token in its tokenizer_config.json."
@@ -551,7 +563,7 @@ def _load_causal(source: str, dtype: str, device: torch.device) -> Any:
     folder = model_folder(source)
     if source != TINY:
         _check_form(source, Path(folder))
-    causal, loading = _load(AutoModelForCausalLM, folder, source, "model", **kwargs)
+    causal, loading = _load(AutoModelForCausalLM.from_pretrained, folder, source, "model", **kwargs)
     if loading["missing_keys"]:
         # transformers would draw them at random, and every number after that would mean nothing.
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
@@ -623,11 +635,11 @@ def _in_four_bits(device: torch.device) -> dict[str, Any]:
     return {"quantization_config": settings, "dtype": dtype, "device_map": {"": device}}
 
 
-def _load(factory: Any, folder: str, source: str, what: str, **kwargs: Any) -> Any:
+def _load(read: Callable[..., Any], folder: str, source: str, what: str, **kwargs: Any) -> Any:
     reach = contextlib.nullcontext() if Path(folder).is_dir() else hub_in_reach()
     try:
         with _LOADING_LOCK, quiet(), reach:
-            return factory.from_pretrained(folder, trust_remote_code=False, **kwargs)
+            return read(folder, trust_remote_code=False, **kwargs)
     except Exception as error:  # files of another form can make transformers stumble over anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -662,11 +674,25 @@ def _is_plain(layer: Any) -> bool:
     return type(base) in (nn.Linear, Conv1D) and not layer.lora_variant and not layer.lora_bias.get(_ADAPTER)
 
 
-def _content_hash(model: nn.Module, tokenizer: Any) -> str:
+def _content_hash(model: nn.Module, tokenizer: Any, source: str) -> str:
+    """Return a digest of all that tokens and losses depend on."""
     weights = _tensor_hash(dict(model.named_parameters()))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256((weights + text).encode()).hexdigest()
+    # The embedded model comes with its configuration, and records of it are older than this.
+    told = "" if source == TINY else json.dumps([_architecture(source), _special(tokenizer)], sort_keys=True)
+    return hashlib.sha256((weights + text + told).encode()).hexdigest()
+
+
+def _architecture(source: str) -> dict[str, Any]:
+    """Return what config.json says of what is computed: weights alone do not tell angles, norms or activations."""
+    config, _ = _load(PreTrainedConfig.get_config_dict, model_folder(source), source, "configuration")
+    return {name: value for name, value in config.items() if name not in _NO_ARCHITECTURE}
+
+
+def _special(tokenizer: Any) -> list[Any]:
+    """Return which tokens begin and end a text, and the chat template."""
+    return [tokenizer.bos_token, tokenizer.eos_token, getattr(tokenizer, "chat_template", None)]
 
 
 def _tensor_hash(tensors: dict[str, Tensor]) -> str:
@@ -716,4 +742,4 @@ def quiet() -> Iterator[None]:
 
 def load_config(source: str) -> Any:
     """Load a model's configuration alone: enough for an estimate of its size."""
-    return _load(AutoConfig, model_folder(source), source, "configuration")
+    return _load(AutoConfig.from_pretrained, model_folder(source), source, "configuration")

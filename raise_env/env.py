@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 from .config import OWN_SETTINGS, EnvConfig
-from .errors import ActionError, memory_explained
+from .errors import ActionError, SettingError, memory_explained
 from .features import FEATURE_NAMES, LoadingProgress, StaticFeatures, frame, observation_bounds, observe
 from .learner_protocol import scheduled_rate
 from .pool import Pool
@@ -26,6 +27,7 @@ from .rewards import (
     needs_choices,
     needs_generation,
     step_reward,
+    usable_rows,
 )
 
 if TYPE_CHECKING:
@@ -160,6 +162,7 @@ class EnvAssets(Protocol):
     @property
     def save_auxiliary(self) -> Callable[[Path], None]: ...  # noqa: D102
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...  # noqa: D102
+    def check_reward(self, reward: str) -> None: ...  # noqa: D102
 
 
 class RaiseSelectEnv(gym.Env[Observation, Action]):
@@ -311,6 +314,9 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._is_over = True
         self._is_scored = True  # whether the last dev score is that of the model as it is
         self._behind: list[tuple[np.ndarray, float, int]] = []  # updates that the model has still to make
+        self._moment = object()  # another one after each reset, step and restore
+        if assets is not None:
+            assets.check_reward(self.config.reward)
 
     @memory_explained(_LESS_MEMORY)
     def reset(
@@ -340,6 +346,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._is_over = False
         self._is_scored = True
         self._round = self._next_round()
+        self._moment = object()
         return self._observation(), self._info(np.zeros(0, dtype=np.int64))
 
     @memory_explained(_LESS_MEMORY)
@@ -351,14 +358,15 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
         Raises:
             ActionError: It has another shape, or holds something other than 0 and 1.
-            MemoryShortageError: The memory does not suffice for the update; the step was not taken.
+            MemoryShortageError: The memory does not suffice for the update or a score; the step was not taken.
             ResetNeeded: There was no reset since the start or since the last episode's end.
-            RewardError: The reward function returned something other than a finite number.
+            RewardError: The reward function returned something other than a finite number; the step was not taken.
         """
         choice = self._choose(action)
-        (train_loss,) = _update([self], [choice])
-        diverged = self._score(choice, train_loss)
-        return self._answer(choice, train_loss, diverged)
+        with _undone_by_errors([self]):
+            (train_loss,) = _update([self], [choice])
+            diverged = self._score(choice, train_loss)
+            return self._answer(choice, train_loss, diverged)
 
     def retrace(self, action: Action, outcome: StepOutcome) -> StepResult:
         """Take a step of which it is known what came of it, and return what `step` returned then.
@@ -458,6 +466,16 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         return max(self._num_steps / self.config.horizon, self._num_spent / self.config.total_budget)
 
     @property
+    def moment(self) -> object:
+        """What tells this moment from others: another object after each reset, step and restore."""
+        return self._moment
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the episode has ended, or none has begun."""
+        return self._is_over
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
         return scheduled_rate(self.config.learning_rate, self.progress)
@@ -521,6 +539,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._history = list(snapshot.history)
         self._is_over = snapshot.is_over
         self._is_scored = snapshot.is_scored
+        self._moment = object()
 
     def fork(self, n: int) -> list[RaiseSelectEnv]:
         """Return n environments that go on from here by themselves, over the same base model.
@@ -558,8 +577,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
 
         Args:
             actions: 0/1, shape (k, num_candidates).
-            num_dev: Score on a random part of so many dev rows, the same for all k and for every probe of this
-                round; None: all rows.
+            num_dev: Score on a random part of so many of the dev rows that have what the reward looks at, the same
+                for all k and for every probe of this round; None: all rows.
 
         Returns:
             P after each action, shape (k,), float64; -inf where the loss is no longer finite.
@@ -567,16 +586,36 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         Raises:
             ActionError: An action has another shape, or holds something other than 0 and 1.
             ResetNeeded: As for `step`.
+            RewardError: As for `step`.
+            SettingError: `num_dev` is less than 1.
         """
         self._require_running()
         batches = [self._affordable(self._chosen(action))[0] for action in actions]
-        total = self.assets.num_dev
-        subset = np.arange(total)
-        if num_dev is not None and num_dev < total:
-            subset = np.sort(self._stream(_DEV_SAMPLE).choice(total, num_dev, replace=False))
+        subset = self._dev_sample(num_dev)
         seed = int(self._stream(_DROPOUT).integers(2**31))
         evaluations = self._running_learner.probe(batches, self.progress, seed, subset)
         return np.array([self._reward(e) if e.is_finite else -np.inf for e in evaluations])
+
+    def info(self) -> dict[str, Any]:
+        """Return what `reset` would tell of this moment, where nothing was just trained on."""
+        self._require_reset()
+        return self._info(np.zeros(0, dtype=np.int64))
+
+    def _dev_sample(self, num_dev: int | None) -> np.ndarray:
+        """Return the dev rows that a probe scores on, shape (rows,), int64."""
+        if num_dev is None:
+            return np.arange(self.assets.num_dev)
+        if num_dev < 1:
+            raise SettingError(
+                f"num_dev is {num_dev}; expected a whole number of at least 1, or None for all dev rows."
+            )
+        learner = self._running_learner
+        usable = usable_rows(
+            self.config.reward, self.assets.base_answers if learner.generates else self.assets.base_evaluation
+        )
+        if num_dev >= len(usable):
+            return usable
+        return usable[np.sort(self._stream(_DEV_SAMPLE).choice(len(usable), num_dev, replace=False))]
 
     def observation(self) -> Observation:
         """Return the observation of this moment again, as a new array."""
@@ -774,6 +813,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         np.add.at(self._counts, selected, 1)
         self._round = self._next_round()
         self._is_over = diverged or self._num_steps >= self.config.horizon or self.budget_left <= 0
+        self._moment = object()
         info = self._info(selected, choice.num_dropped, train_loss, diverged, test_score)
         return self._observation(), reward, self._is_over, False, info
 
@@ -820,8 +860,15 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         if train_loss is not None:
             info["train_loss"] = train_loss
         if self._is_over and self.assets.has_test and not diverged:
-            info["test_score"] = self._reward(self.evaluate("test")) if test_score is None else test_score
+            test_score = self._test_score() if test_score is None else test_score
+            if test_score is not None:
+                info["test_score"] = test_score
         return info
+
+    def _test_score(self) -> float | None:
+        """Return P on the test rows; None where the loss of one of them is not finite, though those of dev are."""
+        evaluation = self.evaluate("test")
+        return self._reward(evaluation) if evaluation.is_finite else None
 
     def _render_view(self) -> Any:
         from .render import RenderView
@@ -866,7 +913,7 @@ def step_together(envs: Sequence[RaiseSelectEnv], actions: Sequence[Action]) -> 
     """Step several environments, each once, with their updates in one pass where they share a base model.
 
     What comes of it is what `step` of each would give, but for the last bits of what the model computes: sums are
-    made in another order. Where an action is refused, no environment has moved.
+    made in another order. Where an action is refused, or anything else goes wrong, no environment has moved.
 
     Args:
         envs: Environments in the middle of an episode.
@@ -878,13 +925,26 @@ def step_together(envs: Sequence[RaiseSelectEnv], actions: Sequence[Action]) -> 
         RewardError: As for `step`.
     """
     choices = [env._choose(action) for env, action in zip(envs, actions, strict=True)]
-    losses = _update(envs, choices)
-    _evaluate(envs, choices, losses)
-    results = []
-    for env, choice, train_loss in zip(envs, choices, losses, strict=True):
-        diverged = env._score(choice, train_loss)
-        results.append(env._answer(choice, train_loss, diverged))
+    with _undone_by_errors(envs):
+        losses = _update(envs, choices)
+        _evaluate(envs, choices, losses)
+        results = []
+        for env, choice, train_loss in zip(envs, choices, losses, strict=True):
+            diverged = env._score(choice, train_loss)
+            results.append(env._answer(choice, train_loss, diverged))
     return results
+
+
+@contextlib.contextmanager
+def _undone_by_errors(envs: Sequence[RaiseSelectEnv]) -> Iterator[None]:
+    """Put environments back to where they are now if the block ends in an error: whoever steps again, steps once."""
+    moments = [env.snapshot() for env in envs]
+    try:
+        yield
+    except BaseException:
+        for env, moment in zip(envs, moments, strict=True):
+            env.restore(moment)
+        raise
 
 
 def _update(envs: Sequence[RaiseSelectEnv], choices: Sequence[_Choice]) -> list[float | None]:

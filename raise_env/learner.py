@@ -200,8 +200,8 @@ class LoraLearner:
             split: "dev" or "test".
         """
         due = [learner for learner in learners if learner._known(split) is None]
-        data = self._rows_of(split)
-        found = self._run([functools.partial(learner._evaluate, learner.state, data, None) for learner in due])
+        # Of each its own rows: what is scored of them depends on its reward.
+        found = self._run([functools.partial(own._evaluate, own.state, own._rows_of(split), None) for own in due])
         for learner, evaluation in zip(due, found, strict=True):
             learner._note(split, evaluation)
 

@@ -117,7 +117,8 @@ class EpisodeRecord:
         final = {}
         if env.assets.has_test and not info["diverged"]:
             test = env.evaluate("test")
-            final = {f"test_{name}": value for name, value in test.scores().items()}
+            # Where a test row has no finite loss though all dev rows have, there is nothing to tell.
+            final = {f"test_{name}": value for name, value in test.scores().items()} if test.is_finite else {}
         return cls(
             env={"id": ENV_ID, "kwargs": kwargs},
             agent=agent,

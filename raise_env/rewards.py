@@ -81,6 +81,12 @@ class Evaluation:
         return np.where(np.isnan(self.strict_matches), whole, self.strict_matches)
 
     @property
+    def row_flexible_matches(self) -> np.ndarray:
+        """The same by the last number of a generated answer; NaN where none was generated."""
+        unknown = np.full(len(self.row_losses), np.nan)
+        return unknown if self.flexible_matches is None else self.flexible_matches
+
+    @property
     def row_accuracies(self) -> np.ndarray:
         """1 where the right choice is the likeliest, 0 elsewhere, NaN without choices, shape (rows,), float64."""
         return self._of_choices(lambda scores, _, answer: float(scores.argmax() == answer))
@@ -103,7 +109,7 @@ class Evaluation:
     @property
     def flexible_match(self) -> float | None:
         """Share of generated answers whose last number is right; None where nothing was generated."""
-        return None if self.flexible_matches is None else _mean_of_known(self.flexible_matches)
+        return _mean_of_known(self.row_flexible_matches)
 
     @property
     def accuracy(self) -> float | None:
@@ -127,8 +133,9 @@ class Evaluation:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the loss of every row is a number."""
-        return bool(np.isfinite(self.row_losses).all())
+        """Whether the loss of every row is a number, and the log-likelihood of every choice."""
+        numbers = (self.row_losses, *self.choice_scores)
+        return all(bool(np.isfinite(values).all()) for values in numbers)
 
     def _of_choices(self, value: Callable[[np.ndarray, np.ndarray, int], float]) -> np.ndarray:
         """Return a value of log-likelihoods, lengths and answer of each row that has choices, NaN for others."""
@@ -175,19 +182,20 @@ def needs_choices(reward: str) -> bool:
     return reward not in _MEASURES or _MEASURES[reward].need is _CHOICES
 
 
-def check_reward(reward: str, rows: Iterable[Instruction], what: str) -> None:
+def check_reward(reward: str, rows: Iterable[Instruction], what: str, lacking: str = "has none") -> None:
     """Check that there are rows that a reward can be computed on.
 
     Args:
         reward: As for `load_reward`.
         rows: The dev or test rows.
         what: Which of them, for the message.
+        lacking: What is then the matter with that set.
 
     Raises:
         RewardError: There is none.
     """
     if missing_need(reward, rows) is not None:
-        raise _lacking(reward, what)
+        raise _lacking(reward, what, lacking)
 
 
 def missing_need(reward: str, rows: Iterable[Instruction]) -> str | None:
@@ -199,6 +207,18 @@ def missing_need(reward: str, rows: Iterable[Instruction]) -> str | None:
     """
     need = _MEASURES[reward].need if reward in _MEASURES else None
     return None if need is None or any(map(need.is_met, rows)) else need.words
+
+
+def usable_rows(reward: str, evaluation: Evaluation) -> np.ndarray:
+    """Return the numbers of the rows that a reward looks at, shape (some,), int64; all for a function of one's own.
+
+    Args:
+        reward: As for `load_reward`.
+        evaluation: Of all rows, with generated answers if the reward needs them.
+    """
+    if reward not in _MEASURES:
+        return np.arange(len(evaluation.row_losses))
+    return np.flatnonzero(~np.isnan(_MEASURES[reward].row_values(evaluation)))
 
 
 def step_reward(before: float, after: float) -> float:
@@ -233,22 +253,26 @@ class _Measure:
 
     Attributes:
         score: Gives it; None where no row has what it needs.
+        row_values: Gives a number for each row, NaN for those that it does not look at.
         need: What it needs of at least one row; None for nothing.
         generates: Whether rows that end in a number have to be answered.
     """
 
     score: Callable[[Evaluation], float | None]
+    row_values: Callable[[Evaluation], np.ndarray]
     need: _Need | None = None
     generates: bool = False
 
 
 _MEASURES = {
-    "loss": _Measure(lambda evaluation: -evaluation.loss),
-    "accuracy": _Measure(lambda evaluation: evaluation.accuracy, _CHOICES),
-    "accuracy_norm": _Measure(lambda evaluation: evaluation.accuracy_norm, _CHOICES),
-    "choice_probability": _Measure(lambda evaluation: evaluation.choice_probability, _CHOICES),
-    "exact_match": _Measure(lambda evaluation: evaluation.exact_match, generates=True),
-    "flexible_match": _Measure(lambda evaluation: evaluation.flexible_match, _NUMBERS, generates=True),
+    "loss": _Measure(lambda of: -of.loss, lambda of: np.where(of.row_tokens > 0, of.row_losses, np.nan)),
+    "accuracy": _Measure(lambda of: of.accuracy, lambda of: of.row_accuracies, _CHOICES),
+    "accuracy_norm": _Measure(lambda of: of.accuracy_norm, lambda of: of.row_accuracies_norm, _CHOICES),
+    "choice_probability": _Measure(lambda of: of.choice_probability, lambda of: of.row_choice_probabilities, _CHOICES),
+    "exact_match": _Measure(lambda of: of.exact_match, lambda of: of.row_exact_matches, generates=True),
+    "flexible_match": _Measure(
+        lambda of: of.flexible_match, lambda of: of.row_flexible_matches, _NUMBERS, generates=True
+    ),
 }
 
 
@@ -262,11 +286,11 @@ def _measured(reward: str, measure: _Measure) -> RewardFunction:
     return score
 
 
-def _lacking(reward: str, what: str) -> RewardError:
+def _lacking(reward: str, what: str, lacking: str = "has none") -> RewardError:
     need = _MEASURES[reward].need
     assert need is not None
     return RewardError(
-        f"reward {reward!r} needs {what} rows with {need.words}; this {what} set has none. {need.remedy}"
+        f"reward {reward!r} needs {what} rows with {need.words}; this {what} set {lacking}. {need.remedy}"
     )
 
 

@@ -169,6 +169,9 @@ class ToyAssets:
         """Draw the candidates of one step."""
         return draw_candidates(self.members, num_candidates, rng)
 
+    def check_reward(self, reward: str) -> None:
+        """Refuse nothing: toy rows have no choices, and whoever asks for them hears so from the first score."""
+
     def save_auxiliary(self, folder: Path) -> None:
         """Write nothing: no model computed the features."""
 

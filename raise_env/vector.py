@@ -99,7 +99,9 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
         """
         rewards = np.zeros(self.num_envs)
         terminated, truncated = np.zeros((2, self.num_envs), dtype=bool)
-        running = np.flatnonzero(~self._autoreset_envs).tolist()
+        # One that was put back to an earlier moment goes on from there.
+        ended = [ended and _world(env).is_over for env, ended in zip(self.envs, self._autoreset_envs, strict=True)]
+        running = np.flatnonzero(~np.array(ended, dtype=bool)).tolist()
         all_actions = list(iterate(self.action_space, actions))
         results = _steps([self.envs[place] for place in running], [all_actions[place] for place in running])
         answers = dict(zip(running, results, strict=True))
@@ -117,6 +119,9 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
 
 def _steps(envs: Sequence[gym.Env[Any, Any]], actions: Sequence[Any]) -> list[StepResult]:
     """Step environments together, through the wrappers of their actions."""
+    for env, action in zip(envs, actions, strict=True):
+        if isinstance(env, ActionForm):
+            env.check(action)
     choices = [env.choice(a) if isinstance(env, ActionForm) else a for env, a in zip(envs, actions, strict=True)]
     chosen = {place: choice for place, choice in enumerate(choices) if choice is not None}
     results = step_together([_world(envs[place]) for place in chosen], list(chosen.values()))

@@ -40,6 +40,14 @@ class ActionForm(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructo
         return self.answer(None if choice is None else self.env.step(choice))  # type: ignore[arg-type]
 
     @abstractmethod
+    def check(self, action: Any) -> None:
+        """Refuse an action that `choice` would refuse, before anything is noted of it.
+
+        Raises:
+            ActionError: It is none.
+        """
+
+    @abstractmethod
     def choice(self, action: Any) -> np.ndarray | None:
         """Return the 0/1 choice that the environment shall take, shape (num_candidates,), int8; None for none yet."""
 
@@ -84,6 +92,9 @@ class TopKScores(ActionForm):
             scores, world.candidate_classes, world.action_masks(), world.config.batch_size, world.config.num_classes
         )
 
+    def check(self, action: np.ndarray) -> None:
+        """Do nothing: what `choice` refuses has changed nothing."""
+
     def choice(self, action: np.ndarray) -> np.ndarray:
         """Return `action(scores)`."""
         return self.action(action)
@@ -103,7 +114,8 @@ class PickOne(ActionForm):
 
     Until then the reward is 0 and the observation stays, but for the count of the picked rows, which shows one
     more. A candidate that is picked already, or is padding, is forbidden by `action_masks()`; picked all the same,
-    it counts as a pick that adds nothing, so that every action is legal and episodes end.
+    it counts as a pick that adds nothing, so that every action is legal and episodes end. Picks belong to the moment
+    that they were made in: after the environment's `restore`, and over a fork, a batch begins with nothing picked.
 
     Args:
         env: A `RaiseSelectEnv`, wrapped or not.
@@ -114,7 +126,8 @@ class PickOne(ActionForm):
         self.action_space = spaces.Discrete(self._size)
         self._taken = np.zeros(self._size, dtype=np.int8)  # (num_candidates,)
         self._num_picks = 0
-        self._last: tuple[np.ndarray, dict[str, Any]] | None = None
+        self._last: tuple[np.ndarray, dict[str, Any]] | None = None  # None: no round is open
+        self._moment: object = None  # of the environment, when the round began
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -130,10 +143,8 @@ class PickOne(ActionForm):
         Raises:
             ActionError: There is no such candidate.
         """
-        picked = action_array(action)
-        if picked.size != 1 or picked.dtype.kind not in "iu" or not 0 <= picked.item() < self._size:
-            raise ActionError(f"candidate {str(action)[:60]} was picked; expected 0 to {self._size - 1}.")
-        index = int(picked.item())
+        index = self._index(action)
+        self._catch_up()
         self._taken[index] = 1
         self._num_picks += 1
         # Without a round, after an episode's end, the environment says at once that it needs a reset.
@@ -153,12 +164,34 @@ class PickOne(ActionForm):
 
     def action_masks(self) -> np.ndarray:
         """Return which candidates can still be picked, shape (num_candidates,), bool."""
+        self._catch_up()
         return np.asarray(_world(self.env).action_masks() & (self._taken == 0))
+
+    def check(self, action: np.int64) -> None:
+        """Refuse what is no candidate.
+
+        Raises:
+            ActionError: It is none.
+        """
+        self._index(action)
+
+    def _index(self, action: Any) -> int:
+        picked = action_array(action)
+        if picked.size != 1 or picked.dtype.kind not in "iu" or not 0 <= picked.item() < self._size:
+            raise ActionError(f"candidate {str(action)[:60]} was picked; expected 0 to {self._size - 1}.")
+        return int(picked.item())
+
+    def _catch_up(self) -> None:
+        """Begin anew where the environment is somewhere else than this wrapper left it."""
+        world = _world(self.env)
+        if not world.is_over and world.moment is not self._moment:
+            self._start_round(world.observation(), world.info())
 
     def _start_round(self, observation: np.ndarray, info: dict[str, Any]) -> None:
         self._taken = np.zeros(self._size, dtype=np.int8)
         self._num_picks = 0
         self._last = (observation.copy(), info)
+        self._moment = _world(self.env).moment
 
     def _waiting(self) -> StepResult:
         """Return what a pick shows that trains on nothing yet."""

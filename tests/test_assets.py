@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from raise_env.assets import _cached_data, load_assets, load_data
 from raise_env.base_model import model_folder
 from raise_env.config import EnvConfig
-from raise_env.env import RaiseSelectEnv
+from raise_env.env import RaiseSelectEnv, step_together
 from raise_env.errors import DataError, ModelError, OutputError, RewardError, SettingError
 from raise_env.frames import PLAIN_TEMPLATE
 
@@ -150,12 +150,119 @@ def test_assets__counts__say_what_became_of_the_rows(files, caplog):
         counts = load_assets(EnvConfig.from_kwargs(settings)).counts
     assert counts == {
         "pool": {"rows": 24, "skipped": 1, "duplicates": 2, "truncated": 1, "left_out": 1},
-        "dev": {"rows": 8, "skipped": 0, "duplicates": 0, "truncated": 1, "left_out": 1},
+        "dev": {"rows": 8, "skipped": 0, "duplicates": 0, "truncated": 1, "left_out": 1, "unscored_choices": 0},
     }
     assert [record.message for record in caplog.records] == [
         "1 of 8 dev rows are left out: nothing of their response fits into max_length=256",
         "1 of 24 pool rows are never offered: nothing of their response fits into max_length=256",
     ]
+
+
+def with_choices(lines, *others):
+    return [{**row, "choices": [row["output"], *others]} for row in lines]
+
+
+def test_assets__counts_of_choices__say_which_rows_are_scored(files):
+    long = {"instruction": "a" * 300, "output": "b"}
+    dev = with_choices([*rows(100, 5), long], "no") + with_choices(rows(300, 2), "c" * 300)
+    env = RaiseSelectEnv(**files(dev=dev, test=with_choices(rows(200, 6), "no"), reward="accuracy"))
+    env.reset(seed=0)
+    counts = env.assets.counts["dev"]
+    assert (counts["rows"], counts["left_out"], counts["unscored_choices"]) == (8, 0, 2)
+    known = env.evaluate("dev").row_accuracies
+    assert len(known) == 8
+    assert np.isnan(known).sum() == 2
+
+
+@pytest.mark.parametrize(("reward", "few"), [("accuracy", 1), ("choice_probability", 2)])
+def test_probe__few_dev_rows_with_choices__are_those_that_it_scores_on(files, reward, few):
+    dev = [*rows(100, 12 - few), *with_choices(rows(300, few), "no")]
+    env = RaiseSelectEnv(**files(dev=dev, test=with_choices(rows(200, 6), "no"), reward=reward))
+    env.reset(seed=0)
+    actions = np.eye(8, dtype=np.int8)[:2]
+    for _ in range(2):
+        np.testing.assert_allclose(env.probe(actions, num_dev=few), env.probe(actions), rtol=1e-6)
+        env.step(actions[0])
+
+
+def test_variant__reward_that_the_test_rows_do_not_allow__is_refused_at_once(files):
+    env = RaiseSelectEnv(**files(dev=with_choices(rows(100, 6), "no")))
+    env.reset(seed=0)
+    with pytest.raises(RewardError, match="needs test rows with a column `choices`"):
+        env.variant(reward="accuracy")
+
+
+def test_reset__reward_on_choices_that_do_not_fit__says_so_before_anything_is_trained(files):
+    dev = with_choices(rows(100, 6), "c" * 300)
+    env = RaiseSelectEnv(**files(dev=dev, test=with_choices(rows(200, 6), "no"), reward="accuracy"))
+    with pytest.raises(RewardError, match="this dev set has none that fits into max_length"):
+        env.reset(seed=0)
+
+
+def test_step_together__other_rewards__are_scored_on_what_each_looks_at(files):
+    settings = files(dev=with_choices(rows(100, 6), "no"), test=with_choices(rows(200, 6), "no"))
+    first = RaiseSelectEnv(**settings)
+    envs = [first, first.variant(reward="choice_probability")]
+    for env in envs:
+        env.reset(seed=0)
+    alone = [env.fork(1)[0] for env in envs]
+    action = np.array([1, 0, 0, 0, 1, 0, 0, 0])
+    found = [result[1] for result in step_together(envs, [action, action])]
+    np.testing.assert_allclose(found, [env.step(action)[1] for env in alone], atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [{"weight_decay": 0.5}, {"max_grad_norm": 0.01}])
+def test_features__auxiliary_updates_made_otherwise__are_computed_anew(small_settings, tmp_path, own):
+    def raw(cache, **settings):
+        config = EnvConfig(**{**small_settings, "auxiliary_updates": 8, **settings}, cache_dir=str(tmp_path / cache))
+        return load_assets(config).features.raw
+
+    first, second = raw("one"), raw("one", **own)
+    assert (first != second).any()
+    np.testing.assert_array_equal(second, raw("other", **own))
+
+
+def edited(folder, name, **values):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, **values}))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("config.json", {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}),
+        ("config.json", {"rms_norm_eps": 1e-3}),
+        ("tokenizer_config.json", {"eos_token": "<pad>"}),
+    ],
+)
+def test_content__model_that_computes_something_else__is_another(files, tmp_path, name, values):
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        shutil.copytree(model_folder("tiny"), folder)
+    edited(folders[1], name, **values)
+    one, other = (RaiseSelectEnv(**files(model=str(folder))).assets.content["model"] for folder in folders)
+    assert one != other
+
+
+def test_content__model_saved_by_another_version__is_the_same(files, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        shutil.copytree(model_folder("tiny"), folder)
+    edited(folders[1], "config.json", transformers_version="9.9.9", use_cache=True)
+    one, other = (RaiseSelectEnv(**files(model=str(folder))).assets.content["model"] for folder in folders)
+    assert one == other
+
+
+def test_assets__model_written_anew_in_its_folder__is_loaded_anew(files, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("tiny"), folder)
+    before = RaiseSelectEnv(**files(model=str(folder))).assets
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value / 2 for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    after = RaiseSelectEnv(**files(model=str(folder))).assets
+    assert after.content["model"] != before.content["model"]
+    assert after.base_evaluation.loss != before.base_evaluation.loss
+    assert RaiseSelectEnv(**files(model=str(folder))).assets.learner is not before.learner
 
 
 def forms_of(lines):

@@ -29,6 +29,7 @@ from raise_env.config import ENV_IDS
 from raise_env.env import StepOutcome, step_together
 from raise_env.errors import ActionError, MemoryShortageError, ModelError, SettingError
 from raise_env.features import CLIP, FEATURE_NAMES
+from raise_env.record import EpisodeRecord
 from raise_env.rewards import DIVERGENCE_PENALTY
 from raise_env.testing import FakeLearner, ToyAssets, toy_env
 from raise_env.vector import RaiseSelectVectorEnv
@@ -1289,3 +1290,50 @@ def test_step__an_error_of_another_kind__comes_as_it_is(monkeypatch):
     monkeypatch.setattr(FakeLearner, "update", lambda *_: [][1])
     with pytest.raises(IndexError):
         env.step(env.action_masks())
+
+
+# What goes wrong in the middle
+
+
+def test_step__too_little_memory_for_the_score__was_not_taken(monkeypatch):
+    env = toy_env()
+    env.reset(seed=0)
+    action = first_rows(env, 8)
+    expected = trace(env.fork(1)[0], [action])
+    before = moment_of(env)
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeLearner, "evaluate", too_little_memory)
+        with pytest.raises(MemoryShortageError):
+            env.step(action)
+    assert moment_of(env) == before
+    assert trace(env, [action]) == expected
+
+
+def too_little_memory(learner, split, subset=None):
+    raise MemoryError
+
+
+def test_step__test_row_without_a_finite_loss__gives_no_test_score(monkeypatch):
+    env = toy_env(horizon=1)
+    env.reset(seed=0)
+    evaluate = FakeLearner.evaluate
+
+    def infinite_on_test(learner, split, subset=None):
+        found = evaluate(learner, split, subset)
+        losses = np.where(split == "test", np.inf, found.row_losses)
+        return dataclasses.replace(found, row_losses=losses)
+
+    monkeypatch.setattr(FakeLearner, "evaluate", infinite_on_test)
+    *_, info = env.step(first_rows(env, 8))
+    assert "test_score" not in info
+    record = EpisodeRecord.of(env, agent="first", seed=0, info=info)
+    assert (record.test_score, record.final) == (None, {})
+    record.to_json()
+
+
+@pytest.mark.parametrize("num_dev", [0, -1])
+def test_probe__no_dev_rows__is_refused(num_dev):
+    env = toy_env()
+    env.reset(seed=0)
+    with pytest.raises(SettingError, match=f"num_dev is {num_dev}"):
+        env.probe(np.ones((1, 32)), num_dev=num_dev)

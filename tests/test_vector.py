@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics
 
 from raise_env import PickOne, RaiseSelectEnv, TopKScores
-from raise_env.errors import ActionError, SettingError
+from raise_env.errors import ActionError, RewardError, SettingError
 from raise_env.features import BLOCKS
 from raise_env.learner import LoraLearner
 from raise_env.testing import toy_env
@@ -279,7 +279,8 @@ def test_over__wrapped_environments__step_as_they_do_alone(embedded_env, passes,
         found = together.step(actions.astype(together.single_action_space.dtype))
         num_updates += bool(passes)
         assert_same(found, alone.step(actions.astype(together.single_action_space.dtype)))
-        go_on_alike(alone.envs, together.envs)
+        if passes:  # without an update there is nothing to follow, and picks would be dropped
+            go_on_alike(alone.envs, together.envs)
     assert num_updates == 3
     assert together.call("action_masks")[0].shape == (16,)
 
@@ -326,3 +327,50 @@ def test_step__several_threads_of_torch__same_bits_each_time_and_nearly_those_of
         torch.set_num_threads(before)
     np.testing.assert_array_equal(results[2], results[1])
     np.testing.assert_allclose(results[1], results[0], atol=TOLERANCE)
+
+
+def test_step__refused_pick_of_one_environment__leaves_the_picks_of_the_others_as_they_were():
+    envs = [toy_env(batch_size=2), toy_env(batch_size=2)]
+    vector = RaiseSelectVectorEnv.over([PickOne(env) for env in envs])
+    vector.reset(seed=0)
+    with pytest.raises(ActionError, match="candidate 999"):
+        vector.step(np.array([0, 999]))
+    vector.step(np.array([1, 1]))
+    assert [env.num_steps for env in envs] == [0, 0]
+    vector.step(np.array([2, 2]))
+    assert [env.num_steps for env in envs] == [1, 1]
+
+
+@pytest.mark.parametrize("wrapper", [lambda env: env, PickOne])
+def test_step__environments_put_back_after_their_end__go_on_from_there(wrapper):
+    worlds = [toy_env(horizon=1, batch_size=1) for _ in range(2)]
+    vector = RaiseSelectVectorEnv.over([wrapper(world) for world in worlds])
+    vector.reset(seed=0)
+    moments = [world.snapshot() for world in worlds]
+    action = np.ones(2, dtype=np.int64) if wrapper is PickOne else np.eye(32, dtype=np.int8)[[1, 1]]
+    first = vector.step(action)
+    assert first[2].all()
+    for world, moment in zip(worlds, moments, strict=True):
+        world.restore(moment)
+    again = vector.step(action)
+    np.testing.assert_array_equal(again[1], first[1])
+    assert again[2].all()
+    assert vector.step(action)[1].tolist() == [0.0, 0.0], "now they are reset"
+
+
+def test_step__error_in_one_environment__moves_none(monkeypatch):
+    envs = [toy_env(), toy_env()]
+    vector = RaiseSelectVectorEnv.over(envs)
+    vector.reset(seed=0)
+    actions = np.ones((2, 32), dtype=np.int8)
+    expected = [env.fork(1)[0].step(actions[0])[1] for env in envs]
+    with monkeypatch.context() as patched:
+        patched.setattr(envs[1], "_reward", fails)
+        with pytest.raises(RewardError, match="on purpose"):
+            vector.step(actions)
+    assert [(env.num_steps, env._learner.state, len(env.dev_scores)) for env in envs] == [(0, 0.0, 1)] * 2
+    assert vector.step(actions)[1].tolist() == expected
+
+
+def fails(evaluation):
+    raise RewardError("on purpose")

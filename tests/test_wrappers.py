@@ -195,3 +195,40 @@ def test_pick_one__info_of_two_steps__shares_nothing(picking):
     arrays = [value for index in range(3) for value in picking.step(index)[4].values() if isinstance(value, np.ndarray)]
     for place, array in enumerate(arrays):
         assert not any(np.shares_memory(array, other) for other in arrays[:place])
+
+
+def played(env, picks):
+    """Take picks and return which rows each update was made on."""
+    for pick in picks:
+        env.step(pick)
+    return [step.selected.tolist() for step in env.unwrapped.history]
+
+
+@pytest.mark.parametrize("num_open", [0, 2])
+@pytest.mark.parametrize("ends", [False, True])
+def test_pick_one__restored_environment__gives_the_same_episode_again(num_open, ends):
+    env = PickOne(toy_env(batch_size=4, horizon=3))
+    env.reset(seed=0)
+    moment = env.unwrapped.snapshot()
+    picks = range(12)
+    first = played(env, picks)
+    assert [len(rows) for rows in first] == [4, 4, 4]
+    if not ends:
+        env.reset(seed=1)
+    for pick in range(num_open) if not ends else ():
+        env.step(20 + pick)
+    env.unwrapped.restore(moment)
+    assert env.action_masks().all(), "nothing is picked"
+    assert played(env, picks) == first
+
+
+def test_pick_one__over_a_fork__waits_for_a_full_batch():
+    world = toy_env(batch_size=2, horizon=3)
+    world.reset(seed=0)
+    (fork,) = world.fork(1)
+    env = PickOne(fork)
+    observation, reward, *_, info = env.step(5)
+    assert (reward, info["num_selected"], fork.num_steps) == (0.0, 0, 0)
+    assert info["action_mask"].tolist() == [place != 5 for place in range(32)]
+    np.testing.assert_array_equal(observation[:, :-1], world.observation()[:, :-1])
+    assert env.step(6)[4]["num_selected"] == 2

@@ -7,10 +7,14 @@ Decisions:
     A chat template that marks what is generated is believed. One without marks is asked twice: what it adds between
     an open conversation and the answered one is the assistant's. Where the two do not agree, it is an error, for the
     mask would be wrong and the loss would look fine.
+
+    Where an earlier answer ends is not searched for by its text alone, for what follows may say the same: the
+    conversation is rendered once more with other answers, and what stays is the template's and the user's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import re
@@ -31,8 +35,9 @@ logger = logging.getLogger(__name__)
 #: The frame for base models whose tokenizer has no chat template.
 PLAIN_TEMPLATE = "{% if system %}{{ system }}\n\n{% endif %}### Instruction:\n{{ prompt }}\n\n### Response:\n"
 
-#: Stands in for a response where a template is tried out; no template holds it, and none would change it.
-_STAND_IN = "stand-in-for-a-response"
+#: Stand in for a response and for a system text where a template is tried out; no template holds them, and none would
+#: change them.
+_STAND_IN, _SYSTEM = "stand-in-for-a-response", "stand-in-for-a-system-text"
 
 #: The tag by which a chat template marks what the assistant says, as `transformers` looks for it.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -178,36 +183,44 @@ class ChatFrame:
             raise SettingError("the chat template does not show what the assistant says. Give a template: --template.")
         return text.rpartition(_STAND_IN)[2].rstrip()
 
+    @functools.cached_property
+    def _turn_ends(self) -> tuple[str, ...]:
+        """What may end a response that is followed by another turn, the longest first.
+
+        `end` may hold more: what ends the conversation as a whole, on a line of its own or as the end token.
+        """
+        lines = [self.end[:place] for place, character in enumerate(self.end) if character == "\n"]
+        without_token = self.end.removesuffix(self._special_tokens.get("eos_token", ""))
+        ends = {self.end, *(part.rstrip() for part in (*lines, without_token))}
+        return tuple(sorted(ends - {""}, key=len, reverse=True))
+
     def prompt_text(self, row: Instruction) -> str:
         """Return the conversation up to the last response.
 
         Raises:
-            SettingError: The template refuses it.
+            SettingError: The template refuses it, or does not show its system text.
         """
-        return self._rendered([messages_of(row)[:-1]], is_open=True)[0]
+        (text,) = self._rendered([messages_of(row)[:-1]], is_open=True)
+        self._check_system([row], is_open=True)
+        return text
 
     def framed(self, rows: Sequence[Instruction]) -> list[FramedRow]:
         """Return each row as one text, by what the template adds for each response.
 
         Raises:
             SettingError: The template refuses a conversation, shows its beginning in another way once it is answered,
-                or does not show a response.
+                or does not show a response or a system text.
         """
-        chats = [messages_of(row) for row in rows]
-        wholes = self._rendered(chats, is_open=False)
-        cuts = [[place for place, message in enumerate(chat) if message["role"] == "assistant"] for chat in chats]
-        opens = [chat[:place] for chat, places in zip(chats, cuts, strict=True) for place in places]
-        beginnings = iter(self._rendered(opens, is_open=True))
-        return [
-            self._spanned(whole, [(next(beginnings), chat[place]["content"]) for place in places])
-            for chat, whole, places in zip(chats, wholes, cuts, strict=True)
-        ]
+        wholes = self._rendered([messages_of(row) for row in rows], is_open=False)
+        self._check_system(rows, is_open=False)
+        return [self._spanned(row, whole) for row, whole in zip(rows, wholes, strict=True)]
 
     def marked(self, rows: Sequence[Instruction]) -> list[tuple[list[int], list[bool]]]:
         """Return the tokens of each row, and which of them the template marks as the assistant's.
 
         Raises:
-            SettingError: The template refuses a conversation, marks nothing of it, or marks its system text too.
+            SettingError: The template refuses a conversation, does not show its system text or marks it too, or marks
+                nothing.
         """
         headed = next((row for row in rows if row.system), None)
         if headed is not None and self._marks_system:
@@ -216,6 +229,7 @@ class ChatFrame:
                 f"{excerpt(headed.system)!r}. Mend its {{% generation %}} tags, or give a template: --template."
             )
         tokens, masks = self._tokenized([messages_of(row) for row in rows])
+        self._check_system(rows, is_open=False)
         for row, mask in zip(rows, masks, strict=True):
             if not any(mask):
                 raise SettingError(
@@ -229,30 +243,65 @@ class ChatFrame:
         turns = messages_of(Instruction("question", _STAND_IN, system="system"))[:-1]
         return any(self._tokenized([turns])[1][0])
 
-    def _spanned(self, whole: str, turns: Sequence[tuple[str, str]]) -> FramedRow:
-        """Return the row for its text and, of each response, what the template shows before it, and the response."""
-        spans = []
-        for number, (before, response) in enumerate(turns, start=1):
+    def _check_system(self, rows: Sequence[Instruction], *, is_open: bool) -> None:
+        """Check that the template shows a system text where there is one, in open conversations or in answered ones."""
+        headed = next((row for row in rows if row.system), None)
+        if headed is not None and not self._shows_system[is_open]:
+            raise SettingError(
+                f"the chat template never shows a system text, but there are rows with one, such as "
+                f"{excerpt(headed.system)!r}. Give a template of your own that shows {{{{ system }}}}: --template."
+            )
+
+    @functools.cached_property
+    def _shows_system(self) -> tuple[bool, bool]:
+        """Whether an answered conversation shows its system text, and whether an open one does."""
+        turns = messages_of(Instruction("question", _STAND_IN, system=_SYSTEM))
+        answered, opened = self._rendered([turns], is_open=False), self._rendered([turns[:-1]], is_open=True)
+        return _SYSTEM in answered[0], _SYSTEM in opened[0]
+
+    def _spanned(self, row: Instruction, whole: str) -> FramedRow:
+        """Return the row for its text."""
+        starts = self._starts(row, whole)
+        if row.response.strip() not in whole[starts[-1] :]:
+            raise _not_shown(row.response)
+        end = len(whole.rstrip()) if self.end else len(whole)
+        ends = [*self._earlier_ends(row, whole, starts), end]
+        return FramedRow(whole, tuple(zip(starts, ends, strict=True)), is_ended=bool(self.end))
+
+    def _starts(self, row: Instruction, whole: str) -> list[int]:
+        """Return where each response begins: how much the template shows of the conversation before it."""
+        chat = messages_of(row)
+        opens = [chat[:place] for place, message in enumerate(chat) if message["role"] == "assistant"]
+        beginnings = self._rendered(opens, is_open=True)
+        for before in beginnings:
             if not whole.startswith(before):
                 raise SettingError(
                     f"the chat template shows a conversation in another way once it is answered: {excerpt(before)!r} "
                     f"does not begin {excerpt(whole)!r}. Mark what is learned by {{% generation %}} in it, or give a "
                     "template: --template."
                 )
-            start = len(before)
-            place = whole.find(shown := response if response in whole[start:] else response.strip(), start)
-            if place < 0:
-                raise SettingError(
-                    f"the chat template does not show the response {excerpt(response)!r} as it is. Mark what is "
-                    "learned by {% generation %} in it, or give a template: --template."
-                )
-            end = place + len(shown)
-            if number == len(turns):
-                end = len(whole.rstrip()) if self.end else len(whole)
-            elif self.end and whole.startswith(self.end, end):
-                end += len(self.end)
-            spans.append((start, end))
-        return FramedRow(whole, tuple(spans), is_ended=bool(self.end))
+        return [len(before) for before in beginnings]
+
+    def _earlier_ends(self, row: Instruction, whole: str, starts: Sequence[int]) -> list[int]:
+        """Return where each response but the last ends, with what ends its turn."""
+        if not row.earlier:
+            return []
+        # The same conversation with other answers: between these stands what is no answer.
+        other = dataclasses.replace(row, earlier=tuple((said, _STAND_IN) for said, _ in row.earlier))
+        first, *between = self._rendered([messages_of(other)[:-1]], is_open=True)[0].split(_STAND_IN)
+        if len(between) != len(row.earlier):
+            raise _not_shown(row.earlier[0][1])
+        ends, place = [], len(first)
+        for start, (_, response), following in zip(starts[:-1], row.earlier, between, strict=True):
+            bare = response.strip()
+            shown = whole.find(bare, max(start, place))
+            end = whole.find(following, shown + len(bare))
+            # Templates may trim a response: nothing but white space is left or lost around it.
+            if shown < 0 or end < 0 or (whole[place:shown] + whole[shown + len(bare) : end]).strip():
+                raise _not_shown(response)
+            ends.append(end + len(next((mark for mark in self._turn_ends if whole.startswith(mark, end)), "")))
+            place = end + len(following)
+        return ends
 
     def _tokenized(self, chats: list[Messages]) -> tuple[list[list[int]], list[list[bool]]]:
         """Return the tokens of each conversation, and which of them stand for what is marked."""
@@ -291,6 +340,13 @@ def messages_of(row: Instruction) -> Messages:
     for said, answered in row.exchanges:
         messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
     return messages
+
+
+def _not_shown(response: str) -> SettingError:
+    return SettingError(
+        f"the chat template does not show the response {excerpt(response)!r} as it is. Mark what is learned by "
+        "{% generation %} in it, or give a template: --template."
+    )
 
 
 def _compile(template: str) -> BoundedTemplate:

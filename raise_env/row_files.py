@@ -48,6 +48,9 @@ ENDINGS = (*UNITS, *(f"{ending}.gz" for ending in UNITS if ending != ".parquet")
 #: The columns of MMLU's files, which have no header (Hendrycks et al. 2021).
 MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
 
+#: What one of the cells is in any header, whatever letter it ends in.
+_HEADER_CELLS = frozenset({"question", "prompt", "answer"})
+
 #: How many times its size a packed file may hold, where that is much.
 MOST_GROWTH = 100
 
@@ -178,7 +181,8 @@ def _rows_of_csv(source: str) -> Generator[tuple[int, Row]]:
 
 def _is_mmlu(cells: list[str]) -> bool:
     """Return whether a file's first row is a question with four choices and a letter, as in MMLU's files."""
-    return len(cells) == len(MMLU_COLUMNS) and cells[-1] in MMLU_COLUMNS[1:-1]
+    is_header = not _HEADER_CELLS.isdisjoint(cell.strip().casefold() for cell in cells)
+    return len(cells) == len(MMLU_COLUMNS) and cells[-1] in MMLU_COLUMNS[1:-1] and not is_header
 
 
 def _csv_row(columns: list[str], cells: list[str], where: str) -> Row:

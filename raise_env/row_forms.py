@@ -8,8 +8,11 @@ Decisions:
     `RowForm.instead_of`. A column that belongs to no whole form, such as `answer` beside `instruction` and `output`,
     is one of the extra columns that every row may have.
 
-    A choice is looked for by its text, then by its letter, then by its number. Where choices stand in columns A, B,
-    C, D the letter comes first, for there it names a column.
+    A choice is looked for by its label where it has one, then by its text, then by its letter, then by its number.
+    Where choices stand in columns A, B, C, D the letter comes first, for there it names a column.
+
+    No part of a conversation is dropped without a word: what was said before, and the text that heads it, are read
+    from columns of their own too, and a turn with a part that is not trained on is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +41,9 @@ ROLES = {
 #: By which names a turn says who speaks, and what.
 _TURN_FIELDS = (("role", "content"), ("from", "value"))
 
+#: What a turn may say besides its text, as OpenAI, DeepSeek, vLLM and gpt-oss name it.
+_TURN_EXTRAS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
 #: How the instructions of LLM-Adapters' multiple-choice data end (Hu et al. 2023, "LLM-Adapters").
 _ANSWER_FORMAT = re.compile(r"Answer format: *([^\s/]+(?:/[^\s/]+)+)\s*\Z")
 
@@ -55,6 +61,7 @@ class RowForm:
         read: Makes an instruction of a row, given where it stands.
         fits: Whether a row that has the columns is of this form.
         instead_of: Names of forms whose columns are among these: such rows are of this form.
+        is_chat: Whether it has all that was said in one column.
     """
 
     name: str
@@ -62,6 +69,7 @@ class RowForm:
     read: Callable[[Row, str], Reading]
     fits: Callable[[Row], bool] = lambda _: True
     instead_of: tuple[str, ...] = ()
+    is_chat: bool = False
 
     def matches(self, row: Row) -> bool:
         """Return whether a row is of this form."""
@@ -102,7 +110,8 @@ class RowReader:
             self._narrower = tuple(form for form in self._forms if self._form.name in form.instead_of)
         elif not self._form.matches(row) or any(form.matches(row) for form in self._narrower):
             raise self._other_form(row, where)
-        return self._form.read(row, where)
+        reading = self._form.read(row, where)
+        return reading if isinstance(reading, str) else self._in_context(reading, row, where)
 
     def _known_forms(self) -> tuple[RowForm, ...]:
         pairs = [
@@ -178,6 +187,22 @@ class RowReader:
             "Give every row the same columns."
         )
 
+    def _in_context(self, instruction: Instruction, row: Row, where: str) -> Reading:
+        """Return an instruction with the system text and the exchanges that stand in columns of their own.
+
+        A column that is named to hold something else holds that alone.
+        """
+        assert self._form is not None
+        named = self._columns.named() if self.uses_columns else {}
+        if "system" in row and not instruction.system and "system" not in {*named, *named.values()}:
+            instruction = replace(instruction, system=_system(row["system"], f"{where}, field 'system'"))
+        if "history" not in row or self._form.is_chat or "history" in named.values():
+            return instruction
+        earlier = _history(row["history"], f"{where}, field 'history'")
+        if not all(text.strip() for exchange in earlier for text in exchange):
+            return "history"
+        return replace(instruction, earlier=earlier)
+
     # The forms' readers
 
     def _read_pair(self, columns: ColumnSettings, row: Row, where: str) -> Reading:
@@ -210,15 +235,21 @@ class RowReader:
         for column, text in (("question", prompt), ("answer", answer)):
             if not text.strip():
                 return column
-        letters = [letter for letter in string.ascii_uppercase if row.get(letter) is not None]
-        texts = [_text(row, letter, where) for letter in letters]
+        choices = [(letter, _text(row, letter, where)) for letter in string.ascii_uppercase if letter in row]
+        # A table has a column for each choice of the row that has most: the others' last ones are empty.
+        while choices and not choices[-1][1].strip():
+            choices.pop()
+        blank = next((letter for letter, text in choices if not text.strip()), None if choices else "A")
+        if blank is not None:
+            return blank
+        letters, texts = [letter for letter, _ in choices], [text for _, text in choices]
         if answer not in [*letters, *texts]:
             raise DataError(
                 f"{where}, field 'answer': found {excerpt(repr(answer))}; expected one of the letters "
                 f"{', '.join(letters)}, or the text of that choice."
             )
         right = letters.index(answer) if answer in letters else texts.index(answer)
-        return self._choice(prompt, texts, right, row) if texts[right].strip() else letters[right]
+        return self._choice(prompt, texts, right, row)
 
     def _read_alternatives(self, row: Row, where: str) -> Reading:
         """Read an instruction that lists its alternatives, one of which stands in the output."""
@@ -293,33 +324,90 @@ def _choices(value: Any, where: str) -> tuple[list[str], list[str]] | None:
         )
     for index, choice in enumerate(texts, start=1):
         _check_text(choice, f"{where}, item {index}")
+    labels = _labels(labels, where)
     if len(texts) > len(string.ascii_uppercase):
         raise DataError(f"{where}: found {len(texts)} choices; expected at most {len(string.ascii_uppercase)}.")
-    return texts, [str(label) for label in labels]
+    return texts, labels
+
+
+def _labels(labels: list[Any], where: str) -> list[str]:
+    """Return the labels of choices as texts; none where no choice has one."""
+    if all(label is None or label == "" for label in labels):
+        return []
+    for index, label in enumerate(labels, start=1):
+        if not isinstance(label, (str, int)) or isinstance(label, bool):
+            raise DataError(
+                f"{where}, item {index}: found the label {describe(label)}; expected text or a number, for the others "
+                "have labels. Give all choices a label, or none."
+            )
+    return [str(label) for label in labels]
 
 
 def _right(texts: list[str], labels: list[str], answer: Any, column: str, where: str) -> int:
     """Return which of the choices an answer means: a label, a text, a letter, or a number."""
-    letters = list(string.ascii_uppercase[: len(texts)])
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if 0 <= answer < len(texts):
-            return answer
-    elif isinstance(answer, str):
-        # Labels count from 1 where they are numbers; what has none is named by its text.
-        numbers = [str(number) for number in range(1, len(texts) + 1)] if labels else []
-        for names in (labels, texts, letters, numbers):
-            if answer in names:
-                return names.index(answer)
-    else:
+    is_number = isinstance(answer, int) and not isinstance(answer, bool)
+    if not isinstance(answer, str) and not is_number:
         raise DataError(f"{where}: found the row's {column!r} to be {describe(answer)}; expected text or a number.")
+    for names in _names(texts, labels, is_number):
+        if str(answer) in names:
+            return names.index(str(answer))
     among = labels or texts
+    advice = "Write both alike, letter for letter."
+    if not labels and str(answer).strip().isdecimal():
+        advice = "A number counts from 0, and stands without quotes: in quotes it may as well count from 1."
     raise DataError(
         f"{where}: found {excerpt(', '.join(map(repr, among)), 200)}; expected the row's {column!r} "
-        f"among them, which is {excerpt(repr(answer))}. Write both alike, letter for letter."
+        f"among them, which is {excerpt(repr(answer))}. {advice}"
     )
 
 
+def _names(texts: list[str], labels: list[str], is_number: bool) -> list[list[str]]:
+    """Return by what an answer may name the choices, what goes first before the rest."""
+    from_0, from_1 = ([str(number + first) for number in range(len(texts))] for first in (0, 1))
+    # Where labels are numbers, a number is one of them, and no place in the list.
+    has_numbers = any(label.isdecimal() for label in labels)
+    if is_number:
+        return [labels if has_numbers else from_0]
+    letters = list(string.ascii_uppercase[: len(texts)])
+    # In quotes a number counts as labels do, from 1; without labels nothing says where it counts from.
+    return [labels, texts, letters, from_1 if labels and not has_numbers else []]
+
+
 # Conversations
+
+
+def _system(value: Any, where: str) -> str:
+    """Return the text that a conversation is headed by; an empty one where there is none."""
+    if not isinstance(value, str):
+        if value is None:
+            return ""
+        raise DataError(
+            f"{where}: found {describe(value)}; expected the text that a conversation is headed by. "
+            "Rename the column if it is not meant to be read."
+        )
+    check_halves(value, where)
+    return value if value.strip() else ""
+
+
+def _history(value: Any, where: str) -> tuple[tuple[str, str], ...]:
+    """Return the exchanges before the last one, as LLaMA-Factory's Alpaca rows have them."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ()
+    if not isinstance(value, list):
+        raise _no_history(value, where)
+    for number, pair in enumerate(value, start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise _no_history(pair, f"{where}, item {number}")
+        for text in pair:
+            _check_text(text, f"{where}, item {number}")
+    return tuple((said, answered) for said, answered in value)
+
+
+def _no_history(value: Any, where: str) -> DataError:
+    return DataError(
+        f"{where}: found {describe(value)}; expected what was said before: a list of pairs, each what the user said "
+        "and what was answered. Store such rows as .jsonl, or rename the column if it is not meant to be read."
+    )
 
 
 def _chat(reader: RowReader, column: str, system: str | None = None, name: str | None = None) -> RowForm:
@@ -340,7 +428,10 @@ def _chat(reader: RowReader, column: str, system: str | None = None, name: str |
         exchanges = list(zip(said, answered, strict=True))
         return Instruction(*exchanges[-1], (), row, head if head.strip() else "", tuple(exchanges[:-1]))
 
-    return RowForm(name or column, columns, read, lambda row: name is not None or isinstance(row[column], list))
+    def fits(row: Row) -> bool:
+        return name is not None or isinstance(row[column], list)
+
+    return RowForm(name or column, columns, read, fits, is_chat=True)
 
 
 def _turns(value: Any, where: str) -> list[tuple[str, str]]:
@@ -385,11 +476,23 @@ def _turn(turn: Any, where: str) -> tuple[str, str]:
             f"{where}: found the {fields[0]} {excerpt(shown)}; expected one of {', '.join(ROLES)}. "
             "Such turns cannot be learned from: remove them, or rename who speaks."
         )
+    _check_extras(turn, where, fields[1])
     where = f"{where}, {fields[1]}"
     if isinstance(content, list):
         content = "".join(_part(part, f"{where}, part {number}") for number, part in enumerate(content, start=1))
     _check_text(content, where)
     return role, content
+
+
+def _check_extras(turn: dict[str, Any], where: str, field: str) -> None:
+    """Check that a turn says nothing besides its text."""
+    for extra in _TURN_EXTRAS:
+        value = turn.get(extra)
+        if value.strip() if isinstance(value, str) else value:
+            raise DataError(
+                f"{where}, {extra}: found {describe(value)}; expected none, for a turn's text alone is learned. "
+                f"Write it into the {field} as it is to be learned, or remove it, or remove the row."
+            )
 
 
 def _part(part: Any, where: str) -> str:

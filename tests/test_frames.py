@@ -36,6 +36,20 @@ QWEN = (
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+#: What ends the conversation is more than what ends a turn.
+PHI = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+BRACKETS = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' }}{{ m['content'] | trim }}[eot]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+#: Each answer begins with an empty thought.
+THINKING = CHATML.replace(
+    "\n{{ m['content'] }}",
+    "\n{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
+)
 #: ChatML again, which itself says what is learned.
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
@@ -178,6 +192,60 @@ def test_encode__first_token_of_a_row__is_never_learned(make_tokenizer):
     assert is_label.tolist() == [False] + [True] * (len(tokens) - 1)
 
 
+SUMS = Instruction("And what is 4 + 4?", " 8", earlier=(("What is 1 + 3?", " 4"),))
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "expected"),
+    [
+        # A later turn says the same, as the answer was before it was trimmed.
+        (BRACKETS, SUMS, ["4[eot]", "8[eot]"]),
+        (LLAMA, SUMS, ["4<|eot_id|>", "8<|eot_id|>"]),
+        (BRACKETS, Instruction("Yes then go on.", "No", earlier=(("Well?", "Yes "),)), ["Yes[eot]", "No[eot]"]),
+        (
+            CHATML,
+            Instruction("Yes then go on.", "No", earlier=(("Well?", "Yes "),)),
+            ["Yes <|im_end|>", "No<|im_end|>"],
+        ),
+        # The template says the same before the answer, or after it.
+        (
+            THINKING,
+            Instruction("think", "think", earlier=(("What do you do?", "think"),)),
+            ["<think>\n\n</think>\n\nthink<|im_end|>"] * 2,
+        ),
+        (
+            CHATML,
+            Instruction("end", "end", earlier=(("a", "end"), ("b", "user"))),
+            ["end<|im_end|>", "user<|im_end|>", "end<|im_end|>"],
+        ),
+        (
+            BRACKETS,
+            Instruction("eot", "eot", earlier=(("a", "\n\neot"), ("eot", "]"))),
+            ["eot[eot]", "][eot]", "eot[eot]"],
+        ),
+    ],
+)
+def test_framed__answer_that_others_say_too__ends_where_it_ends(make_tokenizer, template, row, expected):
+    (framed,) = ChatFrame(make_tokenizer(template)).framed([row])
+    assert [framed.text[slice(*span)] for span in framed.spans] == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (PHI, ["b<|end|>", "e\nf<|end|>", " Well ><|end|>\n</s>"]),
+        (PHI.replace("<|end|>\n", "<|end|>"), ["b<|end|>", "e\nf<|end|>", " Well ><|end|></s>"]),
+        # Nothing ends a turn: what ends the conversation is not learned before its end.
+        (PHI.replace("<|end|>", ""), ["b", "e\nf", " Well >\n</s>"]),
+    ],
+)
+def test_framed__conversation_that_ends_in_more_than_a_turn__earlier_answers_learn_their_end(
+    make_tokenizer, template, expected
+):
+    (framed,) = ChatFrame(make_tokenizer(template)).framed([HEADED])
+    assert [framed.text[slice(*span)] for span in framed.spans] == expected
+
+
 @pytest.mark.parametrize("row", [ONE, TWO, HEADED])
 @pytest.mark.parametrize("template", [CHATML, MARKED, None])
 def test_encode__slow_tokenizer__learns_the_same_characters(row, template):
@@ -212,6 +280,14 @@ def test_encode__response_is_changed_or_missing__is_an_error(make_tokenizer):
     none = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] == 'user' }}")
     with pytest.raises(SettingError, match="does not show"):
         Encoder(make_tokenizer(none), 1000).encode([ONE])
+    # What is said instead, or what follows, is not taken for an earlier answer.
+    row = Instruction("That was no 4", "5", earlier=(("2 + 2?", "4"),))
+    for shown in (
+        "'four' if m['content'] == '4' else m['content']",
+        "m['content'] if m['role'] == 'user' or loop.last",
+    ):
+        with pytest.raises(SettingError, match="does not show the response '4' as it is"):
+            Encoder(make_tokenizer(CHATML.replace("m['content']", shown)), 1000).encode([row])
 
 
 def test_chat_frame__without_marks__says_once_that_it_falls_back(make_tokenizer, caplog):
@@ -231,6 +307,19 @@ def test_encode__template_that_marks_the_system_text__is_an_error(base):
     encoder.encode([ONE, TWO])
     with pytest.raises(SettingError, match=r"not an answer as generated: system texts, such as 'You are short\.'"):
         encoder.encode([ONE, HEADED])
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_chat_frame__system_that_the_template_never_shows__is_an_error(make_tokenizer, template):
+    hidden = template.replace("messages %}", "messages if m['role'] != 'system' %}")
+    encoder = Encoder(make_tokenizer(hidden), 1000)
+    encoder.encode([ONE, TWO])
+    encoder.prompt_text(TWO)
+    message = r"never shows a system text, but there are rows with one, such as 'You are short\.'.*--template"
+    with pytest.raises(SettingError, match=message):
+        encoder.encode([ONE, HEADED])
+    with pytest.raises(SettingError, match=message):
+        encoder.prompt_text(HEADED)
 
 
 # The plain frame

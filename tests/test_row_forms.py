@@ -123,6 +123,20 @@ def test_read__named_choices__of_any_form() -> None:
     assert read(row, prompt="ask", choices="among", answer="right") == Instruction("Which?", "two", ("one", "two"), row)
 
 
+def test_read__system_and_history__are_read_unless_they_are_named_for_something_else() -> None:
+    row = {"q": "a", "a": "b", "system": "head", "history": [["hi", "ho"]]}
+    whole = Instruction("a", "b", (), row, "head", (("hi", "ho"),))
+    assert read(row, prompt="q", response="a") == whole
+    assert read(row, prompt="q", response="a", system="system") == whole
+    assert read(row | {"s": " "}, prompt="q", response="a", system="s").system == "", "another column is named for it"
+    assert read(row, prompt="system", response="a") == Instruction("head", "b", (), row, "", (("hi", "ho"),))
+    noted = row | {"history": "note"}
+    assert read(noted, prompt="q", response="a", input="history") == Instruction("a\n\nnote", "b", (), noted, "head")
+    # The source has not the named columns: none is named in it.
+    alpaca = {"instruction": "a", "output": "b", "system": "head"}
+    assert read(alpaca, prompt="system", response="a").system == "head"
+
+
 # Multiple choice
 
 
@@ -163,6 +177,74 @@ def test_read__choices_that_are_letters_themselves__text_first_but_in_columns() 
 def test_read__choices_that_are_numbers__text_before_number() -> None:
     assert read({"question": "q", "choices": ["2", "1", "0"], "answer": "1"}).response == "1"
     assert read({"question": "q", "choices": ["2", "1", "0"], "answer": 0}).response == "2"
+
+
+CITIES = ["Paris", "Rome", "Oslo", "Bern"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "answer", "expected"),
+    [
+        ([1, 2, 3, 4], 1, "Paris"),
+        (["1", "2", "3", "4"], 1, "Paris"),
+        ([1, 2, 3, 4], "1", "Paris"),
+        ([0, 1, 2, 3], 1, "Rome"),
+        (["0", "1", "2", "3"], "1", "Rome"),
+        ([30, 20, 10, 0], 0, "Bern"),
+        (list("ABCD"), 1, "Rome"),
+        (list("ABCD"), "1", "Paris"),
+        ([None] * 4, 1, "Rome"),
+        ([""] * 4, 1, "Rome"),
+    ],
+)
+def test_read__number_beside_labels__is_a_label_before_a_place(labels: Any, answer: Any, expected: str) -> None:
+    for choices in (
+        {"label": labels, "text": CITIES},
+        [{"label": label, "text": text} for label, text in zip(labels, CITIES, strict=True)],
+    ):
+        assert read({"question": "Where?", "choices": choices, "answerKey": answer}).response == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "answer", "expected"),
+    [
+        (
+            [1, 2, 3, 4],
+            0,
+            ": found '1', '2', '3', '4'; expected the row's 'answerKey' among them, which is 0. Write both",
+        ),
+        (
+            ["0", "1", "2", "3"],
+            "4",
+            ": found '0', '1', '2', '3'; expected the row's 'answerKey' among them, which is '4'",
+        ),
+        (list("ABCD"), 4, ": found 'A', 'B', 'C', 'D'; expected the row's 'answerKey' among them, which is 4"),
+        (["A", None, "C", "D"], "A", ", item 2: found the label null; expected text or a number, for the others have"),
+        (["A", "B", "C", 4.0], "A", ", item 4: found the label 4.0; expected text or a number"),
+    ],
+)
+def test_read__bad_labels__are_named(labels: Any, answer: Any, expected: str) -> None:
+    row = {"question": "Where?", "choices": {"label": labels, "text": CITIES}, "answerKey": answer}
+    assert fault(row).startswith(f", field 'choices'{expected}")
+
+
+def test_read__choices_without_labels__are_named_by_their_texts() -> None:
+    row = {"question": "Which?", "choices": [{"text": "one"}, {"text": "two"}, {"text": "None"}], "answer": "None"}
+    assert read(row) == Instruction("Which?", "None", ("one", "two", "None"), row)
+    for choices in (row["choices"], ["one", "two", "None"]):
+        message = fault(row | {"choices": choices, "answer": "1"})
+        assert "which is '1'. A number counts from 0, and stands without quotes" in message
+
+
+def test_read__empty_choices_in_columns__are_none_at_the_end_and_a_blank_field_before_it() -> None:
+    row = {"question": "Where?", "A": "bank", "B": "library", "C": "mall", "D": "", "E": " ", "F": None, "answer": "B"}
+    assert read(row) == Instruction("Where?", "library", tuple(TEXTS), row)
+    assert read(row, choice_form="letter").choices == ("A", "B", "C")
+    assert "found 'D'; expected one of the letters A, B, C," in fault(row | {"answer": "D"})
+    for empty in ("", " ", None):
+        assert read(row | {"C": empty, "D": "zoo"}) == "C"
+        assert read(row | {"A": empty}) == "A", "whatever the answer is"
+    assert read(row | dict.fromkeys("ABC", "")) == "A"
 
 
 def test_read__rows_without_choices_among_others__are_open_questions() -> None:
@@ -245,6 +327,82 @@ def test_read__other_names_of_roles__are_known() -> None:
 def test_read__content_of_text_parts__is_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert read({"messages": [{"role": "user", "content": parts}, *turns("c", first="assistant")]}).prompt == "ab"
+
+
+PIRATE = {"system": "Be a pirate", "history": [["hi", "ho"], ["a", "b"]]}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "response", "choices"),
+    [
+        ({"instruction": "i", "output": "o"}, "i", "o", ()),
+        ({"instruction": "i", "input": "x", "output": "o"}, "i\n\nx", "o", ()),
+        ({"prompt": "i", "completion": "o"}, "i", "o", ()),
+        ({"question": "i", "choices": ["n", "o"], "answer": 1}, "i", "o", ("n", "o")),
+        ({"question": "i", "choices": {"label": ["A"], "text": ["o"]}, "answerKey": "A"}, "i", "o", ("o",)),
+        ({"question": "i", "A": "n", "B": "o", "answer": "B"}, "i", "o", ("n", "o")),
+    ],
+)
+def test_read__system_and_history_in_columns__head_the_conversation(
+    row: dict[str, Any], prompt: str, response: str, choices: tuple[str, ...]
+) -> None:
+    row = {**row, **PIRATE}
+    assert read(row) == Instruction(prompt, response, choices, row, "Be a pirate", (("hi", "ho"), ("a", "b")))
+    for empty in ({"system": "", "history": []}, {"system": " ", "history": " "}, {"system": None, "history": None}):
+        row |= empty
+        assert read(row) == Instruction(prompt, response, choices, row)
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_read__system_beside_turns__is_theirs_if_they_have_none(column: str) -> None:
+    row = {column: turns("a", "b"), "system": "head", "history": "a note"}
+    assert read(row) == Instruction("a", "b", (), row, "head")
+    assert read({"talk": row[column], "system": "head"}, messages="talk").system == "head"
+    for own, expected in (("own", "own"), (" ", "head")):
+        assert read(row | {column: [{"role": "system", "content": own}, *turns("a", "b")]}).system == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"system": 3}, "field 'system': found 3; expected the text that a conversation is headed by. Rename"),
+        ({"system": "\ud83d"}, "field 'system': found \\ud83d at character 1"),
+        ({"history": "hi"}, "field 'history': found text; expected what was said before: a list of pairs"),
+        ({"history": {"hi": "ho"}}, "field 'history': found an object; expected"),
+        ({"history": [["a", "b"], ["hi"]]}, "field 'history', item 2: found a list; expected what was said before"),
+        ({"history": turns("a", "b")}, "field 'history', item 1: found an object; expected"),
+        ({"history": [["a", None]]}, "field 'history', item 1: found null; expected text"),
+    ],
+)
+def test_read__system_or_history_of_another_form__is_refused_instead_of_lost(
+    columns: dict[str, Any], expected: str
+) -> None:
+    assert expected in fault({"instruction": "i", "output": "o", **columns})
+
+
+def test_read__history_without_text__is_a_blank_field() -> None:
+    assert read({"instruction": "i", "output": "o", "history": [["a", "b"], ["c", " "]]}) == "history"
+
+
+@pytest.mark.parametrize(
+    ("extra", "value", "found"),
+    [
+        ("tool_calls", [{"function": {"name": "look_up"}}], "a list"),
+        ("function_call", {"name": "look_up"}, "an object"),
+        ("reasoning_content", "Hm.", "text"),
+        ("reasoning", "Hm.", "text"),
+        ("thinking", "Hm.", "text"),
+    ],
+)
+def test_read__turn_that_says_more_than_its_text__is_refused_instead_of_lost(
+    extra: str, value: object, found: str
+) -> None:
+    for content in ("b", None):
+        chat = [*turns("a"), {"role": "assistant", "content": content, extra: value}]
+        expected = f", turn 2, {extra}: found {found}; expected none, for a turn's text alone is learned. Write it into"
+        assert fault({"messages": chat}).startswith(f", field 'messages'{expected} the content")
+    for empty in (None, "", " \n", [], {}):
+        assert read({"messages": [*turns("a"), {"from": "gpt", "value": "b", extra: empty}]}).response == "b"
 
 
 def test_read__question_without_an_answer_at_the_end__is_left_out_and_counted() -> None:

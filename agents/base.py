@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
+from raise_env.errors import SettingError
 
 __all__ = ["Agent", "BatchAgent", "LearningAgent", "Progress", "best_rows", "world_of"]
 
@@ -58,11 +59,19 @@ class BatchAgent(ABC):
     Attributes:
         is_live: Whether each step's scores rest on the model as it then is, or on what was taken before. Such agents
             take their best at once even where the whole pool is on offer: later steps are for later scores.
+
+    Raises:
+        SettingError: `batch_size` is no number of rows.
     """
 
     is_live: ClassVar[bool] = False
 
     def __init__(self, batch_size: int | None = None) -> None:
+        is_count = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
+        if batch_size is not None and not is_count:
+            raise SettingError(
+                f"batch_size is {batch_size!r}; expected a whole number of at least 1, or None for the environment's."
+            )
         self.batch_size = batch_size
         self._world: RaiseSelectEnv | None = None
         self._rng = np.random.default_rng(0)

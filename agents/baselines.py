@@ -223,9 +223,10 @@ class QualityAgent(PoolScoreAgent):
         self.threshold = threshold
 
     def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
-        """Return the ratings, cut off at the threshold."""
+        """Return the ratings, cut off at the threshold; at `least` where that is higher, or no row would reach it."""
         del seed
-        return np.asarray(np.minimum(column_values(world.assets.pool, self.column), self.threshold))
+        ceiling = self.threshold if self.least is None else max(self.threshold, self.least)
+        return np.asarray(np.minimum(column_values(world.assets.pool, self.column), ceiling))
 
 
 def times_taken(world: RaiseSelectEnv) -> np.ndarray:

@@ -109,6 +109,11 @@ def make_agent(name: str, arguments: Mapping[str, Any] | None = None) -> Agent:
     arguments = arguments or {}
     kind, _, rest = name.partition(":")
     if kind == "selector" and rest:
+        if arguments:
+            raise SettingError(
+                f"agent {name!r} brings the settings that it learned with and takes no others; got "
+                f"{', '.join(arguments)}. Leave them out, or let a new agent learn with them."
+            )
         return load_selector(rest)
     if kind == "sb3" and rest:
         from .sb3 import Sb3Agent

@@ -193,6 +193,7 @@ def pool_scores(env: RaiseSelectEnv, agent: object, places: np.ndarray, seed: in
     """Return what an agent thinks of rows of the pool at the start of a run, shape (pool,), float64.
 
     In standard deviations over the rows that were looked at; NaN for all others, and for rows that are never offered.
+    Rows that the agent never takes, as they score below its `least`, have one too.
 
     Args:
         env: The environment, after its first reset.
@@ -210,7 +211,8 @@ def pool_scores(env: RaiseSelectEnv, agent: object, places: np.ndarray, seed: in
     untouched = np.zeros(len(env.assets.pool), dtype=np.int32)
     start = {"dev_score": 0.0, "first_dev_score": 0.0, "progress": 0.0}
     agent.begin(env, seed)
-    own = agent.scores(observe(still, offered, untouched, **start, hide=env.config.hide))
+    scored = getattr(agent, "uncut_scores", agent.scores)  # -inf for rows below `least` would leave no mean to any
+    own = scored(observe(still, offered, untouched, **start, hide=env.config.hide))
     scores = np.full(len(env.assets.pool), np.nan)
     scores[offered] = own
     spread = float(np.std(own))

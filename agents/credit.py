@@ -26,9 +26,10 @@ class Group:
     """What the forks of one training state showed.
 
     Attributes:
-        rows: Features of each fork's rows, shape (forks, rows of a fork, 39), float32.
+        rows: Features of each fork's rows, shape (forks, rows of a fork, 39), float32; rows of zeros are padding, and
+            forks of nothing else are.
         gains: What each fork was worth, less the group's mean, over the group's standard deviation, shape (forks,),
-            float32.
+            float32; of a fork that is padding 0.
     """
 
     rows: np.ndarray
@@ -61,7 +62,8 @@ def batch_group(world: RaiseSelectEnv, actions: np.ndarray, num_dev: int | None)
 
     Args:
         world: The environment, in the state to try them from; it is left as it is.
-        actions: 0/1 choices of equally many rows, shape (forks, candidates).
+        actions: 0/1 choices of equally many rows, shape (forks, candidates), and of no more than the budget has left:
+            a probe leaves out a random part of what is beyond it.
         num_dev: Dev rows to score on, drawn for this state; None: all.
     """
     observation = world.observation()

@@ -197,18 +197,35 @@ class RaiseFork(Selector):
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return F in its standard deviations, shape (rows,); rows taken `max_repeats` times come last.
 
+        Rows below `least` score -inf.
+
         Raises:
             RuntimeError: Nothing was learned or loaded yet.
         """
+        standing, least = self._standing(observation), self.settings.least
+        scores = self._spent_last(standing, observation)
+        return scores if least is None else np.where(standing >= least, scores, -np.inf)
+
+    def uncut_scores(self, observation: np.ndarray) -> np.ndarray:
+        """Return `scores`, shape (rows,), without the cut: also rows below `least` have theirs.
+
+        Raises:
+            RuntimeError: Nothing was learned or loaded yet.
+        """
+        return self._spent_last(self._standing(observation), observation)
+
+    def _standing(self, observation: np.ndarray) -> np.ndarray:
+        """Return F in its standard deviations: over the rows shown, or over the pool where `least` counts in these."""
         if not self.networks:
             raise RuntimeError("this selector has learned nothing yet: call learn(), or load one.")
-        least = self.settings.least
-        reference = None if least is None else self._translate(self._pool_sample(observation))
-        scores = ensemble_scores(self.networks, self._translate(observation), reference)
+        reference = None if self.settings.least is None else self._translate(self._pool_sample(observation))
+        return ensemble_scores(self.networks, self._translate(observation), reference)
+
+    def _spent_last(self, standing: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        """Return scores by which rows taken `max_repeats` times come last."""
         taken = np.expm1(observation[:, -1])
         spent = taken > self.settings.max_repeats - 0.5
-        kept = np.where(spent, scores - 1e3 * taken, scores)
-        return kept if least is None else np.where(scores >= least, kept, -np.inf)
+        return np.where(spent, standing - 1e3 * taken, standing)
 
     def _pool_sample(self, observation: np.ndarray) -> np.ndarray:
         """Return rows of the pool as they would be shown now, shape (rows, 39): what an offer is good or bad beside."""
@@ -271,8 +288,7 @@ class RaiseFork(Selector):
             self.save(beside / "selector")
             groups = {}
             if self.groups:  # else every episode diverged so far
-                groups["rows"] = torch.from_numpy(_stacked_rows(self.groups))
-                groups["gains"] = torch.from_numpy(np.stack([group.gains for group in self.groups]))
+                groups["rows"], groups["gains"] = _stacked(self.groups)
             save_file(groups, beside / "groups.safetensors")
 
     def load_progress(self, folder: str | Path) -> None:
@@ -329,7 +345,8 @@ class RaiseFork(Selector):
         if settings.credit_for(world.config.reward) == "rows":
             action = self._actions(scores, mask, size, 1, rng)[0]
             return action, row_group(world, settings.num_lookahead, settings.lookahead_size) if is_due else None
-        actions = self._actions(scores, mask, size, settings.num_forks, rng)
+        # Of more rows than the budget has left a random part would be dropped, and the forks' rows be other ones.
+        actions = self._actions(scores, mask, min(size, world.budget_left), settings.num_forks, rng)
         group = batch_group(world, actions, settings.num_dev) if is_due else None
         return actions[rng.integers(len(actions))], group
 
@@ -370,8 +387,7 @@ def fit_ensemble(groups: Sequence[Group], settings: ForkSettings, seed: int) -> 
         settings: How to fit.
         seed: What first weights and the networks' shares of the groups are drawn from.
     """
-    rows = torch.from_numpy(_stacked_rows(groups))  # (groups, forks, most rows of a fork, 39)
-    gains = torch.from_numpy(np.stack([group.gains for group in groups]))  # (groups, forks)
+    rows, gains = _stacked(groups)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     networks = []
@@ -429,15 +445,26 @@ def _fit(
 
 
 def _loss(network: AcquisitionFunction, rows: Tensor, gains: Tensor) -> Tensor:
-    sums = (network(rows) * rows.any(dim=-1)).sum(dim=-1)  # (groups, forks); rows of zeros are padding
-    explained: Tensor = sums - sums.mean(dim=1, keepdim=True)
-    return (explained - gains).square().mean()
+    is_row = rows.any(dim=-1)  # rows of zeros are padding
+    sums = (network(rows) * is_row).sum(dim=-1)  # (groups, forks)
+    is_fork = is_row.any(dim=-1)
+    num_forks = is_fork.sum(dim=1, keepdim=True).clamp(min=1)
+    explained: Tensor = sums - sums.sum(dim=1, keepdim=True) / num_forks
+    return ((explained - gains).square() * is_fork).sum() / num_forks.sum()
 
 
-def _stacked_rows(groups: Sequence[Group]) -> np.ndarray:
-    """Return all groups' rows, shape (groups, forks, most rows of a fork, 39); shorter forks end in rows of zeros."""
-    most = max(group.rows.shape[1] for group in groups)
-    return np.stack([np.pad(group.rows, ((0, 0), (0, most - group.rows.shape[1]), (0, 0))) for group in groups])
+def _stacked(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """Return all groups' rows, shape (groups, forks, rows of a fork, 39), and gains, shape (groups, forks), float32.
+
+    Shorter forks end in rows of zeros, and groups of fewer forks, which an offer with padding gives, in forks of these.
+    """
+    most_forks, most_rows = np.max([group.rows.shape[:2] for group in groups], axis=0)
+    rows = np.zeros((len(groups), most_forks, most_rows, NUM_FEATURES), dtype=np.float32)
+    gains = np.zeros((len(groups), most_forks), dtype=np.float32)
+    for place, group in enumerate(groups):
+        num_forks, num_rows, _ = group.rows.shape
+        rows[place, :num_forks, :num_rows], gains[place, :num_forks] = group.rows, group.gains
+    return torch.from_numpy(rows), torch.from_numpy(gains)
 
 
 def _nothing_seen(world: RaiseSelectEnv) -> str:

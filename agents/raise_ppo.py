@@ -156,7 +156,7 @@ class Rollout:
     Attributes:
         candidates: Pool ids of each step, -1 for padding, each of shape (N,), int64; steps that are offered the same
             share one array.
-        classes: Class of each candidate's place, the same at every step, shape (N,), int64.
+        classes: Class of each candidate's place, padding included, the same at every step, shape (N,), int64.
         stage: The first two columns, shape (steps, 2), float32.
         times_selected: The last column, shape (steps, N), float32, its zeros left out.
         kinds: What was drawn, as `BatchLaw.sample` gives it, shape (steps, N), int8, its zeros left out.
@@ -172,8 +172,15 @@ class Rollout:
 
     @property
     def mask(self) -> np.ndarray:
-        """Which places are no padding, the same at every step, shape (N,), bool."""
-        return np.asarray(self.candidates[0] >= 0)
+        """Which places are no padding, bool: shape (N,) where that is the same at every step, else (steps, N).
+
+        It differs where features are lazy: as many rows of a rare class are offered as were found.
+        """
+        first = self.candidates[0] >= 0
+        distinct = {id(offered): offered for offered in self.candidates}.values()
+        if all(np.array_equal(offered >= 0, first) for offered in distinct):
+            return np.asarray(first)
+        return np.stack([offered >= 0 for offered in self.candidates])
 
     def observations(self, columns: np.ndarray | ShownColumns, steps: slice) -> np.ndarray:
         """Return the observations of some steps again, shape (steps, N, 39), float32.
@@ -394,11 +401,12 @@ class RaisePpo(Selector):
         """Run one episode with drawn batches."""
         observation, _ = world.reset(seed=int(rng.integers(2**31)))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        classes, mask = world.candidate_classes, world.action_masks()
+        classes = world.candidate_classes
         candidates: list[np.ndarray] = []
         seen: dict[str, list[Any]] = {"stage": [], "times_selected": [], "kinds": [], "rewards": []}
         over = False
         while not over:
+            mask = world.action_masks()
             law = _law(torch.from_numpy(self.scores(observation)), classes, mask, world)
             kinds = law.sample(generator).numpy()
             offered = world.candidates
@@ -440,10 +448,21 @@ class RaisePpo(Selector):
         """Return log-probabilities of what was drawn, and values, each of shape (steps,), with gradients."""
         rows = torch.from_numpy(rollout.observations(columns, part))
         kinds = torch.from_numpy(rollout.kinds[part].toarray())
-        mask = rollout.mask
-        law = _law(self._learners["actor"].network(rows), rollout.classes, mask, world)
-        log_probs = law.log_prob(kinds) if self.settings.ratio == "exact" else law.log_softmax_product(kinds)
+        mask, scores = rollout.mask, self._learners["actor"].network(rows)
+        if mask.ndim == 1:
+            log_probs = self._log_probs(scores, kinds, rollout.classes, mask, world)
+        else:  # a law knows one padding
+            mask = mask[part]
+            steps = zip(scores, kinds, mask, strict=True)
+            log_probs = torch.stack([self._log_probs(s, k, rollout.classes, m, world) for s, k, m in steps])
         return log_probs, self._learners["critic"].network(rows, torch.from_numpy(mask))
+
+    def _log_probs(
+        self, scores: Tensor, kinds: Tensor, classes: np.ndarray, mask: np.ndarray, world: RaiseSelectEnv
+    ) -> Tensor:
+        """Return the log of what the ratio is made of, shape (...,), of draws of shape (..., N)."""
+        law = _law(scores, classes, mask, world)
+        return law.log_prob(kinds) if self.settings.ratio == "exact" else law.log_softmax_product(kinds)
 
 
 class _Learner:

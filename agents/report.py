@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from raise_env.render import class_colour
 
+from .catalogue import agent_name
 from .contrast import Trait, Word
 from .page import NOTHING, TEMPLATES, css, inline, load_template, pairs, write_files
 from .plots import COLOURS, Plot, agent_colours, dev_curves_plot, learning_plot, selection_plot
@@ -173,10 +174,10 @@ def _metrics(report: Mapping[str, Any]) -> list[str]:
 def _learned(report: Mapping[str, Any]) -> str | None:
     """Return the name of the learned selector among a report's agents."""
     names = report["agents"]
-    asked = report.get("settings", {}).get("agent")
+    asked = agent_name(str(report.get("settings", {}).get("agent", "")))  # the settings have a selector's folder too
     if asked in names:
-        return str(asked)
-    return next((name for name in names if name.startswith(("raise_", "selector:", "sb3:"))), None)
+        return asked
+    return next((name for name in names if name.startswith(("raise_", "selector", "sb3:"))), None)
 
 
 def _order(report: Mapping[str, Any]) -> list[str]:

@@ -295,6 +295,11 @@ class SubsetPolicy(RowPolicy):
         self.action_dist = SubsetDistribution(self.action_dist.action_dims, self.subset_size)
         super()._build(lr_schedule)
 
+    def set_subset_size(self, subset_size: int) -> None:
+        """Let it choose so many rows from now on: scores of rows say nothing of how many are taken."""
+        assert isinstance(self.action_dist, SubsetDistribution)
+        self.subset_size = self.action_dist.subset_size = subset_size
+
     def _get_action_dist_from_latent(self, latent_pi: Tensor) -> SubsetDistribution:
         assert isinstance(self.action_dist, SubsetDistribution)
         return self.action_dist.proba_distribution(self.action_net(latent_pi), mask=_is_real(latent_pi))
@@ -438,13 +443,16 @@ class Sb3Agent:
         return stacked if progress is None else ReportingVecEnv(stacked, progress)
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Check that the model can act in the environment, which may offer another pool than that of learning.
+        """Check that the model can act in the environment, whose pool and batch size may be others than in learning.
 
         Raises:
             SettingError: The agent has not learned yet, not on as many candidates, or on other features.
         """
         del seed
-        self._check_fit(env, self._trained())
+        model = self._trained()
+        self._check_fit(env, model)
+        if isinstance(model.policy, SubsetPolicy):
+            model.policy.set_subset_size(env.get_wrapper_attr("config").batch_size)
         world = env.unwrapped
         self._translate = as_it_is
         if self.view is not None and isinstance(world, RaiseSelectEnv):

@@ -104,6 +104,21 @@ def test_random__many_draws__every_candidate_alike():
     assert abs(counts - 500).max() < 5 * 19.4
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("random", "full", "ifd", "quality:rating", "deita", "self_paced", "loss_high", "loss_low", "diversity"),
+        *("greedy", "less", "greats", "oracle"),
+    ],
+)
+def test_batch_agent__batch_size_that_is_no_number_of_rows__refused(name):
+    for size in (-1, 0, 2.5, True, "8"):
+        with pytest.raises(SettingError, match=rf"batch_size is {size!r}; expected a whole number of at least 1"):
+            make_agent(name, {"batch_size": size})
+    assert make_agent(name, {"batch_size": 1}).batch_size == 1
+    assert make_agent(name, {"batch_size": None}).batch_size is None
+
+
 # The whole pool
 
 
@@ -377,6 +392,16 @@ def test_quality__least__takes_no_row_below_it_where_the_rule_alone_fills_up():
     strict = run_episode(with_ratings(ratings, horizon=2), QualityAgent("rating", least=4.5), seed=0, name="quality")
     assert [set(rows) for rows in filled.actions] == [{0, 1}, {2, 3}]
     assert {row for rows in strict.actions for row in rows} == {0, 1}
+
+
+def test_quality__least_above_the_threshold__takes_the_rows_that_reach_it():
+    env = with_ratings([5.0, 9.0, 8.0, 10.0, 7.9, 4.5], horizon=3)
+    record = run_episode(env, QualityAgent("rating", least=8), seed=0, name="quality")
+    assert {row for rows in record.actions[:2] for row in rows} == {1, 2, 3}
+    first = {
+        frozenset(run_episode(env, QualityAgent("rating", least=8), seed=s, name="q").actions[0]) for s in range(20)
+    }
+    assert len(first) == 3, "they count alike, whatever lies above"
 
 
 @pytest.mark.parametrize("least", ["4.5", math.inf])

@@ -215,6 +215,16 @@ def test_load_selector__folder_of_a_run__its_selector(tmp_path):
     np.testing.assert_array_equal(load_selector(tmp_path).scores(observation), agent.scores(observation))
 
 
+def test_make_agent__selector_with_settings__names_them_and_says_that_it_brings_its_own(tmp_path):
+    agent = RaiseFork(num_forks=2, num_networks=1, num_passes=1)
+    agent.learn(toy_env(horizon=1), episodes=1)
+    agent.save(tmp_path)
+    assert make_agent(f"selector:{tmp_path}", {}).settings == agent.settings
+    for name in (f"selector:{tmp_path}", f"placebo:selector:{tmp_path}"):
+        with pytest.raises(SettingError, match=r"brings the settings .*; got least, num_rows\. Leave them out"):
+            make_agent(name, {"least": 2.0, "num_rows": 8})
+
+
 # By the command line, from learning elsewhere to records that replay
 
 

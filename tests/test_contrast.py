@@ -135,6 +135,21 @@ def test_pool_scores__selector__one_standardised_score_a_row():
     assert np.corrcoef(scores, agent.scores(columns))[0, 1] > 0.999
 
 
+def test_pool_scores__selector_that_takes_few_rows__every_row_has_a_score():
+    env = toy_env()
+    agent = RaiseFork(credit="batches", num_states=4, least=1.0).learn(env, 1, seed=0)
+    observation, _ = env.reset(seed=0)
+    agent.begin(env, seed=0)
+    assert np.isinf(agent.scores(observation)).any()
+    scores = pool_scores(env, agent, np.arange(200), seed=0)
+    assert (scores.mean(), scores.std()) == pytest.approx((0.0, 1.0))
+    columns = np.zeros((200, 39), dtype=np.float32)
+    columns[:, 2:38] = env.assets.features.rows(np.arange(200))
+    np.testing.assert_array_equal(np.argsort(scores), np.argsort(agent.uncut_scores(columns)))
+    cut = agent.scores(columns)
+    assert scores[np.isinf(cut)].max() < scores[np.isfinite(cut)].min()
+
+
 def test_pool_scores__agent_without_scores_of_its_own__none():
     env = toy_env()
     env.reset(seed=0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from raise_env.agents.baselines import IfdAgent, RandomAgent
+from raise_env.agents.raise_fork import RaiseFork
 from raise_env.agents.raise_ppo import RaisePpo
 from raise_env.agents.rollout import run_episode
 from raise_env.errors import SettingError
@@ -217,6 +218,34 @@ def test_env__lazy__raise_ppo_learns_from_the_rows_that_were_offered(lazy_env):
     agent = RaisePpo(num_epochs=1).learn(env, episodes=1, seed=0)
     assert len(agent.episode_returns) == 1
     assert (env.assets.classes >= 0).sum() < 200
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        RaiseFork(num_rows=32, num_lookahead=1, num_networks=2, num_passes=2),
+        RaiseFork(credit="batches", num_forks=3, num_networks=2, num_passes=2),
+        RaisePpo(num_epochs=2),
+    ],
+    ids=["rows", "batches", "ppo"],
+)
+def test_env__lazy_with_a_rare_class__learners_of_raise_learn_save_and_act(lazy_env, monkeypatch, tmp_path, agent):
+    monkeypatch.setattr("raise_env.lazy.MAX_DRAWS", 1)
+    env = lazy_env(num_candidates=32)
+    sizes = set()
+    draw = LazyFeatures.draw
+
+    def noted(features, num_candidates, rng):
+        candidates, classes = draw(features, num_candidates, rng)
+        sizes.add(int((candidates >= 0).sum()))
+        return candidates, classes
+
+    monkeypatch.setattr(LazyFeatures, "draw", noted)
+    agent.learn(env, episodes=2, seed=0)
+    assert len(sizes) > 2
+    agent.save_progress(tmp_path / "learning")
+    record = run_episode(env, agent, seed=0, name="agent")
+    assert [len(rows) for rows in record.actions] == [4, 4, 4]
 
 
 def test_env__lazy_sample_killed_in_the_middle__is_gone_on_with_to_equal_features(lazy_env, monkeypatch, tmp_path):

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from raise_env import RaiseSelectEnv
 from raise_env.agents import RaiseFork, RandomAgent, run_episode
 from raise_env.agents.credit import Group
-from raise_env.agents.raise_fork import ForkSettings, fit_ensemble
+from raise_env.agents.networks import AcquisitionFunction
+from raise_env.agents.raise_fork import ForkSettings, _loss, _stacked, fit_ensemble
 from raise_env.errors import RaiseEnvError, RecordError, SettingError
-from raise_env.testing import toy_env
+from raise_env.pool import draw_candidates
+from raise_env.testing import ToyAssets, toy_env
 
 FIT = {"num_networks": 3, "num_passes": 40, "hidden_dims": (64, 64), "weight_decay": 0.1}
 SMALL = {"hidden_dims": (32, 32), "num_forks": 4, "num_networks": 2, "num_passes": 5, "num_states": 3, "num_rows": 16}
@@ -35,6 +38,18 @@ def made_up_groups(count, rng):
         gains = (rows[:, :, :2] @ TRUE_SCORES).sum(axis=1)
         groups.append(Group(rows, ((gains - gains.mean()) / gains.std()).astype(np.float32)))
     return groups
+
+
+@pytest.fixture
+def rare_class(monkeypatch):
+    """Let some of the last class be offered, now more and now fewer: so it is with lazy features and a rare class."""
+
+    def draw(assets, num_candidates, rng):
+        candidates, classes = draw_candidates(assets.members, num_candidates, rng)
+        candidates[rng.integers(num_candidates * 3 // 4, num_candidates) :] = -1
+        return candidates, classes
+
+    monkeypatch.setattr(ToyAssets, "draw", draw)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +166,27 @@ def test_fork_settings__least_that_is_no_number__says_what_is_expected(least):
         RaiseFork(least=least)
 
 
+@pytest.mark.usefixtures("rare_class")
+def test_learn__offers_of_different_size__all_are_learned_from():
+    agent = learned(2, num_rows=32)
+    assert len(agent.groups) == 6
+    assert len({len(group.gains) for group in agent.groups}) > 1
+    assert np.isfinite(agent.scores(observation_of(toy_env()))).all()
+
+
+def test_learn__budget_that_the_batch_does_not_divide__batches_are_as_small_as_what_is_left(monkeypatch):
+    sizes, probe = [], RaiseSelectEnv.probe
+
+    def noted(env, actions, num_dev=None):
+        sizes.append((actions.sum(axis=1).tolist(), env.budget_left))
+        return probe(env, actions, num_dev)
+
+    monkeypatch.setattr(RaiseSelectEnv, "probe", noted)
+    agent = learned(2, credit="batches", env=toy_env(budget=20))
+    assert sizes == [([8] * 4, 20), ([8] * 4, 12), ([4] * 4, 4)] * 2
+    assert [group.rows.shape for group in agent.groups] == [(4, 8, 39), (4, 8, 39), (4, 4, 39)] * 2
+
+
 @pytest.mark.parametrize(("num_rows", "expected"), [(16, 16), (18, 20), (4, 8), (1000, 200)])
 def test_learn__num_rows__so_many_are_valued_as_classes_and_pool_allow(num_rows, expected):
     agent = learned(num_rows=num_rows, env=toy_env(200))
@@ -221,6 +257,35 @@ def test_fit_ensemble__sums_of_a_known_score__it_is_found():
     with torch.no_grad():
         scores = torch.stack([network(torch.from_numpy(rows)) for network in networks]).mean(dim=0).numpy()
     assert np.corrcoef(scores, rows[:, :2] @ TRUE_SCORES)[0, 1] > 0.8
+
+
+def test_loss__groups_of_fewer_forks__is_the_mean_over_the_forks_that_there_are():
+    whole, other = made_up_groups(2, np.random.default_rng(0))
+    groups = [whole, Group(other.rows[:5, :3], other.gains[:5])]
+    network = AcquisitionFunction(39, (8,), generator=torch.Generator().manual_seed(0))
+    errors = []
+    for group in groups:
+        sums = network(torch.from_numpy(group.rows)).sum(dim=-1)
+        errors.append((sums - sums.mean() - torch.from_numpy(group.gains)).square())
+    torch.testing.assert_close(_loss(network, *_stacked(groups)), torch.cat(errors).mean())
+
+
+def test_loss__groups_of_one_size__is_the_plain_mean_to_the_bit():
+    """Selectors that were learned before there was padding come out as they did."""
+    for seed in range(20):
+        groups = made_up_groups(1 + seed, np.random.default_rng(seed))
+        rows, gains = (torch.from_numpy(np.stack([getattr(g, name) for g in groups])) for name in ("rows", "gains"))
+        gradients = []
+        for plain in (True, False):
+            network = AcquisitionFunction(39, (8,), generator=torch.Generator().manual_seed(seed))
+            if plain:
+                sums = network(rows).sum(dim=-1)
+                loss = (sums - sums.mean(dim=1, keepdim=True) - gains).square().mean()
+            else:
+                loss = _loss(network, *_stacked(groups))
+            loss.backward()
+            gradients.append([loss.detach(), *(weight.grad for weight in network.parameters())])
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 # Acting
@@ -315,6 +380,17 @@ def test_load_progress__then_learning__equals_an_undisturbed_run(tmp_path, setti
     observation = observation_of(toy_env())
     np.testing.assert_array_equal(resumed.scores(observation), undisturbed.scores(observation))
     assert resumed.episode_returns == undisturbed.episode_returns
+
+
+@pytest.mark.usefixtures("rare_class")
+def test_load_progress__groups_of_different_size__learning_goes_on_as_if_undisturbed(tmp_path):
+    learned(2).save_progress(tmp_path / "learning")
+    resumed = RaiseFork(**SMALL)
+    resumed.load_progress(tmp_path / "learning")
+    resumed.learn(toy_env(), 1)
+    undisturbed = learned(3)
+    observation = observation_of(toy_env())
+    np.testing.assert_array_equal(resumed.scores(observation), undisturbed.scores(observation))
 
 
 def spoil(path, change):

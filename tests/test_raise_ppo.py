@@ -14,6 +14,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from raise_env import RaiseSelectEnv, TopKScores
 from raise_env.agents import RaisePpo, RandomAgent, load_selector, make_agent, raise_ppo, run_episode
+from raise_env.agents.class_law import BatchLaw
 from raise_env.agents.networks import AcquisitionFunction, Critic
 from raise_env.agents.raise_ppo import (
     NUM_ROUNDS,
@@ -26,7 +27,8 @@ from raise_env.agents.raise_ppo import (
     stage_advantages,
 )
 from raise_env.errors import RaiseEnvError, RecordError, SettingError
-from raise_env.testing import toy_env
+from raise_env.pool import draw_candidates
+from raise_env.testing import ToyAssets, toy_env
 
 SMALL = {"num_epochs": 2, "hidden_dims": [8]}
 
@@ -84,6 +86,18 @@ def log_ratios(monkeypatch):
 
     monkeypatch.setattr(raise_ppo, "clipped_loss", noted)
     return seen
+
+
+@pytest.fixture
+def rare_class(monkeypatch):
+    """Let some of the last class be offered, now more and now fewer: so it is with lazy features and a rare class."""
+
+    def draw(assets, num_candidates, rng):
+        candidates, classes = draw_candidates(assets.members, num_candidates, rng)
+        candidates[rng.integers(num_candidates * 3 // 4, num_candidates) :] = -1
+        return candidates, classes
+
+    monkeypatch.setattr(ToyAssets, "draw", draw)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +213,47 @@ def test_learn__first_pass_over_a_round__the_ratio_is_one_exactly(log_ratios, ra
     for first in (0, 3):
         assert not log_ratios[first].any()
         assert log_ratios[first + 1].all()
+
+
+@pytest.mark.usefixtures("rare_class")
+@pytest.mark.parametrize("ratio", ["exact", "softmax_product"])
+def test_learn__padding_that_differs_between_steps__is_never_drawn_and_counts_for_nothing(
+    steps, rollouts, log_ratios, ratio
+):
+    """One step of gradient descent goes where the formulas of each step's own rows lead."""
+    agent = learned(num_epochs=1, ratio=ratio)
+    masks = [observation.any(axis=1) for observation, _, _ in steps]
+    assert len({int(mask.sum()) for mask in masks}) > 1
+    for mask, (_, action, _) in zip(masks, steps, strict=True):
+        assert (action.sum(), action[~mask].sum()) == (8, 0)
+    assert not log_ratios[0].any()
+    generator = torch.Generator().manual_seed(0)
+    actor, critic = (network(39, [8], generator=generator) for network in (AcquisitionFunction, Critic))
+    rollout, classes = rollouts[0][0], np.repeat(np.arange(4), 8)
+    values, log_probs = [], []
+    for mask, kinds, (observation, _, _) in zip(masks, rollout.kinds.toarray(), steps, strict=True):
+        rows = torch.from_numpy(observation[mask])  # as if there were no padding
+        values.append(critic(rows))
+        law = BatchLaw(actor(rows), classes[mask], np.ones(len(rows), dtype=bool), 8, 4)
+        drawn = torch.from_numpy(kinds[mask])
+        log_probs.append(law.log_prob(drawn) if ratio == "exact" else law.log_softmax_product(drawn))
+    values = torch.stack(values)
+    advantages = advantages_of(torch.from_numpy(rollout.rewards), values.detach(), 0.99, 1.0)
+    returns = advantages + values.detach()
+    advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
+    (-(advantages * torch.stack(log_probs)).mean() + ((values - returns) ** 2).mean() / 2).backward()
+    norm = torch.stack([weight.grad.norm() for weight in actor.parameters()]).norm()
+    with torch.no_grad():
+        for weight in actor.parameters():
+            weight -= 0.1 * (weight.grad * min(1.0, 0.5 / norm) + 0.01 * weight)
+    torch.testing.assert_close(weights_of(agent.acquisition), weights_of(actor), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("rare_class")
+def test_learn__padding_that_differs_in_parts__as_in_one(monkeypatch):
+    whole = learned()
+    monkeypatch.setattr(raise_ppo, "ROWS_AT_ONCE", 3 * 32)
+    torch.testing.assert_close(weights_of(learned().acquisition), weights_of(whole.acquisition), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])

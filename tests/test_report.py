@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raise_env.agents import report
 from raise_env.agents.contrast import Trait, Word
+from raise_env.agents.plots import dev_curves_plot
 from raise_env.agents.report import Selection, format_table, results_table, write_report
 from raise_env.errors import OutputError
 
@@ -131,6 +133,25 @@ def test_results_table__report__lists_base_random_learned_then_others():
 def test_write_report__three_seeds__page_shows_the_hand_worked_interval(page):
     assert row_of(page, "random")[:5] == ["random", "2.000 ± 2.484", "2.000 ± 2.484", "20.0% ± 24.8", "3"]
     assert row_of(page, "base model")[:4] == ["base model", "4.000", "4.500", "1.0%"]
+
+
+@pytest.mark.parametrize("settings", [{"agent": "selector:run/selector"}, {}], ids=["named", "not named"])
+def test_write_report__selector_learned_before__is_known_in_tiles_table_and_curves(tmp_path, monkeypatch, settings):
+    drawn = []
+
+    def noted(curves, learned, *arguments):
+        drawn.append(learned)
+        return dev_curves_plot(curves, learned, *arguments)
+
+    monkeypatch.setattr(report, "dev_curves_plot", noted)
+    agents = {"oracle": {"test_loss": [0.25]}, "random": {"test_loss": [2.0]}, "selector": {"test_loss": [0.8]}}
+    curves = {"random": [[-4.0, -3.0]], "selector": [[-4.0, -2.0]]}
+    own = make_report(agents=agents, curves=curves, settings={**settings, "horizon": 1})
+    found = page_of(tmp_path, own)
+    assert [row[0] for row in results_table(own)[0]] == ["base model", "random", "selector", "oracle"]
+    assert drawn == ["selector"]
+    assert len(re.findall(r'<tr class="learned".*?</span>selector</th>', found)) == 1
+    assert "random 2.000, base model 4.500" in found
 
 
 def test_write_report__one_seed__stands_alone_and_says_so(page):

@@ -622,3 +622,20 @@ def test_sb3_agent__other_number_of_candidates__is_refused_where_the_network_is_
             use()
 
     assert len(run_episode(wider, row_wise, seed=0, name="rows").actions) == HORIZON
+
+
+def toy_of_batches(size: int) -> gym.Env[np.ndarray, np.ndarray]:
+    return toy_env(num_candidates=NUM_ROWS, num_classes=SIZE, batch_size=size, horizon=HORIZON)
+
+
+@pytest.mark.parametrize("name", ["PPO", "A2C"])
+def test_begin__another_batch_size_than_in_learning__takes_as_many_rows(name: str, tmp_path: Path) -> None:
+    agent = Sb3Agent(name).learn(toy(), 1, seed=0)
+    agent.save(tmp_path / "selector")
+    loaded = (Sb3Agent.load(tmp_path / "selector"), Sb3Agent(name, load=saved_by_sb3(agent, tmp_path)))
+
+    for own in (agent, *loaded):
+        for size in (SIZE + 2, SIZE - 1, SIZE):
+            for deterministic in (True, False):
+                record = run_episode(toy_of_batches(size), own, seed=0, name=name, deterministic=deterministic)
+                assert [len(chosen) for chosen in record.actions] == [size] * HORIZON

@@ -21,7 +21,7 @@ from raise_env import EnvConfig, Evaluation
 from raise_env.config import REWARDS, LoraSettings
 from raise_env.errors import ModelError, SettingError, suggestion
 from raise_env.pool import Instruction, Pool, sample_rows
-from raise_env.reading import read_pool
+from raise_env.reading import check_columns, read_pool
 from raise_env.record import versions
 from raise_env.rewards import missing_need, needs_generation
 
@@ -72,11 +72,12 @@ def score_model(plan: ScorePlan) -> dict[str, Any]:
     Raises:
         DataError: The file cannot be read, a row is at fault, or no response fits into the length.
         ModelError: The model cannot be loaded, the adapter does not fit it, or a loss is not finite.
-        SettingError: A metric or a setting is unknown, or the rows lack what it needs.
+        SettingError: A metric or a setting is unknown, or the rows lack what it needs, or the columns that are named.
     """
     own = ("template", "columns", "choice_form", "skip_empty", "device", "dtype")
     config = EnvConfig.from_kwargs({"pool": plan.data, "dev": plan.data, **{name: getattr(plan, name) for name in own}})
     rows = read_pool(plan.data, skip_empty=config.skip_empty, columns=config.columns, choice_form=config.choice_form)
+    check_columns(config.columns, rows)
     rows = rows if plan.num_rows is None else sample_rows(rows, plan.num_rows, seed=0)
     names = _checked(plan.metrics, rows, plan.data) or _allowed(rows)
     evaluation, content = _evaluated(plan, rows, any(map(needs_generation, names)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
+from raise_env.config import TINY
 from raise_env.files import write_text
 from raise_env.record import EpisodeRecord
 from raise_env.version import __version__
@@ -44,19 +44,19 @@ def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv
     config, settings = env.config, report["settings"]
     rows = np.concatenate([np.asarray(step, dtype=np.int64) for step in record.actions])
     return {
-        "base_model": config.model if _is_hub_id(config) else "",
-        "model": Path(config.model).name,
+        "base_model": config.model if _is_hub_id(config.model) else "",
+        "model": _shown(config.model),
         "agent": record.agent,
         "verdict": report["verdict"],
-        "pool": Path(env.assets.pool.source).name,
+        "pool": _shown(env.assets.pool.source),
         "pool_rows": len(env.assets.pool),
         "num_trained": len(rows),
         "num_distinct": len(np.unique(rows)),
         "num_updates": sum(bool(step) for step in record.actions),
         "episodes": settings["episodes"],
         "reward": config.reward,
-        "dev": Path(config.dev).name if config.dev else "of the embedded task",
-        "test": Path(config.test).name if config.test else "the embedded task's test set" * config.is_embedded,
+        "dev": _shown(config.dev) if config.dev else "of the embedded task",
+        "test": _shown(config.test) if config.test else "the embedded task's test set" * config.is_embedded,
         "phi": report["cost"]["phi"]["total"],
         "num_runs": settings["num_runs"],
         "table": _table(*results_table(report)),
@@ -71,8 +71,14 @@ def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv
     }
 
 
-def _is_hub_id(config: EnvConfig) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) is not None and not Path(config.model).exists()
+def _is_hub_id(model: str) -> bool:
+    return model != TINY and not Path(model).exists()
+
+
+def _shown(source: str) -> str:
+    """Return what a source is called: a file or folder without the way to it, anything else by its whole name."""
+    path = Path(source)
+    return path.absolute().name if path.exists() else source
 
 
 def _frame(config: EnvConfig, env: RaiseSelectEnv) -> str:

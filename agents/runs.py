@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
+from raise_env.errors import SettingError
 from raise_env.features import LoadingProgress
 from raise_env.files import append_line, held, replaced_folder, write_json, write_text
 from raise_env.pool import Instruction
@@ -51,6 +52,7 @@ __all__ = [
     "final_scores",
     "finetune",
     "hardware_name",
+    "parts_shown",
     "phi_tokens",
     "processor_name",
     "train",
@@ -94,6 +96,10 @@ class Plan:
         compare: Agents that make the same final runs.
         num_runs: Final runs of each agent, over the same seeds; the first makes the adapter that is kept.
         merge: Whether the base model with that adapter merged in is written too.
+
+    Raises:
+        RaiseEnvError: The agent cannot be made, where it has to say for how many episodes it learns.
+        SettingError: Results of two of the agents would have one name.
     """
 
     settings: dict[str, Any]
@@ -106,6 +112,14 @@ class Plan:
     merge: bool = False
 
     def __post_init__(self) -> None:
+        by_name: dict[str, str] = {}
+        for name in self.names:
+            other = by_name.setdefault(agent_name(name), name)
+            if other != name:
+                raise SettingError(
+                    f"{other} and {name} would both be listed as {agent_name(name)!r}, and only the first would run: "
+                    f"leave one of them out. bench compares them by names of their own: --agents a={other},b={name}."
+                )
         if self.episodes is None:
             object.__setattr__(self, "episodes", learning_episodes(self.agent, self.agent_settings))
 
@@ -165,7 +179,7 @@ def train(
     check_selectors(env.config, agents.values())
     with held(folder):
         run = RunFolder.open(folder, command, plan.to_json(), resume)
-        with reporter.task("loading model, data and features", 1) as show, _parts_shown(reporter) as progress:
+        with reporter.task("loading model, data and features", 1) as show, parts_shown(reporter) as progress:
             env.load(progress)
             env.reset(seed=plan.seed)
             show(1)
@@ -181,7 +195,7 @@ def train(
 
 
 @contextmanager
-def _parts_shown(reporter: Reporter) -> Iterator[LoadingProgress]:
+def parts_shown(reporter: Reporter) -> Iterator[LoadingProgress]:
     """Give what is to be told of the parts of a load; each is a task of its own, from its first number on."""
     with ExitStack() as tasks:
         shown: dict[str, Callable[[int], None]] = {}
@@ -391,14 +405,26 @@ def _finished_records(folder: Path) -> list[EpisodeRecord]:
 
 def _write_outcome(folder: Path, env: RaiseSelectEnv) -> None:
     """Write what the final run leaves: the rows that it trained on and the adapter."""
-    lines = []
-    for step, record in enumerate(env.history, start=1):
-        for row in record.selected:
-            fields = {**env.assets.pool[int(row)].fields, "step": step, "pool_id": int(row)}
-            lines.append(json.dumps(fields, ensure_ascii=False))
-    write_text(folder / "selected.jsonl", "".join(line + "\n" for line in lines))
+    write_text(folder / "selected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _selected(env)))
     with replaced_folder(folder / "adapter") as beside:
         env.save_adapter(beside)
+
+
+def _selected(env: RaiseSelectEnv) -> Iterator[dict[str, Any]]:
+    """Yield the rows that the episode trained on, with all columns that they came with."""
+    chosen = [(step, int(row)) for step, record in enumerate(env.history, start=1) for row in record.selected]
+    rows = [env.assets.pool[row].fields for _, row in chosen]
+    taken = {column for row in rows for column in row}
+    step_name, id_name = _free_name("step", taken), _free_name("pool_id", taken)
+    for row, (step, pool_id) in zip(rows, chosen, strict=True):
+        yield {**row, step_name: step, id_name: pool_id}
+
+
+def _free_name(name: str, taken: Container[str]) -> str:
+    """Return the name, with `raise_` before it as often as the rows have such a column: theirs is never lost."""
+    while name in taken:
+        name = f"raise_{name}"
+    return name
 
 
 def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent) -> dict[str, Any]:
@@ -451,8 +477,8 @@ def _divergences(run: RunFolder, plan: Plan, records: Sequence[EpisodeRecord]) -
 def _base_scores(env: RaiseSelectEnv) -> dict[str, float]:
     env.reset(seed=0)
     scores = {"dev_loss": env.assets.base_evaluation.loss}
-    if env.assets.has_test:
-        final = {f"test_{name}": value for name, value in env.evaluate("test").scores().items()}
+    if env.assets.has_test and (test := env.evaluate("test")).is_finite:
+        final = {f"test_{name}": value for name, value in test.scores().items()}
         scores |= {name: value for name, value in _test_scores(final, env).items() if value is not None}
     return scores
 

@@ -38,7 +38,7 @@ from .pool import (
     draw_candidates,
     sample_rows,
 )
-from .reading import Stamp, read_pool, stamp
+from .reading import Stamp, check_columns, read_pool, stamp
 from .rewards import Evaluation, check_reward
 from .store import cache_folder
 
@@ -320,12 +320,7 @@ def _read_data(config: EnvConfig) -> Data:
     )
     pool, dev = read(config.pool, folder=cache_folder(config.cache_dir)), read(config.dev)
     test = None if config.test is None else read(config.test)
-    if config.columns.named() and not any(rows.uses_columns for rows in (pool, dev, test) if rows is not None):
-        names = ", ".join(config.columns.named().values())
-        raise SettingError(
-            f"columns names {names}, but no first row of pool, dev or test has all of these; found "
-            f"{', '.join(pool[0].fields)} in {pool.source}. Mend the names, or leave columns out."
-        )
+    check_columns(config.columns, *(rows for rows in (pool, dev, test) if rows is not None))
     dev = _sampled(dev, config.num_dev)
     test = None if test is None else _sampled(test, config.num_test)
     if not config.allow_overlap:

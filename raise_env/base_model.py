@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -660,7 +661,7 @@ def _with_lora(causal: Any, lora: LoraSettings, source: str) -> PeftModel:
             # PEFT 0.21 still asks by the old name; transformers 5.23 says so to the user, who can do nothing.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return get_peft_model(causal, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ModelError(f"LoRA cannot be put on {source!r}: {error}") from error
 
 

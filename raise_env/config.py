@@ -110,8 +110,10 @@ class LoraSettings:
     bias: Literal["none"] = "none"
 
     def __post_init__(self) -> None:
-        modules: Any = self.target_modules  # JSON knows no tuples
-        if isinstance(modules, list):
+        modules: Any = self.target_modules
+        expected = '"all-linear", a list of names of modules, or a regular expression of whole names: ".*(q|v)_proj"'
+        _require(_names_modules(modules), "lora target_modules", modules, expected)
+        if isinstance(modules, list):  # JSON knows no tuples
             object.__setattr__(self, "target_modules", tuple(modules))
         _require(_is_int(self.r) and self.r >= 1, "lora r", self.r, "a rank of at least 1")
         _require(_is_number(self.lora_alpha), "lora lora_alpha", self.lora_alpha, "a finite number of at least 0")
@@ -121,6 +123,11 @@ class LoraSettings:
             value = getattr(self, name)
             _require(isinstance(value, bool), f"lora {name}", value, "true or false")
         _require(self.bias == "none", "lora bias", self.bias, '"none"')
+
+
+def _names_modules(value: Any) -> bool:
+    names = value if isinstance(value, (list, tuple)) else [value]
+    return bool(names) and all(isinstance(name, str) and name != "" for name in names)
 
 
 def check_foreign_lora(lora: LoraSettings) -> None:

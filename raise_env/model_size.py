@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,9 @@ def _is_adapted(config: EnvConfig, name: str) -> bool:
     modules = config.lora.target_modules
     if modules == "all-linear":
         return True
-    names = (modules,) if isinstance(modules, str) else modules
-    return any(name == module or name.endswith(f".{module}") for module in names)
+    if isinstance(modules, str):  # PEFT's own reading: a pattern of whole names
+        return re.fullmatch(modules, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules)
 
 
 def matrix_rate(config: EnvConfig, size: ModelSize) -> float:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import ColumnSettings
-from .errors import DataError
+from .errors import DataError, SettingError
 from .hub_rows import HubName, rows_of_dataset
 from .pool import Instruction, Pool
 from .row_files import ENDINGS, Row, check_file, is_readable, rows_of_file, unit_of
 from .row_forms import RowReader
 
-__all__ = ["Stamp", "read_pool", "stamp"]
+__all__ = ["Stamp", "check_columns", "read_pool", "stamp"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,25 @@ def read_pool(
         message = "%s: %d conversations end with a question that has no answer; it is left out of them"
         logger.warning(message, source, reader.num_unanswered)
     return pool
+
+
+def check_columns(columns: ColumnSettings, *pools: Pool) -> None:
+    """Refuse names of columns that nothing was read by: rows of a form that is known would hide a mistyped one.
+
+    Args:
+        columns: As for `read_pool`.
+        pools: What was read with them, at least one; it is enough if one of them has the columns.
+
+    Raises:
+        SettingError: No first row has all columns that are named.
+    """
+    if not columns.named() or any(pool.uses_columns for pool in pools):
+        return
+    names, sources = ", ".join(columns.named().values()), " or ".join(pool.source for pool in pools)
+    raise SettingError(
+        f"columns names {names}, but no first row of {sources} has all of these; found "
+        f"{', '.join(pools[0][0].fields)} in {pools[0].source}. Mend the names, or leave columns out."
+    )
 
 
 def stamp(source: str | None) -> Stamp | None:

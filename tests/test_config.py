@@ -65,7 +65,10 @@ BAD = {
     "choice_form": ["number", None],
     "columns": [5, "prompt=q", {"prompt": 3}, {"prompt": ""}],
     "hide": ["stage", 3, None, ["stage", 1]],
-    "lora": [5, "r=8", {"r": 0}, {"r": 1.5}, {"r": "8"}, {"lora_dropout": 1.0}, {"lora_dropout": "x"}],
+    "lora": [
+        *(5, "r=8", {"r": 0}, {"r": 1.5}, {"r": "8"}, {"lora_dropout": 1.0}, {"lora_dropout": "x"}),
+        *({"target_modules": modules} for modules in (None, 5, True, "", [], (), ["q_proj", 3], [""], {"q_proj": 1})),
+    ],
 }
 
 
@@ -118,6 +121,12 @@ def test_columns__names_that_make_a_row__come_back_as_plain_data(columns):
 def test_lora__bad_value__is_named(settings):
     with pytest.raises(SettingError, match=next(iter(settings))):
         EnvConfig(lora=settings)
+
+
+@pytest.mark.parametrize("modules", ["all-linear", "q_proj", ".*(q|v)_proj", ["q_proj"], ("q_proj", "v_proj")])
+def test_lora__target_modules__are_taken_as_peft_takes_them(modules):
+    taken = LoraSettings(target_modules=modules).target_modules
+    assert taken == (tuple(modules) if isinstance(modules, list) else modules)
 
 
 def test_from_kwargs__unknown_name__suggests_the_nearest():

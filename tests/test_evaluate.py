@@ -134,6 +134,29 @@ def test_score_model__what_cannot_be_done__is_said(data, settings, error, said):
         score_model(ScorePlan("tiny", data(PLAIN), **settings))
 
 
+def test_score_model__columns_that_the_file_has_not__are_refused(data):
+    path = data([{"question": f"{n}?", "answer": str(n), "long_answer": f"It is {n}."} for n in range(3)])
+    with pytest.raises(
+        SettingError,
+        match=r"columns names question, long_anser, but no first row of .*rows\.jsonl has all of these; "
+        r"found question, answer, long_answer in .*rows\.jsonl\. Mend the names",
+    ):
+        score_model(ScorePlan("tiny", path, columns={"prompt": "question", "response": "long_anser"}))
+    long, short = (
+        score_model(ScorePlan("tiny", path, columns={"prompt": "question", "response": name}))
+        for name in ("long_answer", "answer")
+    )
+    assert long["metrics"]["loss"]["value"] != short["metrics"]["loss"]["value"]
+
+
+@pytest.mark.parametrize("modules", [None, 5, [], ["q_proj", None]])
+def test_score_model__adapter_whose_modules_are_no_names__is_named(data, tmp_path, modules):
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": modules}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"adapter_config\.json: lora target_modules is .*expected \"all-linear\""):
+        score_model(ScorePlan("tiny", data(PLAIN), str(tmp_path)))
+
+
 def test_score_model__rows_that_do_not_fit__are_counted(data):
     report = score_model(ScorePlan("tiny", data([*PLAIN, {"instruction": "x" * 300, "output": "y"}])))
     assert report["num_left_out"] == 1

@@ -17,6 +17,7 @@ from raise_env.base_model import BaseModel, model_folder
 from raise_env.config import LoraSettings
 from raise_env.encoding import EncodedRows, Encoder, collate
 from raise_env.env import RaiseSelectEnv
+from raise_env.errors import ModelError
 from raise_env.evaluation import EvaluationSet, evaluate
 from raise_env.learner import LoraLearner, TrainingState, UpdateSettings, _adamw
 from raise_env.learner_protocol import Ledger, scheduled_rate
@@ -662,3 +663,8 @@ def test_evaluate__reward_that_needs_no_choices__leaves_those_of_dev_rows_out(ba
     assert learner.ledger.forward_tokens - booked < 0.5 * booked
     assert learner.evaluate("test").accuracy == whole.accuracy
     assert learner.copy().probe([np.array([], dtype=np.int64)], 0.0, 0, np.arange(4))[0].accuracy is None
+
+
+def test_base_model__pattern_of_modules_that_is_none__model_error():
+    with pytest.raises(ModelError, match="LoRA cannot be put on 'tiny'"):
+        BaseModel("tiny", LoraSettings(target_modules="*q_proj"))

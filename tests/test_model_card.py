@@ -46,6 +46,29 @@ def test_write_model_card__merged__loads_without_peft(finished):
     assert (finished[0] / "merged" / "model.safetensors").is_file()
 
 
+def test_write_model_card__names_of_the_hub_and_of_files__whole_and_without_the_way(finished, tmp_path, monkeypatch):
+    folder, env = finished
+    env.reset(seed=0)
+    report = json.loads((folder / "report.json").read_text())
+    record = whole_records(folder / "episodes.jsonl")[0]
+    (tmp_path / "dev.jsonl").write_text("")
+    monkeypatch.setattr(env.assets.pool, "source", "cais/mmlu/all:test")
+    config = {"model": "gpt2", "dev": str(tmp_path / "dev.jsonl"), "test": "owner/rows@main:test"}
+    before = {name: getattr(env.config, name) for name in config}
+    for name, value in config.items():
+        object.__setattr__(env.config, name, value)
+    try:
+        write_model_card(tmp_path / "README.md", report, record, env)
+    finally:
+        for name, value in before.items():
+            object.__setattr__(env.config, name, value)
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: gpt2\n" in card
+    assert "| pool | cais/mmlu/all:test, " in card
+    assert "on the dev set dev.jsonl |" in card
+    assert "On owner/rows@main:test, which" in card
+
+
 def test_write_model_card__hub_id_and_template_of_ones_own__named(finished, tmp_path):
     folder, env = finished
     env.reset(seed=0)

@@ -19,7 +19,7 @@ def shapes_alone(tmp_path):
     return str(folder)
 
 
-@pytest.mark.parametrize("modules", ["all-linear", ("q_proj", "v_proj")])
+@pytest.mark.parametrize("modules", ["all-linear", ("q_proj", "v_proj"), r".*\.(q|v)_proj"])
 def test_size_of__embedded_model__is_that_of_the_loaded_one(modules):
     lora = LoraSettings(r=4, target_modules=modules)
     size = size_of(EnvConfig(lora=lora), "tiny")

@@ -417,6 +417,21 @@ def test_read_pool__mmlu_without_a_header__every_line_is_a_row(write: Write) -> 
     )
 
 
+def test_read_pool__csv_header_that_ends_in_a_letter__is_no_row(write: Write) -> None:
+    (row,) = read_pool(write("a.csv", "question,answer,A,B,C,D\nq,B,a,b,c,d\n"))
+    assert (row.prompt, row.response, row.choices) == ("q", "b", ("a", "b", "c", "d"))
+    for header in ("id,Question, Answer,A,B,C", "prompt,1,2,3,4,A"):
+        assert ", line 2: found the columns" in fault(write("b.csv", f"{header}\nq,r,a,b,c,D\n"))
+
+
+def test_read_pool__csv_with_fewer_choices_in_some_rows__has_those_that_are_there(write: Write) -> None:
+    path = write("a.csv", "question,A,B,C,D,E,answer\nq,a,b,c,d,e,E\nq,a,b,c,d,,D\nq,a,b,,,,A\n")
+    assert [len(row.choices) for row in read_pool(path)] == [5, 4, 2]
+    gap = write("b.csv", "question,A,B,C,D,answer\nq,a,b,c,d,D\nq,a,b,,d,D\n")
+    assert ", line 3, field 'C': found no text; expected some. 1 row has an empty 'C'" in fault(gap)
+    assert len(read_pool(gap, skip_empty=True)) == 1
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of three files of one form, and what else lies about."""
@@ -575,6 +590,19 @@ def test_read_pool__conversations_in_a_large_pool__come_back_from_disk(
     assert large[3].earlier == (("user4", "assistant4"),) * 3
     assert large.content_hash == small.content_hash
     assert large.num_duplicates == 0
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_read_pool__system_and_history_in_each_format__are_read(tmp_path: Path, ending: str) -> None:
+    row = {"instruction": "i", "input": "", "output": "o", "system": "Be a pirate", "history": [["hi", "ho"]]}
+    pool = read_pool(write_rows(tmp_path / f"a{ending}", [row, row | {"system": "", "history": []}]))
+    assert [(row.system, row.earlier) for row in pool] == [("Be a pirate", (("hi", "ho"),)), ("", ())]
+    assert pool.num_duplicates == 0
+
+
+def test_read_pool__system_in_a_csv__is_read(write: Write) -> None:
+    pool = read_pool(write("a.csv", "instruction,output,system,history\ni,o,Be a pirate,\ni,o,,\n"))
+    assert [(row.system, row.earlier) for row in pool] == [("Be a pirate", ()), ("", ())]
 
 
 def test_read_pool__named_columns__whether_the_source_has_them(write: Write) -> None:

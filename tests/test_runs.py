@@ -183,6 +183,21 @@ def test_train__selected__rows_of_the_first_final_run_with_their_own_fields(fini
         assert own == pool[line["pool_id"]].fields
 
 
+@pytest.mark.parametrize(("more", "name"), [({}, "raise_step"), ({"raise_step": "mine"}, "raise_raise_step")])
+def test_train__rows_with_columns_of_the_same_names__keep_them(tmp_path, small_settings, more, name):
+    rows = [{"problem": f"{n}+{n}?", "step": f"{2 * n}", "pool_id": f"orig-{n}", **more} for n in range(40)]
+    for part, own in (("pool", rows[:32]), ("dev", rows[32:])):
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    settings = {**own_files(small_settings, tmp_path), "columns": {"prompt": "problem", "response": "step"}}
+    train(tmp_path / "run", Plan(settings, agent="random", compare=(), num_runs=1))
+    record = next(read_records(tmp_path / "run" / "episodes.jsonl"))
+    assert read_lines(tmp_path / "run" / "selected.jsonl") == [
+        {**rows[row], name: step, "raise_pool_id": row}
+        for step, chosen in enumerate(record.actions, start=1)
+        for row in chosen
+    ]
+
+
 def test_train__selector__loads_and_chooses_what_the_record_says(finished, embedded_env):
     selector = load_selector(finished)
     env = embedded_env()
@@ -662,3 +677,12 @@ def test_train__own_agent_fails_while_it_learns_or_prepares__its_lines_are_shown
     plan = Plan(small_settings, agent="agents_that_fail:Fails", compare=(), num_runs=1)
     with pytest.raises(AgentError, match=r"(?s)agents_that_fail:Fails.*raise KeyError\('lost'\)"):
         train(tmp_path / "run", plan)
+
+
+def test_plan__two_selectors__refused_as_their_results_would_have_one_name():
+    message = r"selector:a and selector:b would both be listed as 'selector'.*--agents a=selector:a,b=selector:b\."
+    with pytest.raises(SettingError, match=message):
+        Plan({}, agent="selector:a", compare=("random", "selector:b"))
+    with pytest.raises(SettingError, match=message):
+        Plan({}, agent="random", compare=("selector:a", "ifd", "selector:b"))
+    assert Plan({}, agent="selector:a", compare=("random", "selector:a")).names == ["selector:a", "random"]

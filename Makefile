@@ -53,7 +53,7 @@ check: lint  ## Lint, check types and run the fast tests (about a minute)
 bench-speed: $(VENV)/.package  ## Measure speed and memory, and write docs/results/speed.md (ten minutes)
 	$(BIN)/python benchmarks/speed.py
 
-soak: $(VENV)/.package  ## Run 5,000 episodes, look at memory, and write docs/results/soak.md (half an hour)
+soak: $(VENV)/.package  ## Run 5,000 episodes, look at memory, and write docs/results/soak.md (three quarters of an hour)
 	$(BIN)/python benchmarks/soak.py
 
 lint: ruff ruff-format mypy  ## Check style, form and types

@@ -61,7 +61,9 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
     def over(cls, envs: Sequence[gym.Env[Any, Any]]) -> RaiseSelectVectorEnv:
         """Return environments that there are already as one that steps them together, such as `env.fork(8)`.
 
-        They go on from where they are; `np.stack(vector.call("observation"))` shows where that is.
+        They go on from where they are; `np.stack(vector.call("observation"))` shows where that is. What learns resets
+        first: forks then begin alike, and are offered the same, unless that reset is given a seed. For learning take
+        environments of their own, as `gym.make_vec` makes them.
 
         Args:
             envs: `RaiseSelectEnv`s, as they are or as `gym.make` returns them, all of them in `TopKScores` or in

@@ -57,6 +57,9 @@ __all__ = ["BaseModel", "load_config", "load_tokenizer", "model_folder", "quiet"
 
 _ADAPTER = "default"
 
+#: In the names of DoRA's magnitudes.
+_MAGNITUDE = "lora_magnitude_vector"
+
 #: Forms of model, by transformers' names, in which attention alone knows where a token stands: such rows can be packed.
 ROTARY = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
 
@@ -133,7 +136,11 @@ class BaseModel:
         for value in self.peft_model.parameters():
             value.requires_grad_(False)
         self._layers = _plain_layers(self.peft_model)
-        self.stackable = len(self._layers) * 2 == len(self._names) and lora.lora_dropout == 0
+        # The head is given labels alone, of which each adapter has as many as its rows have.
+        has_plain_head = not isinstance(causal.get_output_embeddings(), LoraLinear)
+        is_plain = len(self._layers) * 2 == len(self._names) and lora.lora_dropout == 0
+        self.stackable = is_plain and has_plain_head
+        self._magnitudes = {name: parameters[name].detach().clone() for name in self._names if _MAGNITUDE in name}
         self._pass = _PassState()
         self.peft_model.eval()
         if dtype == "nf4":
@@ -166,9 +173,15 @@ class BaseModel:
         return dict(zip(names, self._shapes, strict=True))
 
     @property
+    def num_weights(self) -> int:
+        """Numbers in the frozen model and one adapter."""
+        return sum(value.numel() for value in self.peft_model.parameters())
+
+    @property
     def num_words(self) -> int:
         """Tokens that the model knows: numbers in the logits of one position."""
-        return int(self._causal.get_input_embeddings().num_embeddings)
+        embeddings = self._causal.get_input_embeddings()
+        return int(getattr(embeddings, "base_layer", embeddings).num_embeddings)  # LoRA may be around it
 
     @property
     def hidden_dim(self) -> int:
@@ -196,6 +209,8 @@ class BaseModel:
                 if reset is not None:
                     reset(_ADAPTER, True)
             parameters = dict(self.peft_model.named_parameters())
+            for name, first in self._magnitudes.items():  # which PEFT does not start anew
+                parameters[name].data.copy_(first)
             return torch.cat([parameters[name].detach().flatten().float() for name in self._names])
 
     def token_losses(
@@ -300,7 +315,8 @@ class BaseModel:
         """Write an adapter, shape (P,), in PEFT's own form: `PeftModel.from_pretrained` loads it."""
         with self.lock:
             self._put(adapter)
-            self.peft_model.save_pretrained(str(folder))
+            # Else PEFT writes the base's own embeddings too where LoRA is on them.
+            self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         # PEFT keeps the names in a set: written as it comes, the file would differ from process to process.
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -410,13 +426,14 @@ class BaseModel:
     def _enable_checkpointing(self) -> None:
         if not self.stackable:
             raise SettingError(
-                "activation_checkpointing goes with plain LoRA layers alone: leave out lora_dropout, use_dora and what "
-                "else makes them different, or activation_checkpointing."
+                "activation_checkpointing goes with plain LoRA layers alone: leave out lora_dropout, use_dora, LoRA on "
+                "the head and what else makes them different, or activation_checkpointing."
             )
         # transformers 5 is giving up the second name for the first.
         causal = self._causal
         enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": self._recompute_contexts})
+        _drop_nothing(causal)
         self._set_checkpointing(True)
 
     def _set_checkpointing(self, enabled: bool) -> None:
@@ -660,6 +677,8 @@ def _with_lora(causal: Any, lora: LoraSettings, source: str) -> PeftModel:
         with _seeded(0, torch.device("cpu")), warnings.catch_warnings():
             # PEFT 0.21 still asks by the old name; transformers 5.23 says so to the user, who can do nothing.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            # What it warns of, that a merge would change both ends, `export` sees to.
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
             return get_peft_model(causal, config)
     except (ValueError, re.error) as error:
         raise ModelError(f"LoRA cannot be put on {source!r}: {error}") from error
@@ -707,10 +726,22 @@ def _tensor_hash(tensors: dict[str, Tensor]) -> str:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    # Not torch.manual_seed, which would seed each GPU's generator, whoever draws from it.
     devices = [device] if device.type == "cuda" else []
     with _GENERATOR_LOCK, torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
+
+
+def _drop_nothing(model: Any) -> None:
+    """Set the rates of dropout to 0 that the code of layers reads for itself, where it goes by `training`."""
+    for owner in (model.config, model.config.get_text_config(), *model.modules()):
+        for name, value in list(vars(owner).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(owner, name, 0.0)
 
 
 @contextlib.contextmanager

@@ -375,6 +375,11 @@ class EnvConfig:
         _require(form in CHOICE_FORMS, "choice_form", form, f"one of {', '.join(CHOICE_FORMS)}")
         mode = self.render_mode
         _require(mode is None or mode in RENDER_MODES, "render_mode", mode, f"one of {', '.join(RENDER_MODES)}")
+        if self.dtype == "nf4" and self.activation_checkpointing:
+            raise SettingError(
+                "activation_checkpointing does not go with dtype='nf4', whose layers are bitsandbytes' own: take "
+                "dtype='bfloat16', or leave activation_checkpointing out and make micro_batch_tokens smaller."
+            )
 
     def _check_data(self) -> None:
         if self.is_embedded and (self.dev or self.test):

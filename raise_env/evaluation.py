@@ -109,6 +109,9 @@ def evaluate(
     data: EvaluationSet,
     subset: np.ndarray | None = None,
     answer: AnswerFunction | None = None,
+    *,
+    max_tokens: int = EVALUATION_BATCH_TOKENS,
+    shares_prompts: bool = True,
 ) -> Evaluation:
     """Score a model on the rows, or on some of them.
 
@@ -117,30 +120,35 @@ def evaluate(
         data: The rows.
         subset: Row numbers, shape (some,); None for all.
         answer: Generates answers; None: none are generated.
+        max_tokens: Tokens of one forward pass, padding included.
+        shares_prompts: Whether a pass computes once what its rows begin with alike: then the choices of a row, which
+            all begin with the prompt, go through by themselves.
     """
     chosen = np.arange(len(data)) if subset is None else subset
     fits = data.rows.has_labels[chosen]
     sums, correct = np.zeros(len(chosen)), np.zeros(len(chosen), dtype=bool)
-    sums[fits], correct[fits] = score_rows(losses_of, data.rows, chosen[fits])
+    sums[fits], correct[fits] = score_rows(losses_of, data.rows, chosen[fits], max_tokens=max_tokens)
     return Evaluation(
         row_losses=sums,
         row_tokens=data.rows.label_counts[chosen],
         row_correct=correct,
         rows=tuple(data.instructions[int(row)] for row in chosen),
-        **_choice_scores(losses_of, data, chosen),
+        **_choice_scores(losses_of, data, chosen, max_tokens, shares_prompts),
         **({} if answer is None else _matches(answer, data, chosen)),
     )
 
 
-def _choice_scores(losses_of: LossFunction, data: EvaluationSet, chosen: np.ndarray) -> dict[str, Any]:
+def _choice_scores(
+    losses_of: LossFunction, data: EvaluationSet, chosen: np.ndarray, max_tokens: int, shares_prompts: bool
+) -> dict[str, Any]:
     """Return what an `Evaluation` says of choices: nothing where there are none."""
     if data.choices is None:
         return {}
     lines = np.flatnonzero(np.isin(data.choice_rows, chosen))
     owners = data.choice_rows[lines]
     # The choices of one row by themselves: what they share, which is all of the prompt, is then computed once.
-    groups = np.split(np.arange(len(lines)), np.flatnonzero(np.diff(owners)) + 1)
-    sums, _ = score_rows(losses_of, data.choices, lines, groups)
+    groups = np.split(np.arange(len(lines)), np.flatnonzero(np.diff(owners)) + 1) if shares_prompts else None
+    sums, _ = score_rows(losses_of, data.choices, lines, groups, max_tokens=max_tokens)
     return {
         "choice_scores": tuple(-sums[owners == row] for row in chosen),
         "choice_answers": data.answers[chosen],
@@ -191,7 +199,12 @@ def _questions(instructions: Sequence[Instruction], encoder: Encoder) -> dict[in
 
 @torch.no_grad()
 def score_rows(
-    losses_of: LossFunction, rows: EncodedRows, chosen: np.ndarray, groups: Sequence[np.ndarray] | None = None
+    losses_of: LossFunction,
+    rows: EncodedRows,
+    chosen: np.ndarray,
+    groups: Sequence[np.ndarray] | None = None,
+    *,
+    max_tokens: int = EVALUATION_BATCH_TOKENS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed loss of each row's labels in nats, and whether all are the first choice, each (chosen,).
 
@@ -200,11 +213,12 @@ def score_rows(
         rows: The rows.
         chosen: Row numbers to score, shape (chosen,).
         groups: Places in `chosen` of rows that no batch mixes with others; None for one group of all.
+        max_tokens: As for `evaluate`.
     """
     sums = np.zeros(len(chosen))
     correct = np.zeros(len(chosen), dtype=bool)
     for group in [np.arange(len(chosen))] if groups is None else groups:
-        for part in token_batches(rows.lengths[chosen[group]], EVALUATION_BATCH_TOKENS):
+        for part in token_batches(rows.lengths[chosen[group]], max_tokens):
             places = group[part]
             batch = collate(rows, chosen[places])
             losses, logits = losses_of(batch)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from torch import nn
 
 from .adapter_files import adapter_settings
 from .base_model import BaseModel
@@ -37,6 +41,22 @@ def save_merged(config: EnvConfig, adapter: str | Path, folder: str | Path) -> N
         device="cpu",
     )
     set_peft_model_state_dict(base.peft_model, load_file(Path(adapter) / "adapter_model.safetensors"))
+    _untie_adapted(base.peft_model.get_base_model())
     merged = base.peft_model.merge_and_unload()
     merged.save_pretrained(str(folder))
     base.tokenizer.save_pretrained(str(folder))
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give the head weights of its own where it shares them with the embeddings and one of the two has an adapter.
+
+    Merged into what both share, it would change the other one too.
+    """
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    embeddings, head = (getattr(end, "base_layer", end) for end in ends)
+    if head.weight is embeddings.weight:
+        head.weight = nn.Parameter(torch.clone(head.weight.detach()), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False

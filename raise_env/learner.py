@@ -22,7 +22,7 @@ from torch import Tensor
 from .base_model import BaseModel
 from .config import EnvConfig
 from .encoding import EncodedRows, collate, token_batches
-from .evaluation import EvaluationSet, evaluate, score_rows
+from .evaluation import EVALUATION_BATCH_TOKENS, EvaluationSet, evaluate, score_rows
 from .generation import answer
 from .learner_protocol import Ledger, Split, scheduled_rate
 from .rewards import Evaluation
@@ -42,6 +42,10 @@ GRADIENT_BATCH_TOKENS = 2048
 #: gain by it; of large ones every pass that no longer fits into the caches loses more, up to a third. On a GPU only
 #: memory sets a limit.
 STACKED_TOKENS = 512
+
+#: On a processor passes of models of up to so many numbers go side by side, each with merged weights of its own. The
+#: operators of larger ones keep all cores busy by themselves, and copies of these would fill the memory.
+SIDE_BY_SIDE_WEIGHTS = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +216,8 @@ class LoraLearner:
         """
         self.ledger.forward_tokens += int(self.pool.lengths[rows].sum())
         with self._adapted(self.state) as adapters:
-            sums, _ = score_rows(lambda batch: self.base.token_losses(batch, adapters), self.pool, rows)
+            losses_of = functools.partial(self.base.token_losses, adapters=adapters)
+            sums, _ = score_rows(losses_of, self.pool, rows, max_tokens=self._scored_tokens)
         counts = self.pool.label_counts[rows]
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
@@ -302,15 +307,27 @@ class LoraLearner:
             self._scored[split] = self.state, evaluation
 
     def _run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-        """Run passes through the base, at the same time where it takes several."""
-        if self.base.stackable and self.base.device.type == "cpu":
+        """Run passes through the base, at the same time where it takes several and that is worth the memory."""
+        if self.base.stackable and self.base.device.type == "cpu" and self.base.num_weights <= SIDE_BY_SIDE_WEIGHTS:
             return side_by_side(tasks)
         return [task() for task in tasks]
 
     def _evaluate(self, state: TrainingState, data: EvaluationSet, subset: np.ndarray | None) -> Evaluation:
         with self._adapted(state) as adapters:
             generate = functools.partial(answer, self.base, adapters=adapters) if self.generates else None
-            return evaluate(lambda batch: self.base.token_losses(batch, adapters), data, subset, generate)
+            return evaluate(
+                lambda batch: self.base.token_losses(batch, adapters),
+                data,
+                subset,
+                generate,
+                max_tokens=self._scored_tokens,
+                shares_prompts=self.base.device.type == "cpu",
+            )
+
+    @property
+    def _scored_tokens(self) -> int:
+        """Tokens of a pass that scores: on a GPU each costs about the same however little goes through it."""
+        return EVALUATION_BATCH_TOKENS if self.base.device.type == "cpu" else self.settings.micro_batch_tokens
 
     @contextlib.contextmanager
     def _adapted(self, state: TrainingState) -> Iterator[Tensor | None]:
@@ -369,15 +386,23 @@ class LoraLearner:
         counts = np.array([self.pool.label_counts[rows].sum() for rows in batches])
         totals = np.zeros(len(batches))
         dropout_seed = seed if self.base.lora.lora_dropout else None
-        for part in _micro_batches(batches, self.pool.lengths, self.settings.micro_batch_tokens):
+        parts = _micro_batches(batches, self.pool.lengths, self.settings.micro_batch_tokens)
+        for place, part in enumerate(parts):
             batch = collate(self.pool, np.concatenate(part))
-            losses, _ = self.base.token_losses(batch, adapters, dropout_seed=dropout_seed)
+            losses, _ = self.base.token_losses(batch, adapters, dropout_seed=_part_seed(dropout_seed, place))
             labels = [int(self.pool.label_counts[rows].sum()) for rows in part]
             means = torch.stack([s.sum() / int(n) for s, n in zip(losses.split(labels), counts, strict=True)])
             means.sum().backward()
             totals += means.detach().double().cpu().numpy()
         assert adapters.grad is not None
         return adapters.grad, [float(total) for total in totals]
+
+
+def _part_seed(seed: int | None, place: int) -> int | None:
+    """Return what dropout is drawn from in one of an update's parts, so that no two drop the same."""
+    if seed is None or place == 0:
+        return seed
+    return int(np.random.default_rng([seed, place]).integers(2**31))
 
 
 def _groups(batches: Sequence[np.ndarray], lengths: np.ndarray, max_tokens: int, stackable: bool) -> list[list[int]]:

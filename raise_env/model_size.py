@@ -132,7 +132,7 @@ def save_stand_in(source: str, folder: Path) -> bool:
         tokenizer, has_tokenizer = load_tokenizer(TINY), False
     form = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=_STAND_IN_POSITIONS, **_STAND_IN)
     with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not the GPUs' too
         LlamaForCausalLM(form).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return has_tokenizer

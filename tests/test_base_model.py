@@ -10,7 +10,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from raise_env import base_model
 from raise_env.base_model import BaseModel, load_tokenizer, model_folder, resolve_device
@@ -222,3 +229,59 @@ def test_save_adapter__names_of_modules__are_in_the_order_of_the_alphabet(embedd
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert len(config["target_modules"]) > 2
     assert config["target_modules"] == sorted(config["target_modules"]), "sets differ from process to process"
+
+
+def rows_of_labels(*counts, length=12):
+    """Rows of random tokens, each with so many labels at its end."""
+    ids = torch.from_numpy(np.random.default_rng(1).integers(3, 259, size=(len(counts), length)))
+    is_label = torch.zeros(len(counts), length, dtype=torch.bool)
+    for row, count in enumerate(counts):
+        is_label[row, length - count :] = True
+    return Batch(ids, is_label)
+
+
+def test_token_losses__lora_on_the_head__is_that_of_each_adapter_alone():
+    model = BaseModel("tiny", LoraSettings(r=2, target_modules=("q_proj", "lm_head")))
+    adapter = torch.randn(1, model.num_parameters, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert not model.stackable, "the head gets labels alone, and each adapter has another number of them"
+    batch = rows_of_labels(3, 5)
+    losses, _ = model.token_losses(batch, adapter)
+    rows = [Batch(batch.input_ids[row, None], batch.is_label[row, None]) for row in range(2)]
+    alone = torch.cat([model.token_losses(row, adapter)[0] for row in rows])
+    torch.testing.assert_close(losses, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_initial_parameters__dora_after_something_was_saved__are_the_first_again(tmp_path):
+    model = BaseModel("tiny", LoraSettings(r=2, use_dora=True))
+    first = model.initial_parameters(0)
+    model.save_adapter(first + 0.5, tmp_path)
+    assert torch.equal(model.initial_parameters(0), first)
+
+
+def test_base_model__checkpointing_of_layers_that_read_their_own_dropout__drops_nothing(tmp_path):
+    form = OPTConfig(
+        vocab_size=259,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+        dropout=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        OPTForCausalLM(form).save_pretrained(tmp_path)
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+    plain, lean = (BaseModel(str(tmp_path), LoraSettings(r=2), activation_checkpointing=on) for on in (False, True))
+    adapter = torch.randn(1, plain.num_parameters, generator=torch.Generator().manual_seed(0)) * 0.1
+    batch = rows_of_labels(4, 6)
+    expected, found = saved_bytes(plain, batch, adapter), saved_bytes(lean, batch, adapter)
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(lean.token_losses(batch, adapter)[0], expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_base_model__loading_and_new_adapters__seed_no_generator_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("each GPU's generator was seeded"))
+    BaseModel("tiny", LoraSettings(r=2), device="cpu").initial_parameters(3)

@@ -278,3 +278,8 @@ def test_config__auxiliary_model_that_is_ready_and_made_ready__contradict():
     assert EnvConfig(auxiliary_adapter="adapter").num_auxiliary_updates == 0
     with pytest.raises(SettingError, match=r"auxiliary_adapter='adapter'.*auxiliary_updates=3.*leave one"):
         EnvConfig(auxiliary_adapter="adapter", auxiliary_updates=3)
+
+
+def test_from_kwargs__checkpointing_in_four_bits__is_refused_with_what_to_take():
+    with pytest.raises(SettingError, match=r"does not go with dtype='nf4'.*bfloat16"):
+        EnvConfig.from_kwargs({"dtype": "nf4", "activation_checkpointing": True})

@@ -67,6 +67,22 @@ def test_evaluate__part_of_the_rows__is_that_part_of_the_whole(scored, by_letter
     assert part.choice_answers.tolist() == [-1, 0]
 
 
+def test_evaluate__rows_that_share_no_prompt_in_a_pass__go_through_in_few_large_ones(scored, by_letter):
+    passes = []
+
+    def counted(batch):
+        passes.append(len(batch.input_ids))
+        return by_letter(batch)
+
+    apart = evaluate(counted, scored)
+    num_apart, passes[:] = len(passes), []
+    together = evaluate(counted, scored, max_tokens=10_000, shares_prompts=False)
+    assert num_apart == 3
+    assert passes == [4, 5], "the rows, and all their choices"
+    assert [scores.tolist() for scores in together.choice_scores] == [scores.tolist() for scores in apart.choice_scores]
+    assert together.row_losses.tolist() == apart.row_losses.tolist()
+
+
 def test_evaluate__no_choices__has_no_accuracy(encoder, by_letter):
     assert evaluate(by_letter, EvaluationSet.build(ROWS[:2], encoder, "dev")).accuracy is None
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -506,6 +507,43 @@ def test_evaluate__same_state_again__is_scored_once(learner):
 
 
 # Dropout, precision, tokenizers
+
+
+def test_update__lora_dropout_in_micro_batches__drops_something_else_in_each(embedded_env, monkeypatch):
+    learner = embedded_env(lora={"lora_dropout": 0.5}, auxiliary_updates=0).assets.learner.copy()
+    learner.settings = dataclasses.replace(learner.settings, micro_batch_tokens=1)
+    seeds = []
+    token_losses = learner.base.token_losses
+
+    def noted(batch, adapters, *, dropout_seed=None):
+        seeds.append(dropout_seed)
+        return token_losses(batch, adapters, dropout_seed=dropout_seed)
+
+    monkeypatch.setattr(learner.base, "token_losses", noted)
+    learner.update(BATCHES[0], 0.0, 5)
+    assert len(seeds) == len(set(seeds)) == len(BATCHES[0])
+    assert seeds[0] == 5, "an update in one piece stays as it was"
+
+
+@pytest.mark.parametrize(("limit", "num_threads"), [(0, 1), (10**9, 2)])
+def test_probe__large_model__goes_through_one_after_the_other(embedded_env, monkeypatch, limit, num_threads):
+    monkeypatch.setattr("raise_env.learner.SIDE_BY_SIDE_WEIGHTS", limit)
+    learner = embedded_env(auxiliary_updates=0).assets.learner
+    threads = set()
+    evaluate_one = LoraLearner._evaluate
+
+    def noted(*args):
+        threads.add(threading.get_ident())
+        return evaluate_one(*args)
+
+    monkeypatch.setattr(LoraLearner, "_evaluate", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        learner.probe([BATCHES[0]] * 6, 0.0, 0, np.arange(8))
+    finally:
+        torch.set_num_threads(before)
+    assert (threads == {threading.get_ident()}) == (num_threads == 1)
 
 
 def test_update__lora_dropout__is_drawn_from_its_seed_and_off_in_evaluation(embedded_env):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,10 @@ from raise_env.files import scratch_folder
 from raise_env.model_size import ModelSize, has_weights, matrix_rate, save_stand_in, size_of
 from raise_env.pool import sample_rows
 
-from .catalogue import make_agent
-from .runs import Plan, check_inputs, final_environment, phi_tokens
+from .baselines import RandomAgent
+from .catalogue import agent_name, make_agent
+from .rollout import run_episode
+from .runs import Plan, Reporter, Silent, check_inputs, parts_shown, phi_tokens
 
 __all__ = ["CHARACTERS_PER_TOKEN", "Estimate", "estimate"]
 
@@ -27,6 +32,13 @@ SAMPLE_ROWS = 2000
 
 #: What is reckoned with where there is no tokenizer either; English text and the usual vocabularies of 32,000 and more.
 CHARACTERS_PER_TOKEN = 4
+
+#: Steps of a kind that are made with each agent; the first warms up, and does not count.
+_STEPS = 3
+
+#: Bytes that a layer of Llama's form with LoRA keeps of a token for the backward pass, per unit of the hidden width, by
+#: the bytes of a number; measured at widths of 128 and 256 and an inner width of 3.5 times as much.
+_LAYER_BYTES = {2: 77, 4: 114}
 
 _STAND_IN_SETTINGS = {"device": "cpu", "dtype": "float32", "activation_checkpointing": False}
 
@@ -41,7 +53,7 @@ class Estimate:
         phi: The same in Phi.
         seconds: As measured on this machine, or the least that its matrix products would take.
         memory_gb: The most that this process has used so far, or what model and activations would take; 10^9 bytes.
-        notes: What it rests on, where it was not measured.
+        notes: What it rests on, where it was not measured, and what it leaves out.
     """
 
     updates: int
@@ -52,64 +64,154 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
 
-def estimate(plan: Plan) -> Estimate:
+def estimate(plan: Plan, *, reporter: Reporter | None = None) -> Estimate:
     """Return what the whole plan would cost, from an episode of learning and a few steps of each agent's final runs.
 
     Where the folder of a model has its config.json and no weights, tokens are counted with a small model in its place
-    and time and memory are reckoned from its shapes. Agents' preparations are left out: they cannot be measured but by
-    making them.
+    and time and memory are reckoned from its shapes. Agents' preparations are left out, and noted: they cannot be
+    measured but by making them.
+
+    Args:
+        plan: What to do.
+        reporter: Where progress is shown: with weights, features are computed and an episode is learned.
 
     Raises:
         RaiseEnvError: As `train`.
     """
-    config = EnvConfig.from_kwargs(plan.settings)
+    config, reporter = EnvConfig.from_kwargs(plan.settings), reporter or Silent()
     check_inputs(config)
     models = [config.model, config.auxiliary_model or config.model]
     if all(has_weights(model) for model in models):
-        return _measured(plan, RaiseSelectEnv(**plan.settings))
-    return _reckoned(plan, config)
+        return _measured(plan, RaiseSelectEnv(**plan.settings), reporter)
+    return _reckoned(plan, config, reporter)
 
 
-def _measured(plan: Plan, env: RaiseSelectEnv) -> Estimate:
-    import resource
-
-    agent: Any = make_agent(plan.agent, plan.agent_settings)
+def _measured(plan: Plan, env: RaiseSelectEnv, reporter: Reporter, num_rows: int | None = None) -> Estimate:
+    """Return what the plan would cost with a pool of so many rows, of which the environment may hold a sample."""
+    agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in plan.names}
+    with reporter.task("loading model, data and features", 1) as show, parts_shown(reporter) as progress:
+        pool = env.load(progress).pool
+        show(1)
+    share = (num_rows or len(pool)) / len(pool)
     total = np.zeros(3)
-    for name in plan.names:
-        final = final_environment(env, agent if name == plan.agent else make_agent(name))
-        steps = [_measure(final, lambda world: world.step(_first_rows(world))) for _ in range(3)]
-        total += np.mean(steps[1:], axis=0) * final.config.horizon * plan.num_runs  # the first step warms up
-    if plan.episodes and hasattr(agent, "learn"):
-        total += _measure(env, lambda world: agent.learn(world, 1, seed=plan.seed)) * plan.episodes
+    for name, agent in agents.items():
+        final = _final_environment(env, agent, share)
+        total += _run(final, agent, agent_name(name), reporter) * plan.num_runs
+    total += _learning(plan, env, agents[plan.agent], reporter)
     updates, tokens, seconds = total
     tokens += env.assets.features.num_tokens
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return Estimate(round(updates), round(tokens), tokens / phi_tokens(env), seconds, memory)
+    return Estimate(
+        round(updates), round(tokens), tokens / phi_tokens(env), seconds, _used(env) / 1e9, _left_out(agents)
+    )
 
 
-def _measure(env: RaiseSelectEnv, work: Callable[[RaiseSelectEnv], object]) -> np.ndarray:
-    """Return updates, token forwards and seconds of a piece of work on a new episode, shape (3,)."""
+def _used(env: RaiseSelectEnv) -> float:
+    """Return the most bytes used so far where the model is: of the GPU's memory, or of this process."""
+    import resource
+
+    import torch
+
+    device = env.assets.learner.base.device  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _final_environment(env: RaiseSelectEnv, agent: Any, share: float) -> RaiseSelectEnv:
+    """Return what `final_environment` would with `share` times the rows, which may decide on how long a run is."""
+    run_settings = getattr(agent, "run_settings", None)
+    if run_settings is None:
+        return env
+    num_rows = round(share * sum(len(ids) for ids in env.assets.members))
+    return env.variant(**run_settings(env.config, num_rows))
+
+
+def _run(env: RaiseSelectEnv, agent: Any, name: str, reporter: Reporter) -> np.ndarray:
+    """Return what `_spent` counts in one of an agent's final runs, from first steps with and without a dev score."""
+    horizon = env.config.horizon
+    num_steps = min(horizon, math.ceil(env.config.total_budget / env.config.batch_size))  # of whole batches
+    num_scored = math.ceil(num_steps / env.config.score_every)  # the last one always is
+    kinds = [(1, num_scored), (horizon, num_steps - num_scored)]
+    worlds = [(env.variant(score_every=every), count) for every, count in kinds if count]
+    # One that has to learn or to prepare first takes as many rows, with next to no work in a step.
+    actor = RandomAgent() if _has(agent, "learn") or _has(agent, "prepare") else agent
+    total, begun = np.zeros(3), np.zeros(3)
+    with reporter.task(f"measuring steps with {name}", _STEPS * len(worlds)) as show:
+        for place, (world, count) in enumerate(worlds):
+            found = []
+            for seed in range(_STEPS):
+                found.append(_first_step(world, actor, name, seed))
+                show(place * _STEPS + seed + 1)
+            begun, step = np.mean(found[1:], axis=0)
+            total += count * step
+    return np.asarray(total + begun)
+
+
+class _Enough(Exception):
+    """Ends an episode of which enough was seen."""
+
+
+def _first_step(env: RaiseSelectEnv, agent: Any, name: str, seed: int) -> np.ndarray:
+    """Return what `_spent` counts in an agent's `begin`, which a run has once, and in its first step, shape (2, 3)."""
+    seen = []
+
+    def begin(world: Any, seed: int) -> None:
+        seen.append(_spent(env))
+        if _has(agent, "begin"):
+            agent.begin(world, seed)
+        seen.append(_spent(env))
+
+    def stop(step: int) -> None:
+        if step:  # one that picks row by row is at its first step for a while
+            seen.append(_spent(env))
+            raise _Enough
+
+    action_space = getattr(agent, "action_space", None)
+    watched: Any = SimpleNamespace(begin=begin, predict=agent.predict, action_space=action_space)
+    with contextlib.suppress(_Enough):
+        run_episode(env, watched, seed=seed, name=name, on_step=stop)
+    return np.diff(seen, axis=0)
+
+
+def _learning(plan: Plan, env: RaiseSelectEnv, agent: Any, reporter: Reporter) -> np.ndarray:
+    """Return what `_spent` would count in all of the learning, from its first episode."""
+    if not plan.episodes or not _has(agent, "learn"):
+        return np.zeros(3)
     env.reset(seed=0)
+    with reporter.task(f"measuring an episode of learning ({plan.agent})", 1) as show:
+        before = _spent(env)
+        agent.learn(env, 1, seed=plan.seed)
+        found = _spent(env) - before
+        show(1)
+    return np.asarray(found * plan.episodes)
+
+
+def _spent(env: RaiseSelectEnv) -> np.ndarray:
+    """Return updates, token forwards and seconds until now, shape (3,)."""
     ledger = env.ledger
-    before = np.array([ledger.updates, ledger.token_forwards, time.perf_counter()])
-    work(env)
-    return np.asarray(np.array([ledger.updates, ledger.token_forwards, time.perf_counter()]) - before)
+    return np.array([ledger.updates, ledger.token_forwards, time.perf_counter()])
 
 
-def _first_rows(env: RaiseSelectEnv) -> np.ndarray:
-    action = np.zeros(env.action_space.shape or (0,), dtype=np.int8)
-    action[np.flatnonzero(env.action_masks())[: env.config.batch_size]] = 1
-    return action
+def _has(agent: Any, hook: str) -> bool:
+    return getattr(agent, hook, None) is not None
 
 
-def _reckoned(plan: Plan, config: EnvConfig) -> Estimate:
+def _left_out(agents: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the note on agents whose preparation is left out, where there are such."""
+    names = [agent_name(name) for name, agent in agents.items() if _has(agent, "prepare")]
+    if not names:
+        return ()
+    return (f"the preparation of {' and '.join(names)} is left out: only making it would tell what it costs",)
+
+
+def _reckoned(plan: Plan, config: EnvConfig, reporter: Reporter) -> Estimate:
     """Return what the plan would cost with a model of which only the shapes are known."""
     with scratch_folder() as folder:
         scale, settings, notes = _stood_in(config, folder)
         env = RaiseSelectEnv(**settings)
-        counted = _measured(replace(plan, settings=settings), env)
-        features = env.assets.features.num_tokens
         num_rows = len(load_data(config).pool)
+        counted = _measured(replace(plan, settings=settings), env, reporter, num_rows)
+        features = env.assets.features.num_tokens
         share = num_rows / len(env.assets.pool)
         phi = share * phi_tokens(env) / scale
     features_tokens = share * features / scale
@@ -123,7 +225,7 @@ def _reckoned(plan: Plan, config: EnvConfig) -> Estimate:
         "machine reached in a product of the model's shapes: reckon with half as much again"
     )
     memory = _memory(config, size, auxiliary)
-    return Estimate(counted.updates, round(tokens), tokens / phi, seconds, memory / 1e9, tuple(notes))
+    return Estimate(counted.updates, round(tokens), tokens / phi, seconds, memory / 1e9, (*notes, *counted.notes))
 
 
 def _stood_in(config: EnvConfig, folder: Path) -> tuple[int, dict[str, Any], list[str]]:
@@ -157,16 +259,15 @@ def _sampled(config: EnvConfig, folder: Path) -> Mapping[str, Any]:
 def _memory(config: EnvConfig, size: ModelSize, auxiliary: ModelSize) -> float:
     """Return the bytes that weights, adapters and the activations of an update take.
 
-    A layer keeps 34 values of the hidden width a token at two bytes each (Korthikanti et al. 2022, "Reducing Activation
-    Recomputation in Large Transformer Models", section 4.1, without the part of attention, which is never kept whole);
-    with activation checkpointing one, and those of one layer. Logits of the labels are kept in float32, and their
-    gradients.
+    With activation checkpointing a layer keeps one value of the hidden width a token, and one layer all that it has.
+    Logits of the labels are kept in float32, and their gradients. In float32 weights with the adapter merged in stand
+    beside the frozen ones, for an update as for a score.
     """
     width = 4 if config.dtype == "float32" else 2
-    weights = _weight_bytes(config, size)
+    weights = _weight_bytes(config, size) + (4 * size.num_matrix if config.dtype == "float32" else 0)
     if config.auxiliary_model not in (None, config.model):
         weights += _weight_bytes(config, auxiliary)
-    layer = 34 / 2 * width * size.hidden_dim
+    layer = _LAYER_BYTES[width] * size.hidden_dim
     kept = (size.num_layers * width * size.hidden_dim + layer) if config.activation_checkpointing else None
     activations = size.num_layers * layer if kept is None else kept
     adapters = 4 * 4 * size.num_adapter  # adapter, gradient and two moments in float32

@@ -18,7 +18,7 @@ from typing import Any
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.config import OBSERVATION_BLOCKS, TASK_SETTINGS
-from raise_env.errors import OutputError, RaiseEnvError, RecordError, SettingError, suggestion
+from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
 from raise_env.files import append_line, held, replaced_folder, write_json, write_text
 from raise_env.record import EpisodeRecord, versions
 from raise_env.side_by_side import one_thread
@@ -40,6 +40,12 @@ ALL_FEATURES = "all features"
 
 #: What `--tasks suite` stands for: every embedded task of its own question that takes seconds a run.
 SUITE = tuple(task for task in TASK_SETTINGS if task != "large")
+
+#: Why a run failed that ended the process which made it.
+_LOST = (
+    "the process that made it was ended, again and again and with no other beside it: by a crash, or from outside for "
+    "lack of memory."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +189,7 @@ def bench(
 ) -> dict[str, Any]:
     """Make every run of the plan, as far as it is not on disk yet, and write the folder.
 
-    A run that fails is noted with its reason, and the others go on.
+    A run that fails is noted with its reason, and the others go on; so is one that ends the worker that makes it.
 
     Args:
         out: The folder; docs/files.md says what is in it.
@@ -206,7 +212,6 @@ def bench(
     reporter = reporter or Silent()
     plan.check()
     with held(folder):
-        _refuse_results_alone(folder)
         run = RunFolder.open(folder, command, plan.to_json(), resume, grown=plan.with_additions)
         pairs = _finished(folder) if resume else []
         done = [line for line, _ in pairs]
@@ -239,7 +244,7 @@ def _make_runs(
     begun, in_runs = time.perf_counter(), 0.0
     try:
         with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
-            for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster), start=1):
+            for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster, _lost_run), start=1):
                 outcome = _same_world(job, outcome, run.state["content"])
                 _write(run.folder, job, outcome)
                 done.append(outcome.line)
@@ -275,6 +280,10 @@ def _add_time(run: RunFolder, in_runs: float, elapsed: float) -> None:
 
 def _named_run(job: Job) -> tuple[Job, Outcome]:
     return job, run_job(job)
+
+
+def _lost_run(job: Job) -> tuple[Job, Outcome]:
+    return job, failed(job, _LOST)
 
 
 def _same_world(job: Job, outcome: Outcome, content: Mapping[str, Mapping[str, str]]) -> Outcome:
@@ -318,16 +327,6 @@ def _write_selector(folder: Path, files: Mapping[str, bytes]) -> None:
 def _by_task(path: Path) -> list[tuple[str, EpisodeRecord]]:
     """Return the records of all final runs, each with its task."""
     return [(Recorded(str(path), record).key[0], record) for record in whole_records(path)]
-
-
-def _refuse_results_alone(folder: Path) -> None:
-    """Refuse to add to results of which nothing says how they were made."""
-    alone = [name for name in ("results.jsonl", "episodes.jsonl") if (folder / name).exists()]
-    if alone and not (folder / "run.json").exists():
-        raise OutputError(
-            f"{str(folder)!r} holds {' and '.join(alone)} without the run.json that says how they were made: name "
-            "another folder, or put run.json back."
-        )
 
 
 def _write_whole(folder: Path, pairs: Sequence[tuple[dict[str, Any], EpisodeRecord]]) -> None:

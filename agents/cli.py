@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -34,6 +35,12 @@ EXIT_NO, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 #: The demo's own choices: enough to show the point, in two or three minutes on two cores.
 DEMO_COMPARE = ("random", "ifd", "oracle")
+
+#: What a demo leaves: docs/files.md. What tells that it was one goes last.
+DEMO_LEAVES = (
+    *("episodes.jsonl", "selected.jsonl", "selector", "adapter", "merged", "report.json", "report.html"),
+    *("plots", "learning", "run.json"),
+)
 BENCH_AGENTS = "random,ifd,raise_fork,oracle"
 BENCH_SEEDS = 10
 ABLATION_SEEDS = 5
@@ -44,6 +51,12 @@ MISSING_SHOWN = 5
 #: The name of all tasks of the suite but the large one.
 SUITE_NAME = "suite"
 TASKS_HELP = "Embedded tasks, with commas between; suite stands for all of the suite but large."
+
+#: What the command line has to say of settings beyond the environment's documentation.
+_MORE_HELP = {"lora": """: NAME=VALUE,..., such as r=8,target_modules=q_proj or 'target_modules=["q_proj","v_proj"]'"""}
+
+#: A module's name, or a list of such whose quotes the shell took: as patterns of whole names they would match none.
+_MODULE_NAMES = re.compile(r"\w+|\[\s*[\w.]+(?:\s*,\s*[\w.]+)*\s*\]")
 
 #: Names code of one's own, module:name, among what is given on the command line.
 _OWN_CODE = re.compile(
@@ -149,7 +162,7 @@ def _env_options() -> list[inspect.Parameter]:
         option = typer.Option(
             False if is_switch else None,
             f"--{entry.name.replace('_', '-')}",
-            help=texts[entry.name],
+            help=texts[entry.name] + _MORE_HELP.get(entry.name, ""),
             show_default=False,
             metavar=None if is_switch else "VALUE",
         )
@@ -180,7 +193,7 @@ def _parse(name: str, text: Any) -> Any:
     if isinstance(text, bool):
         return text
     if name == "lora":
-        return _pairs(text, "--lora")
+        return _lora(text)
     if name == "columns":
         return _columns(text)
     if name == "hide":
@@ -205,18 +218,50 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _lora(text: str) -> dict[str, Any]:
+    """Return LoRA's settings; what only names modules is a list of names, where PEFT would see a pattern."""
+    values = _pairs(text, "--lora")
+    modules = values.get("target_modules")
+    if not isinstance(modules, str):
+        return values
+    try:
+        re.compile(modules)
+    except re.error as error:
+        expected = """NAME, 'target_modules=["NAME","NAME"]', or a regular expression of whole names"""
+        raise SettingError(f"--lora target_modules is {modules!r} ({error}); expected {expected}.") from error
+    names = re.findall(r"[\w.]+", modules) if _MODULE_NAMES.fullmatch(modules) else modules
+    return {**values, "target_modules": names}
+
+
 def _pairs(text: str, option: str) -> dict[str, Any]:
-    """Return NAME=VALUE,NAME=VALUE as a dictionary; numbers and truth values as such, the rest as text."""
+    """Return NAME=VALUE,NAME=VALUE as a dictionary; what is JSON as such, the rest as text."""
     values = {}
-    for pair in filter(None, (part.strip() for part in text.split(","))):
+    for pair in filter(None, (part.strip() for part in _split(text))):
         name, equals, value = pair.partition("=")
         if not equals:
-            raise SettingError(f"{option} has {pair!r}; expected NAME=VALUE, several with commas between.")
+            expected = """NAME=VALUE, several with commas between, a list as 'NAME=["a","b"]'"""
+            raise SettingError(f"{option} has {pair!r}; expected {expected}.")
         try:
             values[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
             values[name.strip()] = value
     return values
+
+
+def _split(text: str) -> list[str]:
+    """Return what stands between commas; those within brackets or double quotes divide nothing."""
+    parts, depth, is_quoted = [""], 0, False
+    for before, sign in itertools.pairwise(f" {text}"):
+        if sign == '"' and before != "\\":
+            is_quoted = not is_quoted
+        elif not is_quoted:
+            depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and depth <= 0 and not is_quoted:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    # A bracket or quote without its other half is a sign like any other.
+    return parts if depth == 0 and not is_quoted else text.split(",")
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -256,17 +301,35 @@ class TerminalReporter:
 
 
 def _remove_last_demo(out: Path) -> None:
-    """A demo may be run again and again, and its last result is not worth keeping; another run's folder stands."""
+    """A demo may be run again and again, and its last result is not worth keeping; what is no demo's stands.
+
+    Raises:
+        OutputError: A demo is still at work in the folder, or something in it cannot be removed.
+    """
     import shutil
+
+    from raise_env.files import held
 
     from .run_folder import read_json
 
-    try:
-        is_demo = read_json(out / "run.json").get("command") == "demo"
-    except RecordError:
+    if not (out / "run.json").exists():
         return
-    if is_demo:
-        shutil.rmtree(out)
+    with held(out):
+        try:
+            is_demo = read_json(out / "run.json").get("command") == "demo"
+        except RecordError:
+            return
+        try:
+            for name in DEMO_LEAVES if is_demo else ():
+                for path in [*out.glob(f".{name}.*.unfinished*"), out / name]:
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"the last demo in {str(out)!r} cannot be removed ({error.strerror}); name another folder."
+            ) from error
 
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="DIR")]
@@ -339,7 +402,7 @@ def train(
     if dry_run:
         from .estimate import estimate
 
-        cost = estimate(plan)
+        cost = estimate(plan, reporter=TerminalReporter())
         _echo(
             f"{cost.updates:,} updates, {cost.tokens:,} token forwards ({cost.phi:.2f} Phi), "
             f"about {cost.seconds / 60:.1f} minutes on this machine, {cost.memory_gb:.1f} GB of memory."
@@ -634,12 +697,13 @@ def split(
     skip_empty: Annotated[bool, typer.Option("--skip-empty", help=_setting_help()["skip_empty"])] = False,
 ) -> None:
     """Put rows at random into a pool, a dev and a test set; equal rows stay together."""
-    from raise_env.reading import read_pool
+    from raise_env.reading import check_columns, read_pool
 
     from .split import write_split
 
     config = EnvConfig.from_kwargs({"pool": data, "dev": data, "columns": _columns(columns)})
     rows = read_pool(data, skip_empty=skip_empty, columns=config.columns)
+    check_columns(config.columns, rows)
     for path, count in write_split(rows, {"dev": dev, "test": test}, seed, out).values():
         _echo(f"{path}: {count:,} rows")
 

@@ -6,6 +6,7 @@ are the same. What it leaves goes back to whoever asked for it as plain data, fo
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any
 from raise_env import RaiseSelectEnv
 from raise_env.errors import RaiseEnvError
 from raise_env.files import scratch_folder
+from raise_env.lazy import FeatureUse
 from raise_env.record import EpisodeRecord
 from raise_env.side_by_side import one_thread
 
@@ -38,6 +40,9 @@ _WITHOUT_FEATURES = frozenset(
 #: What a line of results.jsonl says of the cost.
 COSTS = ("phi", "phi_parts", "tokens", "seconds")
 _BY_PART = ("phi_parts", "tokens", "seconds")
+
+#: How far Phi may be from the sum of its parts, as a share: what adding them in another order makes.
+_SUM_TOLERANCE = 1e-6
 
 #: The numbers of a line of results.jsonl, and those of them that every run has that did not fail.
 _FIELDS = (
@@ -158,6 +163,7 @@ def _run(job: Job) -> Outcome:
     agent: Any = make_agent(job.entry.agent, job.entry.arguments)
     costs: dict[str, tuple[float, int]] = {}
     selector: dict[str, bytes] = {}
+    use = FeatureUse(env.assets.features)
     env.reset(seed=job.seed)
     clock = Clock(env)
     if job.entry.episodes and hasattr(agent, "learn"):
@@ -173,8 +179,7 @@ def _run(job: Job) -> Outcome:
     costs["preparation"] = clock.lap()[:2]
     record = run_episode(env, agent, seed=FINAL_SEED + job.seed, name=job.label)
     costs["final"] = clock.lap()[:2]
-    features = env.assets.features
-    costs["features"] = (features.seconds, features.num_tokens) if _uses_features(agent, job.entry.agent) else (0.0, 0)
+    costs["features"] = use.cost() if _uses_features(agent, job.entry.agent) else (0.0, 0)
     line = _line(
         job,
         **_scores(record, env),
@@ -234,7 +239,7 @@ def check_line(line: Any) -> None:
     """Check that a line of anyone's results.jsonl has the form that `run_job` gives it.
 
     Raises:
-        ValueError: A field is missing, or holds something else.
+        ValueError: A field is missing, or holds something else; a cost is below 0, or Phi not the sum of its parts.
     """
     if not isinstance(line, dict):
         raise ValueError("it is no object")
@@ -252,15 +257,18 @@ def check_line(line: Any) -> None:
         raise ValueError(f"the field 'hardware' is {str(line['hardware'])[:60]!r}")
     for name in _FIELDS:
         value = line.get(name)
-        numbers = [value]
+        numbers: list[Any] = [value]
         if name in _BY_PART and isinstance(value, dict) and set(value) >= _PARTS_OF.get(name, set()):
             numbers = list(value.values())
         elif name == "episode_returns" and isinstance(value, list):
             numbers = value
         elif value is None or (name in _BY_PART and value is not None):
             numbers = [] if value is None else [None]
-        if not all(map(_is_number, numbers)):
+        if not all(map(_is_number, numbers)) or (name in COSTS and any(number < 0 for number in numbers)):
             raise ValueError(f"the field {name!r} is {str(value)[:60]!r}")
+    total = sum(line["phi_parts"].values())
+    if not math.isclose(line["phi"], total, rel_tol=_SUM_TOLERANCE):
+        raise ValueError(f"the field 'phi' is {line['phi']}, and its parts add up to {total}")
 
 
 def _is_number(value: object) -> bool:

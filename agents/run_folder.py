@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from raise_env.errors import DataError, OutputError, RecordError, SettingError
@@ -20,6 +21,9 @@ RUN_VERSION = 1
 
 #: What a piece of a run costs, each in `costs` by piece and in a field of its own in sum.
 _KINDS_OF_COST = ("seconds", "phi_tokens", "divergences")
+
+#: What runs leave that is added to, or gone on with.
+_RESULTS = ("results.jsonl", "episodes.jsonl", "rewards.jsonl", "learning")
 
 
 class RunFolder:
@@ -55,11 +59,12 @@ class RunFolder:
             grown: Returns what the earlier plan would be with what may have been added to it since.
 
         Raises:
-            OutputError: The folder holds a run and `resume` is False.
+            OutputError: The folder holds a run and `resume` is False, or what a run left without its run.json.
             RecordError: run.json cannot be read.
             SettingError: The run was begun with another plan, or by another command.
         """
         path = folder / "run.json"
+        _refuse_results_alone(folder)
         if path.exists() and not resume:
             raise OutputError(
                 f"{str(folder)!r} holds a run already: name another folder, or add --resume to go on with it."
@@ -115,7 +120,15 @@ class RunFolder:
         self.state.update(values)
         write_json(self.folder / "run.json", self.state)
 
-    def book(self, part: str, number: int, seconds: float, tokens: int, divergences: int = 0) -> None:
+    def book(
+        self,
+        part: str,
+        number: int,
+        seconds: float,
+        tokens: int,
+        divergences: int = 0,
+        groups: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Note what a piece of a part of the run has cost.
 
         Made again after an interruption, a piece costs the same tokens, which are booked once, and the longer of both
@@ -127,10 +140,12 @@ class RunFolder:
             seconds: The time that it took.
             tokens: Its token forwards.
             divergences: Its episodes that ended because the loss stopped being finite.
+            groups: What the run has used of lazy features, this piece included: `FeatureUse.groups`.
         """
         costs = self.state.setdefault("costs", {}).setdefault(part, {})
         before = costs.get(str(number), {}).get("seconds", 0.0)
         costs[str(number)] = {"seconds": max(before, seconds), "phi_tokens": tokens, "divergences": divergences}
+        self.state.setdefault("feature_groups", {}).update(groups)
         for kind in _KINDS_OF_COST:
             self.state.setdefault(kind, {})[part] = sum(cost[kind] for cost in costs.values())
         self.note()
@@ -206,6 +221,16 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
         yield line
 
 
+def _refuse_results_alone(folder: Path) -> None:
+    """Refuse to add to results, or to go on with learning, of which nothing says how they were made."""
+    alone = [name for name in _RESULTS if (folder / name).exists()]
+    if alone and not (folder / "run.json").exists():
+        raise OutputError(
+            f"{str(folder)!r} holds {' and '.join(alone)} without the run.json that says how they were made: name "
+            "another folder, or put run.json back."
+        )
+
+
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     different = [f"{name}: then {then!r}, now {this!r}" for name, then, this in _differences(before, now)]
     if different:
@@ -230,14 +255,15 @@ def _check_state(state: Mapping[str, Any], path: Path) -> None:
     Raises:
         RecordError: It is so.
     """
-    objects = ("plan", "versions", "content", "costs", *_KINDS_OF_COST)
+    objects = ("plan", "versions", "content", "costs", "feature_groups", *_KINDS_OF_COST)
     faults = [name for name in objects if not _is_object(state, name)]
     plan = state.get("plan")
     if isinstance(plan, dict):
         entries, num_seeds = plan.get("entries", {}), plan.get("num_seeds", 0)
         if not isinstance(entries, dict) or not isinstance(num_seeds, int):
             faults.append("plan")
-    faults += [name for name in _KINDS_OF_COST if not faults and not _are_numbers(state.get(name, {}).values())]
+    numbers = ("feature_groups", *_KINDS_OF_COST)
+    faults += [name for name in numbers if not faults and not _are_numbers(state.get(name, {}).values())]
     if not faults and not all(map(_is_costs_of_part, state.get("costs", {}).values())):
         faults.append("costs")
     returns = state.get("episode_returns", [])

@@ -22,6 +22,7 @@ from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError
 from raise_env.features import LoadingProgress
 from raise_env.files import append_line, held, replaced_folder, write_json, write_text
+from raise_env.lazy import FeatureUse
 from raise_env.pool import Instruction
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import needs_generation
@@ -181,17 +182,18 @@ def train(
         run = RunFolder.open(folder, command, plan.to_json(), resume)
         with reporter.task("loading model, data and features", 1) as show, parts_shown(reporter) as progress:
             env.load(progress)
+            use = FeatureUse(env.assets.features)
             env.reset(seed=plan.seed)
             show(1)
         run.check_content(env.assets.content)
         with run:
             device = env.assets.learner.base.device.type  # type: ignore[attr-defined]
             run.note(content=env.assets.content, data=env.assets.counts, device=device)
-            learned = _learn(run, plan, env, agents[plan.agent], reporter)
+            learned = _learn(run, plan, env, agents[plan.agent], use, reporter)
             for name in plan.names:
                 agent = learned if name == plan.agent else agents[name]
-                _final_runs(run, plan, env, agent, name, reporter)
-            return _write_results(run, plan, env, learned)
+                _final_runs(run, plan, env, agent, name, use, reporter)
+            return _write_results(run, plan, env, learned, use)
 
 
 @contextmanager
@@ -310,7 +312,7 @@ def as_learned(settings: dict[str, Any], agent: str) -> dict[str, Any]:
     return {**own, "auxiliary_adapter": str(selector_folder(folder) / AUXILIARY)}
 
 
-def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, reporter: Reporter) -> Agent:
+def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, use: FeatureUse, reporter: Reporter) -> Agent:
     """Return the agent once it has learned; the selector is in the folder afterwards."""
     learn, episodes = getattr(agent, "learn", None), plan.episodes or 0
     if learn is None or episodes == 0:
@@ -330,7 +332,7 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, report
 
         def episode_done(number: int, total: float) -> None:
             run.state.setdefault("episode_returns", [])[number - 1 :] = [total]
-            run.book("learning", number, *clock.lap())
+            run.book("learning", number, *clock.lap(), use.groups())
             # Last: what is booked and then lost is booked once more, with the same numbers.
             if keeps_progress:
                 checkpoints.save(number, keeps_progress.save_progress)
@@ -361,7 +363,9 @@ class Clock:
         return time.perf_counter(), self._ledger.token_forwards, self._ledger.divergences
 
 
-def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: str, reporter: Reporter) -> None:
+def _final_runs(
+    run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, name: str, use: FeatureUse, reporter: Reporter
+) -> None:
     short = agent_name(name)
     env = final_environment(env, agent)
     have = {record.seed for record in _finished_records(run.folder) if record.agent == short}
@@ -375,7 +379,7 @@ def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, n
             clock = Clock(env)
             with agents_code(f"agent {short!r}, preparing"):
                 prepare(env, plan.seed)
-            run.book(f"preparation/{short}", 1, *clock.lap())
+            run.book(f"preparation/{short}", 1, *clock.lap(), use.groups())
         for index, seed in enumerate(plan.final_seeds):
             keeps_adapter = is_selector and index == 0
             if seed in have and not (keeps_adapter and lacks_adapter):
@@ -386,7 +390,7 @@ def _final_runs(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, n
                 show(before + step)
 
             record = run_episode(env, agent, seed=seed, name=short, on_step=show_step)
-            run.book(f"final/{short}", index + 1, *clock.lap())
+            run.book(f"final/{short}", index + 1, *clock.lap(), use.groups())
             if keeps_adapter:
                 _write_outcome(run.folder, env)
             if seed not in have:
@@ -427,13 +431,13 @@ def _free_name(name: str, taken: Container[str]) -> str:
     return name
 
 
-def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent) -> dict[str, Any]:
+def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, use: FeatureUse) -> dict[str, Any]:
     records = _finished_records(run.folder)
     report = {
         "schema_version": REPORT_VERSION,
         "base": _base_scores(env),
         "agents": {agent_name(name): _agent_scores(records, agent_name(name), env) for name in plan.names},
-        "cost": _cost(run, plan, env),
+        "cost": _cost(run, plan, env, use),
         "curves": {agent_name(name): _curves(records, agent_name(name)) for name in plan.names},
         "diverged": _divergences(run, plan, records),
         "learning": {
@@ -518,11 +522,11 @@ def _test_scores(final: Mapping[str, float], env: RaiseSelectEnv) -> dict[str, f
     return {name: final.get(source) for name, source in names.items()}
 
 
-def _cost(run: RunFolder, plan: Plan, env: RaiseSelectEnv) -> dict[str, dict[str, float]]:
+def _cost(run: RunFolder, plan: Plan, env: RaiseSelectEnv, use: FeatureUse) -> dict[str, dict[str, float]]:
     name = agent_name(plan.agent)
     booked, times = run.state["phi_tokens"], run.state["seconds"]
     tokens = {
-        "features": env.assets.features.num_tokens,
+        "features": use.num_tokens(run.state.get("feature_groups", {})),
         "preparation": booked.get(f"preparation/{name}", 0),
         "learning": booked.get("learning", 0),
         "final": booked.get(f"final/{name}", 0) // plan.num_runs,

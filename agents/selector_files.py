@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -107,11 +108,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         OSError: It cannot be read.
         SafetensorError: It is torn.
-        ValueError: It leads out of its folder, or is no regular file.
+        ValueError: It leads out of its folder, is no regular file, or a number in it is not finite.
     """
     check_inside(path, path.parent)
     check_regular(path)
-    return load_file(path)
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        # Networks are of float32, in which a larger number would be infinite.
+        if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
+            raise ValueError(f"{name!r} holds numbers that are not finite")
+    return tensors
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import platform
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from raise_env.errors import DataError, RaiseEnvError, SettingError
 
 __all__ = ["MAX_DEATHS", "spread"]
 
-#: Deaths of workers with nothing done between them: then it is not chance, but lack of memory.
+#: Deaths of workers with nothing done between them: then it is not chance, but lack of memory, or a piece that kills.
 MAX_DEATHS = 3
 
 _Item = TypeVar("_Item")
@@ -32,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 def spread(
-    work: Callable[[_Item], _Outcome], items: Iterable[_Item], workers: int | None = None, cluster: str | None = None
+    work: Callable[[_Item], _Outcome],
+    items: Iterable[_Item],
+    workers: int | None = None,
+    cluster: str | None = None,
+    lost: Callable[[_Item], _Outcome] | None = None,
 ) -> Iterator[_Outcome]:
     """Yield what the work gives for each item, in the order in which it is done.
 
@@ -43,6 +47,8 @@ def spread(
         items: What to work on.
         workers: Processes side by side; None is one here, and as many as there are processors on a cluster.
         cluster: The address of a Ray cluster, "auto" for the one that this machine is of; None: this machine alone.
+        lost: Returns what stands for a piece whose worker dies even where no other is at work; None: that is an error,
+            as it always is on a cluster. One worker here is this process, which dies with the piece.
 
     Raises:
         SettingError: Ray is not installed, or no cluster answers.
@@ -54,31 +60,59 @@ def spread(
     elif workers in (None, 1):
         yield from map(work, items)
     else:
-        yield from _in_processes(work, list(items), workers)
+        yield from _in_processes(work, list(items), workers, lost)
 
 
-def _in_processes(work: Callable[[_Item], _Outcome], items: list[_Item], workers: int) -> Iterator[_Outcome]:
+def _in_processes(
+    work: Callable[[_Item], _Outcome], items: list[_Item], workers: int, lost: Callable[[_Item], _Outcome] | None
+) -> Iterator[_Outcome]:
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     left, deaths = dict(enumerate(items)), 0
     while left:
+        in_hand: set[int] = set()
         try:
-            for number, outcome in _parallel(work, left, workers):
+            for number, outcome in _parallel(work, _noted(left, in_hand), workers):
                 del left[number]
+                in_hand.remove(number)
                 deaths = 0
                 yield outcome
+            continue
         except TerminatedWorkerError as error:
             deaths += 1
-            if deaths == MAX_DEATHS:
+            if deaths == MAX_DEATHS and lost is None:
                 raise RaiseEnvError(
                     f"{MAX_DEATHS} times in a row one of {workers} workers was ended from outside, most likely for "
                     "lack of memory. What was done is on disk: go on with --resume and fewer workers."
                 ) from error
-            logger.warning("a worker was ended from outside; what the workers had in hand is done again")
+        logger.warning("a worker was ended from outside; what the workers had in hand is done again")
+        if deaths == MAX_DEATHS and lost is not None:
+            deaths = 0
+            for number in sorted(in_hand):
+                yield _alone(work, left.pop(number), lost)
+
+
+def _noted(items: Mapping[int, _Item], in_hand: set[int]) -> Iterator[tuple[int, _Item]]:
+    """Yield items with their numbers, and note which have been handed out."""
+    for number, item in list(items.items()):
+        in_hand.add(number)
+        yield number, item
+
+
+def _alone(work: Callable[[_Item], _Outcome], item: _Item, lost: Callable[[_Item], _Outcome]) -> _Outcome:
+    """Do a piece in a process that does nothing else; where that dies too, the piece is lost."""
+    from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
+
+    with ProcessPoolExecutor(max_workers=1) as pool:
+        try:
+            outcome: _Outcome = pool.submit(work, item).result()
+        except TerminatedWorkerError:
+            return lost(item)
+    return outcome
 
 
 def _parallel(
-    work: Callable[[_Item], _Outcome], items: dict[int, _Item], workers: int
+    work: Callable[[_Item], _Outcome], items: Iterable[tuple[int, _Item]], workers: int
 ) -> Iterator[tuple[int, _Outcome]]:
     from joblib import Parallel, delayed, parallel_config
 
@@ -86,7 +120,7 @@ def _parallel(
         # A worker whose memory has grown is replaced by a new one between two runs: nothing that a user has to mend.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
         parallel = Parallel(batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered")
-        yield from parallel(delayed(_numbered)(work, number, item) for number, item in list(items.items()))
+        yield from parallel(delayed(_numbered)(work, number, item) for number, item in items)
 
 
 def _numbered(work: Callable[[_Item], _Outcome], number: int, item: _Item) -> tuple[int, _Outcome]:

@@ -1,7 +1,8 @@
 """What `validate` does: make recorded episodes again, and hold a benchmark's results against its records.
 
 A record that was tampered with is found by replaying it: another reward, score or action gives other numbers, other
-rows or weights another content hash. A line of results.jsonl is found by its record, which it must agree with.
+rows or weights another content hash. A line of results.jsonl is found by its record, which it must agree with, and a
+line that was taken out by the record that is left.
 """
 
 from __future__ import annotations
@@ -151,20 +152,23 @@ def read_bench(folder: Path) -> tuple[list[dict[str, Any]], list[Recorded]]:
 def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorded]) -> dict[tuple[str, str, int], str]:
     """Return what is wrong with each run, by task, agent and seed; runs that stand are left out.
 
-    Nothing is replayed: a line stands if there is one record of its run, which says what the line says.
+    Nothing is replayed: a line stands if there is one record of its run, which says what the line says. A run that
+    failed has a line and no record.
 
     Args:
-        lines: Of results.jsonl; those of failed runs are passed over.
+        lines: Of results.jsonl; those of failed runs need no record.
         recorded: Of episodes.jsonl.
     """
     records: dict[tuple[str, str, int], list[Recorded]] = {}
     for own in recorded:
         records.setdefault(own.key, []).append(own)
     faults: dict[tuple[str, str, int], str] = {}
+    done = set()
     for line in lines:
         key = line["task"], line["agent"], line["seed"]
         if line.get("error") is not None:
             continue
+        done.add(key)
         if key in faults:
             continue
         found = records.get(key, [])
@@ -174,6 +178,9 @@ def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorde
             fault = _disagreement(line, found[0].record)
             if fault is not None:
                 faults[key] = f"{fault} ({found[0].where})"
+    for key, found in records.items():
+        if key not in done:
+            faults[key] = f"no line without an error; expected one, as there is a record ({found[0].where})"
     return faults
 
 

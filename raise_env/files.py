@@ -1,7 +1,8 @@
 """Writing so that a crash loses nothing: beside the target first, then renamed onto it.
 
-What a killed process leaves behind has a name of its own form (`.NAME.XXXXXXXX.unfinished`), so that whoever goes on
-with its work can clear it away. That is safe only while nobody else writes there, which `held` sees to.
+What a killed process leaves behind has a name of its own form (`.NAME.XXXXXXXX.unfinished`, and with `.old` after it
+what NAME was before), so that whoever goes on with its work can clear it away, or put it back. That is safe only while
+nobody else writes there, which `held` sees to.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -37,6 +39,9 @@ __all__ = [
 
 #: How the names end of what is being written, and of what it takes the place of.
 _UNFINISHED, _OLD = ".unfinished", ".unfinished.old"
+
+#: Of what something takes the place: its name is in it.
+_MOVED_AWAY = re.compile(rf"\.(.+)\.[^.]+{re.escape(_OLD)}", re.DOTALL)
 
 #: What systems say that lock nothing, or not on this disk.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL, errno.ENOSYS)
@@ -180,16 +185,25 @@ def clear_unfinished_beside(path: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed were about to write, anywhere in a folder that is held."""
+    """Remove what processes that were killed were about to write, anywhere in a folder that is held.
+
+    A folder that one of them had moved away, to put a new one in its place, gets its name back.
+    """
     for parent, folders, files in os.walk(folder):
         for name in [name for name in [*folders, *files] if _is_unfinished(name)]:
             path = Path(parent, name)
-            logger.info("%s was left by a process that was killed; removing it", path)
-            if name in folders:
-                folders.remove(name)  # it is walked no more
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+            if name not in folders:
+                logger.info("%s was left by a process that was killed; removing it", path)
                 path.unlink(missing_ok=True)
+                continue
+            folders.remove(name)  # it is walked no more
+            moved = _MOVED_AWAY.fullmatch(name)
+            if moved and not os.path.lexists(path.with_name(moved[1])):
+                logger.info("a process was killed before it had replaced %s; putting that back", moved[1])
+                path.rename(path.with_name(moved[1]))
+            else:
+                logger.info("%s was left by a process that was killed; removing it", path)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,9 @@ Decisions:
 
     Mean, deviation and the centres of the classes come from the first groups in that order, a fixed random sample.
     A row's class is its nearest centre.
+
+    What a run's features cost is what they would have cost it alone: those of the sample and of all groups that it
+    asked for, also where an earlier run of the process had them computed. So it does not depend on the order of runs.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -25,7 +28,7 @@ from .errors import SettingError
 from .features import NUM_STATIC, StaticFeatures, standardise
 from .pool import kmeans_centres, nearest_centres
 
-__all__ = ["GROUP_ROWS", "SAMPLE_ROWS", "LazyFeatures", "random_order", "sample_of"]
+__all__ = ["GROUP_ROWS", "SAMPLE_ROWS", "FeatureUse", "LazyFeatures", "random_order", "sample_of"]
 
 #: Rows that are computed together. More of them make better use of a GPU, and more rows that are not needed.
 GROUP_ROWS = 16
@@ -86,7 +89,13 @@ class LazyFeatures(StaticFeatures):
         self._places[order] = np.arange(len(order))
         self._compute = compute
         self._lock = threading.Lock()  # environments in several threads may share these features
-        self._is_known = np.zeros(math.ceil(len(order) / GROUP_ROWS), dtype=bool)  # (groups,)
+        num_groups = math.ceil(len(order) / GROUP_ROWS)
+        self._is_known = np.zeros(num_groups, dtype=bool)  # (groups,)
+        self._tokens = np.zeros(num_groups, dtype=np.int64)  # (groups,), beyond the sample
+        self._times = np.zeros(num_groups)  # (groups,), seconds
+        self._sample_cost = sample_seconds, sample_tokens
+        self._mark = 0
+        self._last_asked = np.full(num_groups, -1, dtype=np.int64)  # (groups,), the mark that stood then
         self.classes = np.full(len(order), -1, dtype=np.int64)
         offered = sample.columns[~np.isnan(sample_raw).any(axis=1)]
         self._centres = kmeans_centres(offered, num_classes, _SEED)
@@ -104,6 +113,27 @@ class LazyFeatures(StaticFeatures):
             "lazy_features computes the features of those rows alone that are offered; found something that needs "
             "those of all rows. Leave lazy_features out, or take another agent."
         )
+
+    def mark(self) -> int:
+        """Return a number by which `asked_since` knows this moment."""
+        with self._lock:
+            self._mark += 1
+            return self._mark
+
+    def asked_since(self, mark: int) -> dict[int, tuple[float, int]]:
+        """Return the groups beyond the sample that were asked for since a moment, known before or not.
+
+        Returns:
+            By the group's number the seconds and the token forwards that it took.
+        """
+        with self._lock:
+            groups = np.flatnonzero((self._last_asked >= mark) & (self._tokens > 0)).tolist()
+            return {group: (float(self._times[group]), int(self._tokens[group])) for group in groups}
+
+    @property
+    def sample_cost(self) -> tuple[float, int]:
+        """Seconds and token forwards that the features of the sample took."""
+        return self._sample_cost
 
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw the candidates of one step, as `pool.draw_candidates` does, without knowing every row's class.
@@ -144,14 +174,16 @@ class LazyFeatures(StaticFeatures):
 
     def _know(self, group: int) -> None:
         with self._lock:
+            self._last_asked[group] = self._mark
             if self._is_known[group]:
                 return
             start = GROUP_ROWS * group
             begun = time.perf_counter()
-            raw, num_tokens = self._compute(self._order[start : start + GROUP_ROWS])
+            raw, self._tokens[group] = self._compute(self._order[start : start + GROUP_ROWS])
             self._keep(start, raw)
-            self._num_tokens += num_tokens
-            self._seconds += time.perf_counter() - begun
+            self._times[group] = time.perf_counter() - begun
+            self._num_tokens += int(self._tokens[group])
+            self._seconds += float(self._times[group])
             self._is_known[group] = True
 
     def _keep(self, start: int, raw: np.ndarray) -> None:
@@ -159,3 +191,36 @@ class LazyFeatures(StaticFeatures):
         offered = ~np.isnan(raw).any(axis=1)
         ids = self._order[start : start + len(raw)][offered]
         self.classes[ids] = nearest_centres(self._shown(raw[offered]), self._centres)
+
+
+class FeatureUse:
+    """What features a run uses from here on, and what they cost, whoever had them computed.
+
+    Args:
+        features: Those of the run's environments, shared with other runs of the process.
+    """
+
+    def __init__(self, features: StaticFeatures) -> None:
+        self._features = features
+        self._mark = features.mark() if isinstance(features, LazyFeatures) else 0
+
+    def groups(self) -> dict[str, int]:
+        """Return the token forwards of the groups that were asked for, by number; none where all rows were computed."""
+        return {str(group): tokens for group, (_, tokens) in self._asked().items()}
+
+    def cost(self) -> tuple[float, int]:
+        """Return the seconds and the token forwards that the features took."""
+        seconds, tokens = self._fixed_cost()
+        asked = self._asked().values()
+        return seconds + sum(own for own, _ in asked), tokens + sum(own for _, own in asked)
+
+    def num_tokens(self, groups: Mapping[str, int]) -> int:
+        """Return the token forwards of the features where these groups were asked for."""
+        return self._fixed_cost()[1] + sum(groups.values())
+
+    def _asked(self) -> dict[int, tuple[float, int]]:
+        return self._features.asked_since(self._mark) if isinstance(self._features, LazyFeatures) else {}
+
+    def _fixed_cost(self) -> tuple[float, int]:
+        features = self._features
+        return features.sample_cost if isinstance(features, LazyFeatures) else (features.seconds, features.num_tokens)

@@ -26,7 +26,8 @@ from .config import TINY, EnvConfig, check_foreign_lora
 from .env import RaiseSelectEnv
 from .errors import RaiseEnvError, RecordError, SettingError
 from .foreign_files import numbered_lines, parse_json
-from .rewards import DIVERGENCE_PENALTY
+from .rewards import DIVERGENCE_PENALTY, Evaluation, needs_generation, usable_rows
+from .row_files import is_readable
 
 __all__ = [
     "ENV_ID",
@@ -56,9 +57,9 @@ _FIRST_PART, _GROWTH = 5e-3, 10.0
 _LEAST_SCORE = 0.05
 
 #: Scores that count rows: one row that tips over is more than any rounding, and so they may differ by `_COUNTED_FACTOR`
-#: times the tolerance, whatever their size.
-_COUNTED = ("accuracy", "accuracy_norm", "exact_match")
-_COUNTED_FACTOR = 10
+#: times the tolerance, whatever their size; or by `_COUNTED_ROWS` rows at `TOLERANCE`, where they count so few.
+_COUNTED = ("accuracy", "accuracy_norm", "exact_match", "flexible_match")
+_COUNTED_FACTOR, _COUNTED_ROWS = 10, 1.5
 
 _RECORDED_PACKAGES = ("raise-env", "torch", "transformers", "peft", "numpy")
 
@@ -114,11 +115,6 @@ class EpisodeRecord:
             info: What the last step returned.
         """
         kwargs = {name: value for name, value in env.config.to_kwargs().items() if name not in _PRIVATE}
-        final = {}
-        if env.assets.has_test and not info["diverged"]:
-            test = env.evaluate("test")
-            # Where a test row has no finite loss though all dev rows have, there is nothing to tell.
-            final = {f"test_{name}": value for name, value in test.scores().items()} if test.is_finite else {}
         return cls(
             env={"id": ENV_ID, "kwargs": kwargs},
             agent=agent,
@@ -129,7 +125,7 @@ class EpisodeRecord:
             test_score=info.get("test_score"),
             versions=versions(),
             content=dict(env.assets.content),
-            final=final,
+            final=_final_scores(_last_evaluation(env, info)),
         )
 
     @classmethod
@@ -172,8 +168,9 @@ class Difference:
 #: Settings that say where and how a run is made, not what it computes.
 _PRIVATE = ("cache_dir", "render_mode", "device")
 
-#: Settings that name what is opened.
-_OPENED = ("model", "auxiliary_model", "adapter", "auxiliary_adapter", "pool", "dev", "test")
+#: Settings that name what is opened: rows; and models and adapters, whose folders the hub's cache makes of links.
+_DATA = ("pool", "dev", "test")
+_MODELS, _ADAPTERS = ("model", "auxiliary_model"), ("adapter", "auxiliary_adapter")
 
 #: The largest sizes that a record may ask for unless whoever replays it gives the same: beyond them a line of text
 #: could take all of a machine's memory, or days.
@@ -215,8 +212,9 @@ def replay(
         record: What to replay.
         tolerance: How far a number may be from the recorded one, as a share of the score (of 0.05 where the score is
             smaller; a reward's is the dev score's), from the third step on; before that by less. Shares of right
-            answers may differ by ten times as much, whatever their size.
-        allowed: What the record may open: names of the hub, files, and folders with all that is in them.
+            answers may differ by ten times as much, whatever their size, and by one row where that is more.
+        allowed: What the record may open: names of the hub, files, folders of models and adapters, and folders with
+            all that is in them and does not lead out by a link.
         overrides: Settings in place of the record's: where it runs, such as `device` or `cache_dir`; a file that lies
             elsewhere here; and `reward`, where the record names a function: code gets in by whoever replays, never by a
             file.
@@ -238,7 +236,9 @@ def replay(
             return Difference(f"content of {what}", digest, found), math.inf
     env.reset(seed=record.seed)
     check = _Comparison(tolerance)
-    counted = _is_counted(kwargs.get("reward", "loss"))
+    measure = env.config.reward
+    base = env.assets.base_answers if needs_generation(measure) else env.assets.base_evaluation
+    counted = _num_counted(measure, base)
     check.number("dev score 0", record.dev_scores[0], env.dev_scores[0], step=0, counted=counted)
     info: dict[str, Any] = {}
     for step, rows in enumerate(record.actions):
@@ -273,16 +273,22 @@ def _check_allowed(kwargs: Mapping[str, Any], allowed: Collection[str], override
             f"the record's reward is the function {reward!r}, which replaying would run: if you know it, allow it with "
             f"--reward {reward} (in Python: reward={reward!r})."
         )
-    sources = {name: kwargs.get(name) for name in _OPENED if name not in overrides}
-    opened = {name: str(source) for name, source in sources.items() if source not in (None, TINY)}
-    refused = {name: source for name, source in opened.items() if not _is_allowed(source, allowed)}
+    sources = {name: kwargs.get(name) for name in (*_MODELS, *_ADAPTERS, *_DATA) if name not in overrides}
+    refused, known = [], []
+    for name, source in sources.items():
+        if source is None or (source == TINY and name in _MODELS):
+            continue
+        outside = _outside(source, allowed, is_data=name in _DATA)
+        if outside is not None:
+            leading = f", by a link in it {outside!r}" if outside != source else ""
+            refused.append(f"{name} {source!r}{leading}")
+            known.append(outside)
     if refused:
-        named = ", ".join(f"{name} {source!r}" for name, source in refused.items())
-        known = list(dict.fromkeys(refused.values()))
+        known = list(dict.fromkeys(known))
         flags = " ".join(f"--allow {shlex.quote(source)}" for source in known)
         raise RecordError(
-            f"replaying would open what the record names: {named}. If you know them, add {flags}, or allow a folder "
-            f"that they are in (in Python: allowed={known!r})."
+            f"replaying would open what the record names: {', '.join(refused)}. If you know them, add {flags}, or "
+            f"allow a folder that they are in (in Python: allowed={known!r})."
         )
     config = EnvConfig.from_kwargs({**kwargs, **overrides})
     for name, most in FOREIGN_LIMITS.items():
@@ -299,28 +305,74 @@ def _check_allowed(kwargs: Mapping[str, Any], allowed: Collection[str], override
             raise RecordError(f"the record's settings cannot be replayed: {error}") from error
 
 
-def _is_allowed(source: str, allowed: Collection[str]) -> bool:
-    """Return whether a name is one of those allowed, or a file in one of them, wherever links lead."""
-    if source in allowed:
-        return True
-    path = Path(source)
-    if not path.exists():  # what is not here might be fetched from the hub
-        return False
-    return any(path.resolve().is_relative_to(Path(known).resolve()) for known in allowed if Path(known).exists())
+def _outside(source: str, allowed: Collection[str], *, is_data: bool) -> str | None:
+    """Return what opening a source would open that is not allowed: itself, or what a link in it leads to; else None.
+
+    A file, or a folder of a model or adapter, that is allowed by its own name is opened wherever links lead: the hub's
+    cache is made of them. Of a folder of data, and of what lies in an allowed folder, each file that would be read has
+    to lie in an allowed one truly.
+    """
+    try:
+        path = Path(source)
+        if source in allowed and not (is_data and path.is_dir()):
+            return None
+        inside = [Path(known).resolve() for known in allowed if Path(known).exists()]
+        # What is not here might be fetched from the hub.
+        if not path.exists() or not _is_within(path.resolve(), inside):
+            return source
+        return _leading_out(path, inside, is_data)
+    except (OSError, RuntimeError):  # a RuntimeError is of links that lead in a circle
+        return source
+
+
+def _leading_out(source: Path, inside: Collection[Path], is_data: bool) -> str | None:
+    """Return where the first file that opening a source would read lies, if it lies in none of some folders."""
+    waiting, seen = [source], set()
+    while waiting:
+        path = waiting.pop().resolve()
+        if not _is_within(path, inside):
+            return str(path)
+        if path not in seen and path.is_dir():
+            waiting += [file for file in path.iterdir() if not is_data or is_readable(file)]
+        seen.add(path)
+    return None
+
+
+def _is_within(path: Path, folders: Collection[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
+def _last_evaluation(env: RaiseSelectEnv, info: Mapping[str, Any]) -> Evaluation | None:
+    """Return how the model does on the test set after the last step; None where there is nothing to tell.
+
+    Args:
+        env: The environment after the last step.
+        info: What that returned.
+    """
+    if not env.assets.has_test or info["diverged"]:
+        return None
+    test = env.evaluate("test")
+    return test if test.is_finite else None  # a test row may have no finite loss though all dev rows have
+
+
+def _final_scores(test: Evaluation | None) -> dict[str, float]:
+    return {} if test is None else {f"test_{name}": value for name, value in test.scores().items()}
 
 
 def _compare_end(check: _Comparison, record: EpisodeRecord, env: RaiseSelectEnv, info: Mapping[str, Any]) -> None:
+    test = _last_evaluation(env, info)
     if record.test_score is not None or "test_score" in info:
-        counted = _is_counted(env.config.reward)
+        counted = _num_counted(env.config.reward, test)
         check.number("test score", record.test_score, info.get("test_score"), counted=counted)
-    if record.final:
-        again = EpisodeRecord.of(env, agent=record.agent, seed=record.seed, info=info).final
-        for name, value in record.final.items():
-            check.number(name, value, again.get(name), counted=_is_counted(name))
+    again = _final_scores(test)
+    for name in dict.fromkeys([*record.final, *again]):  # a score that was taken out is a difference too
+        counted = _num_counted(name.removeprefix("test_"), test)
+        check.number(name, record.final.get(name), again.get(name), counted=counted)
 
 
-def _is_counted(name: str) -> bool:
-    return name.removeprefix("test_") in _COUNTED
+def _num_counted(score: str, evaluation: Evaluation | None) -> int | None:
+    """Return how many rows a score is a share of; None where it is no share, or of nothing."""
+    return len(usable_rows(score, evaluation)) if score in _COUNTED and evaluation is not None else None
 
 
 @dataclass(slots=True)
@@ -337,7 +389,7 @@ class _Comparison:
         *,
         step: int | None = None,
         size: float | None = None,
-        counted: bool = False,
+        counted: int | None = None,
     ) -> None:
         """Compare two numbers.
 
@@ -347,7 +399,7 @@ class _Comparison:
             replayed: What came out here.
             step: After how many steps; None is after all.
             size: Of the score that it is a difference of; None is its own.
-            counted: Whether it is a share of rows.
+            counted: How many rows it is a share of; None where it is none.
         """
         if recorded is None or replayed is None:
             if recorded is not replayed:
@@ -357,7 +409,9 @@ class _Comparison:
         self.largest = max(self.largest, distance)
         scale = max(abs(replayed if size is None else size), _LEAST_SCORE)
         part = 1.0 if step is None else min(1.0, _FIRST_PART * _GROWTH ** min(step, 10))
-        limit = self.tolerance * (_COUNTED_FACTOR if counted else scale * part)
+        limit = self.tolerance * scale * part
+        if counted is not None:
+            limit = self.tolerance * max(_COUNTED_FACTOR, _COUNTED_ROWS / TOLERANCE / max(counted, 1))
         if not (math.isfinite(distance) and distance <= limit):  # an infinite score has an infinite limit
             self.fail(what, recorded, replayed)
 

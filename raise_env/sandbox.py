@@ -2,8 +2,8 @@
 
 Jinja's `ImmutableSandboxedEnvironment` keeps a template from Python's insides and from changing what it is shown. It
 does not keep one from looping for years, or from doubling a text until the memory is full. Here every value that a
-template makes is weighed when it is made, each turn of a loop and each call is counted, and what would make much of
-little (powers, repetitions, padding) is refused before it is done.
+template makes is weighed when it is made, what it makes piece by piece at each piece, each turn of a loop and each call
+is counted, and what would make much of little (powers, repetitions, padding) is refused before it is done.
 
 Chat templates are given what transformers gives them (`render_jinja_template` in its `chat_template_utils.py`, 5.23):
 its blocks' white space, `tojson`, `raise_exception`, `strftime_now`, and the tag {% generation %}. A test holds both
@@ -12,12 +12,14 @@ equal.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from datetime import datetime
+from types import GeneratorType
 from typing import Any
 
 from jinja2 import TemplateError, Undefined, nodes
@@ -62,6 +64,9 @@ _METHODS = frozenset(
 
 #: Jinja's filters that are not there: they make much of little, or markup that no chat has.
 _NO_FILTERS = ("filesizeformat", "forceescape", "pprint", "random", "striptags", "urlize", "xmlattr")
+
+#: Those of Jinja's filters that make much of little where what they are given is; `tojson` writes in pieces instead.
+_CHECKED_FILTERS = frozenset({"format", "indent", "join", "replace", "wordwrap"})
 
 
 class BoundedTemplate:
@@ -129,7 +134,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         if is_chat:
             super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
             self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-            self.filters["tojson"] = _tojson
+            self.filters["tojson"] = self._tojson
         else:
             super().__init__(keep_trailing_newline=True)
         self.globals |= {"dict": _plain_dict, "namespace": _PlainNamespace}
@@ -137,6 +142,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         for name in _NO_FILTERS:
             del self.filters[name]
         self.filters = {name: self._weighed_filter(name, function) for name, function in self.filters.items()}
+        self.policies["json.dumps_function"] = self._dumped
         self.finalize = self.weighed
         self.concat = self._concat  # type: ignore[method-assign]
         self.begin({})
@@ -178,9 +184,10 @@ class _Bounded(ImmutableSandboxedEnvironment):
         """Call what a template calls, if it makes no more of its arguments than it may."""
         __self.turn()
         __self.weighed([args, kwargs])
-        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # str.format comes wrapped
+        wrapped = getattr(__obj, "__wrapped__", None)  # str.format comes wrapped
+        owner = getattr(__obj, "__self__", getattr(wrapped, "__self__", None))
         if isinstance(owner, (str, bytes, int, float, list, tuple, dict)):
-            __self._check_method(owner, __obj.__name__, (*args, *kwargs.values()))
+            args = __self._checked_arguments(owner, __obj.__name__, args, kwargs)
         return __self.weighed(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -216,6 +223,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def _weighed_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a filter that is counted, and whose result is weighed."""
+        signature = inspect.signature(function) if name in _CHECKED_FILTERS else None
 
         def weighed(*args: Any, **kwargs: Any) -> Any:
             self.turn()
@@ -225,39 +233,87 @@ class _Bounded(ImmutableSandboxedEnvironment):
             rest = [*values[1:], *kwargs.values()]
             if any(isinstance(value, int) and abs(value) > _MAX_WIDTH for value in rest):
                 raise SecurityError(f"{name} is asked for more than {_MAX_WIDTH}")
-            if values and isinstance(values[0], str):
-                self._check_method(values[0], name, tuple(rest))
-            if name == "join" and (len(values) > 1 or "d" in kwargs):
-                self._check_join(str(kwargs.get("d", values[-1])), values[0])
-            return self.weighed(function(*args, **kwargs))
+            if signature is not None:
+                bound = signature.bind(*args, **kwargs)
+                self._check_filter(name, bound.arguments)
+                args, kwargs = bound.args, bound.kwargs
+            result = self.weighed(function(*args, **kwargs))
+            return self._weighed_pieces(result) if isinstance(result, GeneratorType) else result
 
         if hasattr(function, _PASSES_CONTEXT):
             setattr(weighed, _PASSES_CONTEXT, getattr(function, _PASSES_CONTEXT))
         return weighed
 
-    def _check_method(self, owner: Any, name: str, args: tuple[Any, ...]) -> None:
-        """Refuse what would make much of a text."""
-        if name in self.filters or name in _METHODS:
-            if any(isinstance(value, int) and abs(value) > max(_MAX_WIDTH, len(str(owner))) for value in args):
-                raise SecurityError(f"{name} is asked for more than {_MAX_WIDTH}")
-            if name == "replace" and len(args) >= 2:
-                old, new = str(args[0]), str(args[1])
-                self.require(len(owner) + (owner.count(old) if old else len(owner) + 1) * len(new))
-            if name == "indent" and args:
-                width = args[0] if isinstance(args[0], int) else len(str(args[0]))
-                self.require(len(owner) + (owner.count("\n") + 1) * max(0, width))
-            if name == "join" and args:
-                self._check_join(owner, args[0])
-            if name == "format":
-                self._check_format(owner, _weight(list(args), self._most))
-            if name == "wordwrap":
-                self.require(len(owner) * (1 + sum(len(str(value)) for value in args)))
-            return
-        raise SecurityError(f"it calls {name} of a {type(owner).__name__}, which templates may not")
+    def _weighed_pieces(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Yield values that are made one by one, if all together are not too large for whoever puts them away."""
+        size = 0
+        for value in values:
+            size += _weight(value, self._most)
+            self.require(size)
+            yield value
 
-    def _check_join(self, between: str, values: Any) -> None:
-        if isinstance(values, (list, tuple, dict, str)):
-            self.require(len(between) * len(values))
+    def _check_filter(self, name: str, given: dict[str, Any]) -> None:
+        """Refuse what would make much of little.
+
+        Args:
+            name: One of `_CHECKED_FILTERS`.
+            given: What it is given, by the names of its parameters; what is to be joined is a list or the like then.
+        """
+        if name == "join":
+            given["value"] = self._joinable(str(given.get("d", "")), given["value"])
+        elif name == "replace":
+            self._check_replace(*(str(given[part]) for part in ("s", "old", "new")))
+        elif name == "format":
+            self._check_format(str(given["value"]), _weight([given.get("args"), given.get("kwargs")], self._most))
+        elif name == "indent":
+            width, text = given.get("width", 0), str(given["s"])
+            width = width if isinstance(width, int) else len(str(width))
+            self.require(len(text) + (len(text.splitlines()) + 1) * max(0, width))
+        elif name == "wordwrap":
+            self.require((len(str(given["s"])) + 1) * (1 + len(str(given.get("wrapstring") or ""))))
+
+    def _checked_arguments(
+        self, owner: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Return what a method is called with; refuse methods that templates may not call, and much made of little."""
+        if name not in _METHODS:
+            raise SecurityError(f"it calls {name} of a {type(owner).__name__}, which templates may not")
+        given = [*args, *kwargs.values()]
+        if any(isinstance(value, int) and abs(value) > max(_MAX_WIDTH, len(str(owner))) for value in given):
+            raise SecurityError(f"{name} is asked for more than {_MAX_WIDTH}")
+        if name == "replace" and len(args) >= 2:
+            self._check_replace(owner, str(args[0]), str(args[1]))
+        elif name == "join" and args:
+            return self._joinable(owner, args[0]), *args[1:]
+        elif name == "format":
+            self._check_format(owner, _weight(given, self._most))
+        return args
+
+    def _check_replace(self, text: str, old: str, new: str) -> None:
+        self.require(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
+
+    def _joinable(self, between: str, values: Any) -> Any:
+        """Return what is to be joined, as a list where nobody knows its length."""
+        known = values if isinstance(values, Sized) else list(values)
+        self.require(len(between) * len(known))
+        return known
+
+    def _tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """Return a value as JSON, as transformers writes it for chat templates."""
+        return self._dumped(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def _dumped(self, value: Any, *, indent: Any = None, **settings: Any) -> str:
+        """Return what `json.dumps` does, written in pieces and no further than it may grow."""
+        if isinstance(indent, str) and len(indent) > _MAX_WIDTH:
+            raise SecurityError(f"tojson is asked for more than {_MAX_WIDTH}")
+        return self._concat(json.JSONEncoder(indent=indent, **settings).iterencode(value))
 
     def _check_format(self, form: str, size: int) -> None:
         if re.search(r"%[^%]*\*|\d{4,}|\{[^}]*\{", form):
@@ -370,9 +426,3 @@ def _strftime_now(form: str) -> str:
     if len(form) > _MAX_WIDTH or re.search(r"\d{3,}", form):
         raise SecurityError("it writes the time at a length that is not small")
     return datetime.now().strftime(form)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -25,7 +25,7 @@ from raise_env.agents.job import OWN_TASK, Entry
 from raise_env.agents.rollout import run_episode
 from raise_env.agents.sb3 import Sb3Agent
 from raise_env.agents.summary import summarise
-from raise_env.assets import load_data
+from raise_env.assets import _cached_assets, load_data
 from raise_env.base_model import load_tokenizer
 from raise_env.config import OBSERVATION_BLOCKS, EnvConfig
 from raise_env.encoding import Encoder
@@ -324,11 +324,16 @@ def test_bench__two_workers__equal_one_up_to_order_and_times(tmp_path, plan, fin
 
 
 @pytest.mark.slow
-def test_bench__workers_that_die_again_and_again__says_how_to_go_on(own, tmp_path, small_settings):
+def test_bench__worker_that_dies__fails_that_run_alone(own, tmp_path, small_settings):
     get_reusable_executor().shutdown()  # workers of another test do not know this one's module
-    with pytest.raises(RaiseEnvError, match=r"memory.*--resume"):
-        bench(tmp_path / "bench", of_own(small_settings, "Dies"), workers=2)
-    assert read_json(tmp_path / "bench" / "run.json")["status"] == "failed"
+    plan = of_own(small_settings, "Dies", "Hooks", num_seeds=1)
+    summary = bench(tmp_path / "bench", plan, workers=2)
+    errors = {line["agent"]: line["error"] for line in read_lines(tmp_path / "bench" / "results.jsonl")}
+    assert set(errors) == {"Dies", "Hooks"}
+    assert errors["Hooks"] is None
+    assert summary["missing"] == [{"task": "default", "agent": "Dies", "seed": 0, "reason": errors["Dies"]}]
+    assert "lack of memory" in errors["Dies"]
+    assert read_json(tmp_path / "bench" / "run.json")["status"] == "done"
 
 
 @pytest.mark.parametrize("done", [1, 4, 7])
@@ -621,3 +626,38 @@ def test_ablation__an_agent_that_learns__learns_without_the_block(own, tmp_path,
     plan = ablation(small_settings, "bench_agents:Learns", episodes=7, num_seeds=1)
     bench(tmp_path / "bench", plan)
     assert own.Learns.learned == [(7, 0, hide) for hide in ((), *((block,) for block in OBSERVATION_BLOCKS))]
+
+
+# What lazy features cost
+
+
+def test_bench__lazy_features__cost_the_same_in_any_order_and_after_interruptions(
+    tmp_path, small_settings, monkeypatch
+):
+    monkeypatch.setattr("raise_env.lazy.SAMPLE_ROWS", 32)
+    settings = {**small_settings, "pool_size": 400, "lazy_features": True, "cache_dir": str(tmp_path / "cache")}
+    fork = {"num_states": 1, "num_rows": 16, "num_lookahead": 1, "num_networks": 1, "num_passes": 1}
+    entries = {
+        "random": Entry("random"),
+        "sb3:PPO": Entry("sb3:PPO", PPO_SETTINGS, episodes=2),
+        "raise_fork": Entry("raise_fork", fork, episodes=1),
+    }
+
+    def costs(folder):
+        lines = read_lines(tmp_path / folder / "results.jsonl")
+        assert [line["error"] for line in lines] == [None] * 6
+        return {(line["agent"], line["seed"]): (line["tokens"], line["phi"]) for line in lines}
+
+    _cached_assets.cache_clear()
+    bench(tmp_path / "one", BenchPlan(settings, entries, num_seeds=2))
+    found = costs("one")
+    assert found["random", 0][0]["features"] == 0
+    assert len({found[label, 0][0]["features"] for label in ("sb3:PPO", "raise_fork")}) == 2
+    bench(tmp_path / "again", BenchPlan(settings, entries, num_seeds=2))
+    assert costs("again") == found, "all was known before"
+    backwards = BenchPlan(settings, dict(reversed(entries.items())), num_seeds=2)
+    for done in (1, 2, 100):
+        _cached_assets.cache_clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            bench(tmp_path / "other", backwards, resume=True, reporter=Interrupts(done))
+    assert costs("other") == found

@@ -23,6 +23,7 @@ from raise_env.agents.catalogue import AGENTS
 from raise_env.agents.job import Entry
 from raise_env.agents.summary import summarise
 from raise_env.config import EnvConfig
+from raise_env.files import held
 
 FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
 FORK_ARGUMENTS = ",".join(f"{name}={value}" for name, value in FORK_SETTINGS.items())
@@ -124,6 +125,11 @@ def test_help__every_setting_of_the_environment__has_an_option_with_words(comman
             assert re.search(rf"--{entry.name.replace('_', '-')}( VALUE)? [A-Za-z\"0-9]", text), entry.name
 
 
+def test_help__lora__says_how_modules_are_named():
+    text = " ".join(run("train", "--help").out.split())
+    assert """r=8,target_modules=q_proj or 'target_modules=["q_proj","v_proj"]'""" in text
+
+
 @pytest.mark.parametrize("arguments", [["trane"], ["train"], ["train", "--out", "x", "--no-such-option"], ["validate"]])
 def test_main__bad_usage__one_message_and_two(arguments):
     assert "--help" in refused(*arguments)
@@ -185,6 +191,13 @@ def test_train__dry_run__prints_the_cost_and_writes_nothing(tmp_path, small):
     pattern = r"^[\d,]+ updates, [\d,]+ token forwards \(\d+\.\d\d Phi\), about [\d.]+ minutes .*, [\d.]+ GB of memory"
     assert re.match(pattern, outcome.out)
     assert not (tmp_path / "run").exists()
+
+
+def test_train__dry_run__shows_how_far_it_is(tmp_path, small):
+    outcome = run("train", "--out", tmp_path / "run", *small, *SMALL_RUN, "--dry-run")
+    for task in ("loading model, data and features", "measuring steps with random", "measuring an episode of learning"):
+        assert task in outcome.err
+    assert "measuring" not in outcome.out
 
 
 def test_train__folder_with_a_finished_run__two_and_says_how_to_go_on(trained, small):
@@ -316,6 +329,38 @@ def test_bench__options__are_shared_out_among_the_agents(asked_for):
         "selector:run/selector": Entry("selector:run/selector", {}, 0),
     }
     assert (options["workers"], options["resume"], options["command"]) == (3, False, "bench")
+
+
+@pytest.mark.parametrize(
+    ("text", "lora"),
+    [
+        ('target_modules=["q_proj","v_proj"],r=4', {"target_modules": ["q_proj", "v_proj"], "r": 4}),
+        ("target_modules=[q_proj, v_proj]", {"target_modules": ["q_proj", "v_proj"]}),  # a shell took the quotes
+        ("r=4, target_modules=q_proj", {"r": 4, "target_modules": ["q_proj"]}),
+        ("target_modules=all-linear", {"target_modules": "all-linear"}),
+        ("target_modules=.*(q|v)_proj,r=4", {"target_modules": ".*(q|v)_proj", "r": 4}),
+        ("target_modules=.*[0-9]{1,2}.q,use_dora=true", {"target_modules": ".*[0-9]{1,2}.q", "use_dora": True}),
+        (r"target_modules=.*\(?q_proj,r=4", {"target_modules": r".*\(?q_proj", "r": 4}),
+    ],
+)
+def test_bench__lora__names_lists_and_patterns_of_modules(asked_for, text, lora):
+    plan, *_ = asked_for("bench", "--out", "x", "--lora", text)
+    assert plan.settings == {"lora": lora}
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ('a={"b":[1,2],"c":"d,e"},f=3', {"a": {"b": [1, 2], "c": "d,e"}, "f": 3}),
+        ('a="x,\\"(,y",b=z', {"a": 'x,"(,y', "b": "z"}),
+        ("a=(b,c=d", {"a": "(b", "c": "d"}),
+        ("a=b),c=(d", {"a": "b)", "c": "(d"}),
+        ('a=5",b=6', {"a": '5"', "b": 6}),
+    ],
+)
+def test_bench__agent_args__commas_in_brackets_and_quotes_divide_nothing(asked_for, text, arguments):
+    plan, *_ = asked_for("bench", "--out", "x", "--agents", "own=mine:Agent", "--agent-args", f"own:{text}")
+    assert plan.entries["own"].arguments == arguments
 
 
 def test_bench__nothing_said_of_episodes__is_each_agents_own_number(asked_for):
@@ -511,6 +556,48 @@ def test_demo__folder_of_another_run__is_not_touched(monkeypatch, small_settings
     assert (trained[0] / "selector" / "model.safetensors").is_file()
 
 
+def test_demo__again_beside_files_of_ones_own__leaves_those(monkeypatch, small_settings, tmp_path):
+    small_demo(monkeypatch, small_settings)
+    monkeypatch.chdir(tmp_path)
+    own = {"thesis.txt", "notes/report.md", "report.pdf"}
+    (tmp_path / "notes").mkdir()
+    for name in own:
+        (tmp_path / name).write_text("mine")
+    assert run("demo", "--out", ".", "--episodes", "1").code == 0
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / ".adapter.abcdefgh.unfinished").mkdir()
+    (tmp_path / ".report.html.abcdefgh.unfinished").write_text("torn")
+    assert run("demo", "--out", ".", "--episodes", "1", "--seed", "1").code == 0
+    assert json.loads((tmp_path / "run.json").read_text())["plan"]["seed"] == 1
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == written
+    assert not list(tmp_path.glob(".*"))
+    assert all((tmp_path / name).read_text() == "mine" for name in own)
+    cli._remove_last_demo(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.txt", "notes", "report.pdf"}
+
+
+def test_demo__another_one_still_at_work_in_the_folder__is_not_touched(monkeypatch, small_settings, tmp_path):
+    small_demo(monkeypatch, small_settings)
+    (tmp_path / "run.json").write_text('{"command": "demo"}')
+    (tmp_path / "selector").mkdir()
+    with held(tmp_path):
+        assert "another process is writing" in refused("demo", "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "selector"}
+
+
+def test_demo__last_one_that_cannot_be_removed__is_one_message(monkeypatch, small_settings, tmp_path):
+    small_demo(monkeypatch, small_settings)
+    (tmp_path / "run.json").write_text('{"command": "demo"}')
+    (tmp_path / "selector").mkdir()
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    assert "cannot be removed (Permission denied); name another folder" in refused("demo", "--out", tmp_path)
+    assert (tmp_path / "run.json").is_file(), "it tells that the rest is a demo's"
+
+
 # Bad input: exit code 2, one message that names file, line and field, and nothing written
 
 
@@ -620,6 +707,10 @@ def test_bad_input__unknown_agent__the_nearest_is_named(own_files, tmp_path, opt
         (["--num-candidates", "10"], ["num_candidates=10", "num_classes=4"]),
         (["--learning-rate", "nan"], ["learning_rate is nan"]),
         (["--lora", "r"], ["--lora", "NAME=VALUE"]),
+        (["--lora", "target_modules=5"], ["lora target_modules is 5", '"all-linear"']),
+        (["--lora", "target_modules=null"], ["lora target_modules is None", '"all-linear"']),
+        (["--lora", 'target_modules=["q_proj","v_proj"'], ["--lora has '\"v_proj\"'", 'NAME=["a","b"]']),
+        (["--lora", "target_modules=.*(q|v_proj"], ["--lora target_modules is '.*(q|v_proj'", "unterminated", "NAME"]),
         (["--columns", "prompt"], ["--columns", "'prompt'", "KEY=COLUMN"]),
         (["--columns", "promt=q,response=a"], ["'promt'", "did you mean 'prompt'"]),
         (["--columns", "prompt=q"], ["columns is", "prompt with response"]),
@@ -768,6 +859,28 @@ def test_evaluate__what_cannot_be_used__is_one_message(tmp_path):
     blocked = run(*common, "--out", rows / "below")
     assert blocked.code == 2
     assert "cannot be written" in blocked.err
+
+
+# split
+
+
+def test_split__columns_by_name__rows_as_they_were(tmp_path):
+    rows = [{"q": f"What is {n}?", "a": str(n)} for n in range(10)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    common = ("split", "--data", data, "--dev", "2", "--test", "3", "--out", tmp_path / "out")
+    assert run(*common, "--columns", "prompt=q,response=a").code == 0
+    lines = (tmp_path / "out" / "pool.jsonl").read_text().splitlines()
+    assert len(lines) == 5
+    assert all(json.loads(line) in rows for line in lines)
+
+
+def test_split__columns_that_the_file_has_not__two_and_nothing_is_written(tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", question_rows(range(10)))
+    common = ("split", "--data", data, "--dev", "2", "--test", "3", "--out", tmp_path / "out")
+    message = refused(*common, "--columns", "prompt=question,response=anser")
+    assert f"columns names question, anser, but no first row of {data} has all of these" in message
+    assert f"found question, answer in {data}" in message
+    assert not (tmp_path / "out").exists()
 
 
 # leaderboard

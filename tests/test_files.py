@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import stat
 import tempfile
 import time
@@ -186,6 +187,43 @@ def test_clear_unfinished__what_killed_processes_left__is_removed_and_nothing_el
     assert set(names(tmp_path)) == {*kept, "deep", "results"}
     assert names(tmp_path / "deep") == []
     assert names(tmp_path / "results") == ["new.txt"]
+
+
+def replace_and_die(folder):
+    """Replace a folder, and die between the two renames."""
+    rename = Path.rename
+
+    def rename_or_die(path, target):
+        if Path(target) == Path(folder):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+
+    Path.rename = rename_or_die
+    with replaced_folder(Path(folder)) as beside:
+        (beside / "new.txt").write_text("new")
+
+
+@pytest.mark.parametrize("name", ["results", "a.b"])
+def test_clear_unfinished__killed_between_the_renames_of_a_folder__puts_the_old_one_back(tmp_path, name):
+    folder = tmp_path / "deep" / name
+    folder.mkdir(parents=True)
+    (folder / "old.txt").write_text("old")
+    process = multiprocessing.get_context("spawn").Process(target=replace_and_die, args=(str(folder),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(names(folder.parent)) == 2
+    assert not folder.exists()
+    clear_unfinished(tmp_path)
+    assert names(folder.parent) == [name]
+    assert names(folder) == ["old.txt"]
+
+
+@pytest.mark.parametrize("name", ["..x.unfinished.old", ".x.unfinished.old", ".unfinished.old", "....x.unfinished.old"])
+def test_clear_unfinished__old_one_of_no_name__is_removed(tmp_path, name):
+    (tmp_path / name).mkdir()
+    clear_unfinished(tmp_path)
+    assert names(tmp_path) == []
 
 
 def test_clear_unfinished_beside__what_was_to_become_this_file__is_all_that_goes(tmp_path):

@@ -9,7 +9,7 @@ from raise_env.agents.raise_ppo import RaisePpo
 from raise_env.agents.rollout import run_episode
 from raise_env.errors import SettingError
 from raise_env.features import standardise
-from raise_env.lazy import GROUP_ROWS, MAX_DRAWS, LazyFeatures, random_order, sample_of
+from raise_env.lazy import GROUP_ROWS, MAX_DRAWS, FeatureUse, LazyFeatures, random_order, sample_of
 
 NUM_ROWS = 1000
 
@@ -138,6 +138,31 @@ def test_lazy_features__what_needs_all_rows__is_refused():
     for name in ("raw", "columns", "log_p_response", "log_p_response_given_prompt"):
         with pytest.raises(SettingError, match=r"lazy_features computes .* Leave lazy_features out"):
             getattr(features, name)
+
+
+@pytest.mark.usefixtures("small_sample")
+def test_feature_use__rows_that_another_use_had_computed__count_for_each_that_asks_for_them():
+    features, _ = lazy()
+    outside = random_order(NUM_ROWS)[160:]
+    first = FeatureUse(features)
+    features.rows(outside[:GROUP_ROWS])
+    second = FeatureUse(features)
+    features.rows(outside[[0, GROUP_ROWS]])
+    features.rows(sample_of(random_order(NUM_ROWS)))
+    third = FeatureUse(features)
+    assert first.groups() == second.groups() == {"10": GROUP_ROWS, "11": GROUP_ROWS}
+    assert first.cost() == second.cost() == (features.seconds, features.num_tokens)
+    assert features.num_tokens == 7 + 2 * GROUP_ROWS
+    assert third.groups() == {}
+    assert third.cost() == (0.0, 7)
+    assert third.num_tokens({"10": 16, "12": 5}) == 28
+
+
+def test_feature_use__features_of_all_rows__cost_what_they_took():
+    use = FeatureUse(standardise(TRUTH, 7, 1.5))
+    assert use.groups() == {}
+    assert use.cost() == (1.5, 7)
+    assert use.num_tokens({}) == 7
 
 
 # In the environment

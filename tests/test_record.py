@@ -9,7 +9,7 @@ import pytest
 
 from raise_env.errors import RecordError
 from raise_env.record import SCHEMA_VERSION, EpisodeRecord, _Comparison, read_records, replay, versions
-from raise_env.testing import toy_env
+from raise_env.testing import FakeLearner, toy_env
 
 
 def run(env, seed=3, count=3, agent="first rows"):
@@ -104,6 +104,12 @@ TAMPERED = {
     "no test score": (lambda r: {"test_score": None}, "test score"),
     "test loss": (lambda r: {"final": {**r.final, "test_loss": 0.0}}, "test_loss"),
     "unknown final score": (lambda r: {"final": {"bleu": 1.0}}, "bleu"),
+    "no final scores": (lambda r: {"final": {}}, "test_loss"),
+    "a final score less": (lambda r: {"final": {"test_loss": r.final["test_loss"]}}, "test_exact_match"),
+    "no test set and no final scores": (
+        lambda r: {"content": {n: d for n, d in r.content.items() if n != "test"}, "final": {}},
+        "test_loss",
+    ),
     "pool": (lambda r: {"content": {**r.content, "pool": "0" * 64}}, "content of pool"),
     "model": (lambda r: {"content": {**r.content, "model": "0" * 64}}, "content of model"),
     "setting": (
@@ -130,6 +136,7 @@ BOTH_SIDES = {
     "a row that is not offered": (lambda r: "pool ids [-1]", lambda r: "not among the candidates offered"),
     "no test score": (lambda r: None, lambda r: r.test_score),
     "unknown final score": (lambda r: 1.0, lambda r: None),
+    "no final scores": (lambda r: None, lambda r: r.final["test_loss"]),
     "pool": (lambda r: "0" * 64, lambda r: r.content["pool"]),
 }
 
@@ -191,12 +198,53 @@ def test_replay__small_distance__is_told_and_tolerated(record):
     assert replay(EpisodeRecord.from_json(text, "here"), tolerance=1e-6)[0].what == "reward of step 1"
 
 
-@pytest.mark.parametrize(("change", "is_tolerated"), [(5 / 256, True), (6 / 256, False)])
-def test_replay__share_of_right_answers__may_differ_by_a_few_rows(record, change, is_tolerated):
+@pytest.mark.parametrize(
+    ("num_test", "num_rows", "is_tolerated"),
+    [(256, 5, True), (256, 6, False), (40, 1, True), (40, 2, False), (8, 1, True), (8, 2, False)],
+)
+def test_replay__share_of_right_answers__may_differ_by_a_few_rows(embedded_env, num_test, num_rows, is_tolerated):
+    record, change = run(embedded_env(budget=8, num_test=num_test)), num_rows / num_test
     final = {**record.final, "test_exact_match": record.final["test_exact_match"] + change}
     difference, largest = replay(EpisodeRecord.from_json(changed(record, final=final), "here"))
     assert (difference is None) == is_tolerated
     assert largest == pytest.approx(change, rel=1e-3)
+
+
+def test_replay__share_of_few_right_answers__is_held_to_a_tolerance_that_is_given(record):
+    final = {**record.final, "test_exact_match": record.final["test_exact_match"] + 1 / 8}
+    tipped = EpisodeRecord.from_json(changed(record, final=final), "here")
+    assert replay(tipped)[0] is None
+    for tolerance in (0.0, 1e-6):
+        assert replay(tipped, tolerance)[0].what == "test_exact_match"
+
+
+@pytest.mark.parametrize("reward", ["exact_match", "flexible_match"])
+@pytest.mark.parametrize("num_rows", [40, 200])
+def test_replay__one_row_of_dev_and_test_tipped_over__is_tolerated(monkeypatch, reward, num_rows):
+    whole = FakeLearner._evaluation
+
+    def answered(self, skill, subset):
+        """Half of the rows are answered right, the last four are not asked for a number."""
+        self.num_dev = num_rows + 4
+        right = np.where(np.arange(num_rows + 4) < num_rows, np.arange(num_rows + 4) % 2, np.nan)
+        known = {"row_tokens": np.where(np.isnan(right), 0, 10)}  # nothing else counts for an exact match
+        return dataclasses.replace(whole(self, skill, subset), strict_matches=right, flexible_matches=right, **known)
+
+    monkeypatch.setattr(FakeLearner, "_evaluation", answered)
+    monkeypatch.setattr("raise_env.record.RaiseSelectEnv", lambda **_: toy_env(reward=reward))
+    record = run(toy_env(reward=reward))
+    assert set(record.dev_scores) == {0.5}
+    for count, what in ((1, None), (max(2, num_rows // 40), "dev score 2")):
+        tipped = count / num_rows
+        scores = [score + tipped * (step == 2) for step, score in enumerate(record.dev_scores)]
+        rewards = [*np.diff(scores)]
+        final = {**record.final, f"test_{reward}": record.final[f"test_{reward}"] + tipped}
+        again = dataclasses.replace(
+            record, dev_scores=scores, rewards=rewards, test_score=record.test_score + tipped, final=final
+        )
+        difference, largest = replay(again)
+        assert largest == pytest.approx(tipped)
+        assert (difference is None) == (what is None), (count, difference)
 
 
 @pytest.mark.parametrize(("share", "is_tolerated"), [(0.0019, True), (0.0021, False)])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from raise_env.agents import load_selector
 from raise_env.agents.runs import Plan, finetune, train
-from raise_env.assets import load_data
+from raise_env.assets import _cached_assets, load_data
 from raise_env.base_model import load_tokenizer, model_folder
 from raise_env.config import EnvConfig
 from raise_env.encoding import Encoder, collate
@@ -686,3 +686,79 @@ def test_plan__two_selectors__refused_as_their_results_would_have_one_name():
     with pytest.raises(SettingError, match=message):
         Plan({}, agent="random", compare=("selector:a", "ifd", "selector:b"))
     assert Plan({}, agent="selector:a", compare=("random", "selector:a")).names == ["selector:a", "random"]
+
+
+@pytest.mark.parametrize("left", ["learning", "episodes.jsonl", "results.jsonl", "rewards.jsonl"])
+def test_train__what_a_run_left_without_its_run_json__is_refused(tmp_path, plan, finished, left):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if left == "learning":
+        shutil.copytree(finished / left, folder / left)
+    else:
+        shutil.copy(finished / "episodes.jsonl", folder / left)
+    before = files_of(folder)
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=rf"holds {left} without the run\.json .* put run\.json back"):
+            train(folder, plan, resume=resume)
+    assert files_of(folder) == before
+
+
+def test_train__run_json_is_gone__nothing_of_another_plan_is_added(tmp_path, plan, finished):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "run.json").unlink()
+    other = Plan({**plan.settings, "learning_rate": 1e-2}, agent_settings=FORK_SETTINGS, episodes=2, num_runs=3)
+    with pytest.raises(OutputError, match=r"holds episodes\.jsonl and learning without the run\.json"):
+        train(folder, other)
+    assert (folder / "episodes.jsonl").read_bytes() == (finished / "episodes.jsonl").read_bytes()
+
+
+# What lazy features cost
+
+
+@pytest.fixture
+def lazy_settings(small_settings, monkeypatch, tmp_path):
+    """Settings under which most rows are outside of the sample."""
+    monkeypatch.setattr("raise_env.lazy.SAMPLE_ROWS", 32)
+    return {**small_settings, "pool_size": 400, "lazy_features": True, "cache_dir": str(tmp_path / "cache")}
+
+
+def forget_features():
+    """Be as a process that has computed nothing yet."""
+    _cached_assets.cache_clear()
+
+
+LAZY_LEARNERS = {
+    "raise_fork": FORK_SETTINGS,
+    "sb3:PPO": {"n_steps": 3, "batch_size": 3, "n_epochs": 1},
+}
+
+
+@pytest.mark.parametrize("agent", LAZY_LEARNERS)
+def test_train__lazy_features_and_interruptions__cost_what_an_undisturbed_run_costs(tmp_path, lazy_settings, agent):
+    plan = Plan(lazy_settings, agent, LAZY_LEARNERS[agent], episodes=3, num_runs=2)
+    forget_features()
+    whole = train(tmp_path / "whole", plan)
+    features = whole["cost"]["tokens"]["features"]
+    groups = read_json(tmp_path / "whole" / "run.json")["feature_groups"]
+    assert 0 < sum(groups.values()) < features, "the sample has its cost too"
+    assert train(tmp_path / "again", plan)["cost"]["tokens"] == whole["cost"]["tokens"], "all was known before"
+    for name, done in (("learning", 2), ("fine-tuning with random", 1)):
+        forget_features()
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "torn", plan, resume=True, reporter=Interrupts(name, done))
+    forget_features()
+    assert train(tmp_path / "torn", plan, resume=True)["cost"]["tokens"] == whole["cost"]["tokens"]
+    assert read_json(tmp_path / "torn" / "run.json")["feature_groups"] == groups
+    forget_features()
+    assert train(tmp_path / "torn", plan, resume=True)["cost"]["tokens"] == whole["cost"]["tokens"]
+
+
+@pytest.mark.parametrize("groups", [[], {"3": "many"}, {"3": None}])
+def test_train__resume_with_feature_groups_of_another_form__names_them(tmp_path, plan, finished, groups):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    state = read_json(folder / "run.json")
+    (folder / "run.json").write_text(json.dumps({**state, "feature_groups": groups}))
+    with pytest.raises(RecordError, match="feature_groups"):
+        train(folder, plan, resume=True)

@@ -75,6 +75,18 @@ def test_spread__workers_that_always_die__is_an_error(work, tmp_path):
     assert len(list(tmp_path.glob("death-*"))) == MAX_DEATHS
 
 
+def test_spread__a_piece_that_always_kills__is_lost_and_the_others_are_done(work, tmp_path):
+    pieces = [(number, str(tmp_path), 100) for number in range(7)]
+    found = list(spread(work.square, pieces, 2, lost=lambda piece: -piece[0]))
+    assert sorted(found) == [-3, 0, 1, 4, 16, 25, 36]
+
+
+def test_spread__a_piece_that_kills_beside_others__is_done_alone(work, tmp_path):
+    pieces = [(3, str(tmp_path), MAX_DEATHS)]
+    assert list(spread(work.square, pieces, 2, lost=lambda piece: -piece[0])) == [9]
+    assert len(list(tmp_path.glob("death-*"))) == MAX_DEATHS
+
+
 @pytest.mark.skipif("ray" in sys.modules, reason="Ray is loaded")
 def test_spread__no_ray__says_what_to_install(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)

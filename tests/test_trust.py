@@ -11,11 +11,13 @@ import functools
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import time
+import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -27,11 +29,14 @@ import numpy as np
 import pytest
 import torch
 from data_files import jsonl
+from jinja2 import TemplateError
+from safetensors.torch import load_file, save_file
 
 import raise_env
 from raise_env.adapter_files import adapter_settings, read_adapter
 from raise_env.agents import cli
 from raise_env.agents.catalogue import load_selector
+from raise_env.agents.job import check_line
 from raise_env.agents.raise_fork import RaiseFork
 from raise_env.agents.run_folder import RunFolder, whole_lines, whole_records
 from raise_env.agents.sb3_files import SavedModel
@@ -51,6 +56,7 @@ from raise_env.frames import ChatFrame, PlainFrame
 from raise_env.pool import Instruction
 from raise_env.reading import read_pool
 from raise_env.record import FOREIGN_LIMITS, EpisodeRecord, read_records, replay
+from raise_env.sandbox import BoundedTemplate
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = Path(raise_env.__file__).parent / "tiny" / "base"
@@ -741,6 +747,17 @@ TEMPLATES = {
     "a branching macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(50) }}"
     "{{ prompt }}",
     "joined text": "{{ ('a' * 99999)|list|join('a' * 99999) }}{{ prompt }}",
+    "numbers joined": "{{ range(20000)|join('x' * 20000) }}{{ prompt }}",
+    "numbers joined as they are made": "{{ ('x' * 20000).join(range(20000)|map('string')) }}{{ prompt }}",
+    "replaced by name": "{{ ('a' * 20000)|replace(new='x' * 20000, old='a') }}{{ prompt }}",
+    "replaced in a list": "{{ (range(20000)|list)|replace(',', 'x' * 20000) }}{{ prompt }}",
+    "indented by name": "{{ ('a\\n' * 20000)|indent(first=true, width='x' * 20000) }}{{ prompt }}",
+    "indented lines of another kind": "{{ ('a\\r' * 20000)|indent('x' * 20000, blank=true) }}{{ prompt }}",
+    "indented JSON": "{{ (range(20000)|list)|tojson(indent='x' * 20000) }}{{ prompt }}",
+    "JSON indented by a number": "{{ (range(99999)|list)|tojson(indent=1000) }}{{ prompt }}",
+    "separated JSON": "{{ (range(20000)|list)|tojson(separators=('x' * 20000, ':')) }}{{ prompt }}",
+    "a wide format in a list": "{{ ['%1000000000d']|format(1) }}{{ prompt }}",
+    "long texts made one by one": "{{ range(1000)|map('string')|map('replace', '', 'x' * 200000)|list }}{{ prompt }}",
     "made-up words": "{{ lipsum(10**9) }}{{ prompt }}",
     "batches": "{{ [1]|batch(10**9, 'x')|list }}{{ prompt }}",
     "nested brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}{{ prompt }}",
@@ -808,6 +825,22 @@ def test_file_of_a_stranger__meaning_ill__is_refused_in_a_message(case: Case, tm
     assert not mark.exists(), "it ran"
 
 
+#: Characters that a template may make of nothing take a few times as much while it is at work.
+TEMPLATE_BYTES = 20_000_000
+
+
+@pytest.mark.parametrize("is_chat", [False, True], ids=["own", "chat"])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not name.startswith(SLOW_TEMPLATES)])
+def test_template__meaning_ill__is_refused_before_it_has_filled_the_memory(name: str, is_chat: bool) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(TemplateError):
+            BoundedTemplate(TEMPLATES[name], is_chat=is_chat).render(prompt="question")
+        assert tracemalloc.get_traced_memory()[1] < TEMPLATE_BYTES
+    finally:
+        tracemalloc.stop()
+
+
 def test_malicious_files__counted__by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counter(case.kind for case in [*CASES, *IGNORED])
     with capsys.disabled():
@@ -815,6 +848,19 @@ def test_malicious_files__counted__by_kind(capsys: pytest.CaptureFixture[str]) -
         for kind, count in [*counts.items(), ("in all", counts.total())]:
             print(f"  {kind:<32}{count:>5}")
     assert counts.total() == len({(case.kind, case.name) for case in [*CASES, *IGNORED]})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_selector__weight_that_is_not_finite__is_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    path = selector_copy(tmp_path / "selector") / "model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    weights[name] = weights[name].to(dtype)
+    weights[name].view(-1)[0] = value
+    save_file(weights, path)
+    with pytest.raises(RecordError, match=f"'{name}' holds numbers that are not finite"):
+        RaiseFork.load(path.parent)
 
 
 # Commands
@@ -942,6 +988,87 @@ def test_replay__link_in_an_allowed_folder__leads_nowhere_else(tmp_path: Path) -
     pool = str(tmp_path / "mine" / "pool.jsonl")
     with pytest.raises(RecordError, match="would open what the record names: pool"):
         replay(record_of(pool=pool, dev=pool), allowed=[str(tmp_path / "mine")])
+
+
+@pytest.mark.parametrize("name", ["pool", "dev", "test"])
+@pytest.mark.parametrize("is_named", [False, True], ids=["in a folder that is", "by its own name"])
+def test_replay__link_in_a_folder_of_data__leads_nowhere_else(name: str, is_named: bool, tmp_path: Path) -> None:
+    for part in ("pool", "dev", "test"):
+        (tmp_path / "mine" / part).mkdir(parents=True)
+        (tmp_path / "mine" / part / "rows.jsonl").write_text(GOOD_ROWS.replace("Question", part))
+    secret, link = tmp_path / "secret.jsonl", tmp_path / "mine" / name / "rows.jsonl"
+    secret.write_text(link.read_text())
+    link.unlink()
+    link.symlink_to(Path("..", "..", "secret.jsonl"))
+    (tmp_path / "mine" / name / "notes.txt").symlink_to(tmp_path)  # what is not read may lead anywhere
+    sources = {part: str(tmp_path / "mine" / part) for part in ("pool", "dev", "test")}
+    record = record_of(**sources, num_candidates=2, num_classes=1, batch_size=1, auxiliary_updates=0)
+    allowed = [*sources.values()] if is_named else [str(tmp_path / "mine")]
+    with pytest.raises(
+        RecordError, match=rf"{name} '\S*mine\S*', by a link in it '\S*secret.jsonl'\. .*--allow \S*secret"
+    ):
+        replay(record, allowed=allowed)
+    difference, _ = replay(record, allowed=[*allowed, str(secret)])
+    assert difference is not None
+    assert difference.what == "content of model"  # it was opened, and is another
+
+
+def linked_model(cache: Path) -> Path:
+    """The embedded model's folder as the hub's cache keeps it: each file a link."""
+    (cache / "snapshots" / "1").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, path in enumerate(sorted(path for path in BASE.iterdir() if path.is_file())):
+        shutil.copy(path, cache / "blobs" / str(number))
+        (cache / "snapshots" / "1" / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    return cache / "snapshots" / "1"
+
+
+def test_replay__models_folder_of_links__is_opened_by_its_own_name_or_with_what_they_lead_to(tmp_path: Path) -> None:
+    model = linked_model(tmp_path / "hub")
+    record = record_of(model=str(model), pool_size=64, num_dev=8, num_candidates=16, num_classes=2, auxiliary_updates=0)
+    for allowed in ([str(model)], [str(tmp_path / "hub")], [str(model.parent), str(tmp_path / "hub" / "blobs")]):
+        difference, _ = replay(record, allowed=allowed)
+        assert difference is not None
+        assert difference.what == "content of model"
+    for name in ("model", "auxiliary_model", "adapter", "auxiliary_adapter"):
+        with pytest.raises(RecordError, match=rf"{name} '\S*snapshots/1', by a link in it '\S*blobs/\d+'\. "):
+            replay(record_of(**{name: str(model)}), allowed=[str(model.parent)])
+
+
+@pytest.mark.parametrize("kind", ["folder", "circle"])
+def test_replay__links_deep_in_a_models_folder__lead_nowhere_else(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "templates").mkdir()
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "mine" / "model" / "templates").symlink_to(Path("..", "templates"))
+    (tmp_path / "mine" / "templates" / "back").symlink_to(Path("..", "model"))
+    target = {"folder": tmp_path / "secret", "circle": Path("a.jinja")}[kind]
+    (tmp_path / "mine" / "templates" / "a.jinja").symlink_to(target)
+    with pytest.raises(RecordError, match="would open what the record names: model"):
+        replay(record_of(model=str(tmp_path / "mine" / "model")), allowed=[str(tmp_path / "mine")])
+
+
+def test_replay__folders_that_link_to_each_other__are_looked_through_once(tmp_path: Path) -> None:
+    for name, other in (("model", "templates"), ("templates", "model")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "other").symlink_to(Path("..", other))
+    with pytest.raises(ModelError, match="model"):  # it was opened, and there is nothing
+        replay(record_of(model=str(tmp_path / "model")), allowed=[str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", [name for name in OPENED if name not in ("model", "auxiliary_model")])
+def test_replay__name_of_the_embedded_model__allows_no_file_of_that_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    needed = {"pool": "tiny", "dev": "tiny"} if name in ("pool", "dev", "test") else {}
+    with pytest.raises(RecordError, match=rf"would open what the record names: .*{name} 'tiny'.*--allow tiny"):
+        replay(record_of(**{**needed, name: "tiny"}))
+
+
+def test_replay__name_too_long_for_a_file__is_refused() -> None:
+    with pytest.raises(RecordError, match="would open what the record names: model"):
+        replay(record_of(model="a" * 5000), allowed=["."])
 
 
 def test_replay__name_of_the_hub__only_where_it_is_allowed() -> None:
@@ -1140,9 +1267,12 @@ def test_chat_template__in_bounds__gives_what_transformers_gives(name: str, is_o
 # Results, runs and caches that were tampered with
 
 
+COSTS = dict.fromkeys(("features", "preparation", "learning", "final"), 1.0)
+
+
 def results_line(**values: Any) -> dict[str, Any]:
-    parts = dict.fromkeys(("features", "preparation", "learning", "final"), 1.0)
-    line = {"task": "t", "agent": "a", "seed": 0, "phi": 1.0, "phi_parts": parts, "tokens": parts, "seconds": parts}
+    parts = COSTS
+    line = {"task": "t", "agent": "a", "seed": 0, "phi": 4.0, "phi_parts": parts, "tokens": parts, "seconds": parts}
     return {**line, "dev_loss": 1.0, "test_loss": 1.0, "diverged": False, "error": None, **values}
 
 
@@ -1156,6 +1286,9 @@ def results_line(**values: Any) -> dict[str, Any]:
         *({"seconds": value} for value in (None, 1, {"final": None})),
         {"error": 1},
         {"episode_returns": ["a"]},
+        *({"phi": phi} for phi in (-4.0, 3.9, 4.001, 0)),
+        *({name: {**COSTS, "final": -1e-9}} for name in ("phi_parts", "tokens", "seconds")),
+        {"phi": 2.0, "phi_parts": {**COSTS, "learning": -1.0}},
     ],
     ids=str,
 )
@@ -1165,6 +1298,12 @@ def test_read_bench__line_of_another_form__is_named(values: dict[str, Any], tmp_
     (folder / "episodes.jsonl").write_text(record_of().to_json() + "\n")
     with pytest.raises(RecordError, match=r"results\.jsonl, line 1: "):
         read_bench(folder)
+
+
+def test_check_line__phi_of_parts_added_in_any_order__is_taken() -> None:
+    check_line(results_line())
+    check_line(results_line(phi=4.0 * (1 + 1e-9)))
+    check_line(results_line(phi=0, phi_parts=dict.fromkeys(COSTS, 0)))
 
 
 def test_whole_lines_and_records__binary_content__is_torn(tmp_path: Path) -> None:

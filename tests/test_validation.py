@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from raise_env.agents.job import Entry
 from raise_env.agents.leaderboard import leaderboard, markdown_board
 from raise_env.agents.validation import check_results, read_bench, replay_all
 from raise_env.errors import RecordError, SettingError
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,37 @@ def test_check_results__a_failed_run__needs_no_record(theirs):
     (theirs / "episodes.jsonl").write_text("".join(lines[1:]))
     change(theirs / "results.jsonl", 0, error="it failed")
     assert check_results(*read_bench(theirs)) == {}
+
+
+@pytest.mark.parametrize("is_failed", [False, True])
+def test_check_results__a_run_whose_line_is_gone_or_says_that_it_failed__is_named(theirs, is_failed):
+    lines = (theirs / "results.jsonl").read_text().splitlines(keepends=True)
+    gone = json.loads(lines[3])
+    if is_failed:
+        change(theirs / "results.jsonl", 3, error="it failed")
+    else:
+        (theirs / "results.jsonl").write_text("".join([*lines[:3], *lines[4:]]))
+    (fault,) = (faults := check_results(*read_bench(theirs))).values()
+    assert list(faults) == [(gone["task"], gone["agent"], gone["seed"])]
+    assert fault.startswith("no line without an error; expected one, as there is a record (")
+    assert fault.endswith("episodes.jsonl, record 4)")
+
+
+def test_replay_all__final_scores_taken_out_of_line_and_record__are_found(theirs):
+    change(theirs / "episodes.jsonl", 3, final={})
+    change(theirs / "results.jsonl", 3, test_loss=None, test_accuracy=None)
+    lines, recorded = read_bench(theirs)
+    assert check_results(lines, recorded) == {}, "line and record agree"
+    differences = [replayed.difference for replayed in replay_all(recorded, in_one_thread=True)]
+    (found,) = filter(None, differences)
+    assert (found.what, found.recorded) == ("test_loss", None)
+
+
+def test_read_bench__the_projects_own_results__are_read_and_agree():
+    folders = sorted(path.parent for path in RESULTS.rglob("episodes.jsonl"))
+    assert len(folders) >= 2
+    for folder in folders:
+        assert check_results(*read_bench(folder)) == {}, folder
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "default"}\n'])

@@ -67,12 +67,12 @@ class BatchAgent(ABC):
     is_live: ClassVar[bool] = False
 
     def __init__(self, batch_size: int | None = None) -> None:
-        is_count = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
+        is_count = isinstance(batch_size, (int, np.integer)) and not isinstance(batch_size, bool) and batch_size >= 1
         if batch_size is not None and not is_count:
             raise SettingError(
                 f"batch_size is {batch_size!r}; expected a whole number of at least 1, or None for the environment's."
             )
-        self.batch_size = batch_size
+        self.batch_size = None if batch_size is None else int(batch_size)
         self._world: RaiseSelectEnv | None = None
         self._rng = np.random.default_rng(0)
 

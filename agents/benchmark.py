@@ -252,6 +252,7 @@ def _make_runs(
                 show(number)
     finally:  # what is on disk is not made again: its time would be nowhere
         _add_time(run, in_runs, time.perf_counter() - begun)
+    run.note()  # the page that is written next tells of it, killed and written anew too
 
 
 def _contents(plan: BenchPlan, workers: int | None, show: Callable[[int], None]) -> dict[str, dict[str, str]]:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,8 @@ AGENTS = {
     "raise_fork": "raise_fork:RaiseFork",
     "placebo": "placebo:PlaceboFork",
 }
+
+logger = logging.getLogger(__name__)
 
 #: Episodes that an agent learns for which has no number of its own.
 DEFAULT_EPISODES = 8
@@ -240,20 +243,25 @@ def _own_agent(name: str, arguments: Mapping[str, Any]) -> Agent:
 def _acting(found: Any, name: str) -> Agent:
     """Return the agent; without its `learn` where that is another's, as that of SB3's models, which counts steps.
 
-    One that learns is a copy: what it learned in one run must not be there in the next.
-
-    Raises:
-        AgentError: It cannot be copied.
+    One that learns is a copy: what it learned in one run must not be there in the next. One that cannot be copied, as
+    it has learned already and holds on to its environment, acts as it is.
     """
     learn = getattr(found, "learn", None)
     if learn is None:
         return cast(Agent, found)
+    acting = SimpleNamespace(**{part: getattr(found, part) for part in _ACTING if hasattr(found, part)})
     try:
         inspect.signature(learn).bind(None, 1, seed=0, progress=None)
     except TypeError:
-        return cast(Agent, SimpleNamespace(**{part: getattr(found, part) for part in _ACTING if hasattr(found, part)}))
-    with agents_code(f"agent {name!r}, copying it (each run learns anew; name its class to have it built instead)"):
+        return cast(Agent, acting)
+    try:
         return cast(Agent, copy.deepcopy(found))
+    except Exception as error:  # whatever the object's own code raises
+        message = (
+            "agent %r cannot be copied (%s), so it acts as it is and does not learn: name its class to have it learn"
+        )
+        logger.warning(message, name, error)
+        return cast(Agent, acting)
 
 
 def _imported(name: str) -> Any:

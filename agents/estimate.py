@@ -17,6 +17,7 @@ import numpy as np
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.assets import load_data
 from raise_env.files import scratch_folder
+from raise_env.learner import GPU_SCORED_TOKENS
 from raise_env.model_size import ModelSize, has_weights, matrix_rate, save_stand_in, size_of
 from raise_env.pool import sample_rows
 
@@ -129,12 +130,13 @@ def _final_environment(env: RaiseSelectEnv, agent: Any, share: float) -> RaiseSe
 def _run(env: RaiseSelectEnv, agent: Any, name: str, reporter: Reporter) -> np.ndarray:
     """Return what `_spent` counts in one of an agent's final runs, from first steps with and without a dev score."""
     horizon = env.config.horizon
-    num_steps = min(horizon, math.ceil(env.config.total_budget / env.config.batch_size))  # of whole batches
+    size = getattr(agent, "batch_size", None) or env.config.batch_size
+    num_steps = min(horizon, math.ceil(env.config.total_budget / size))  # of whole batches
     num_scored = math.ceil(num_steps / env.config.score_every)  # the last one always is
     kinds = [(1, num_scored), (horizon, num_steps - num_scored)]
     worlds = [(env.variant(score_every=every), count) for every, count in kinds if count]
     # One that has to learn or to prepare first takes as many rows, with next to no work in a step.
-    actor = RandomAgent() if _has(agent, "learn") or _has(agent, "prepare") else agent
+    actor = RandomAgent(batch_size=size) if _has(agent, "learn") or _has(agent, "prepare") else agent
     total, begun = np.zeros(3), np.zeros(3)
     with reporter.task(f"measuring steps with {name}", _STEPS * len(worlds)) as show:
         for place, (world, count) in enumerate(worlds):
@@ -260,8 +262,8 @@ def _memory(config: EnvConfig, size: ModelSize, auxiliary: ModelSize) -> float:
     """Return the bytes that weights, adapters and the activations of an update take.
 
     With activation checkpointing a layer keeps one value of the hidden width a token, and one layer all that it has.
-    Logits of the labels are kept in float32, and their gradients. In float32 weights with the adapter merged in stand
-    beside the frozen ones, for an update as for a score.
+    Logits of the labels are kept in float32, and their gradients, or what a score makes of them. In float32 weights
+    with the adapter merged in stand beside the frozen ones, for an update as for a score.
     """
     width = 4 if config.dtype == "float32" else 2
     weights = _weight_bytes(config, size) + (4 * size.num_matrix if config.dtype == "float32" else 0)
@@ -272,7 +274,8 @@ def _memory(config: EnvConfig, size: ModelSize, auxiliary: ModelSize) -> float:
     activations = size.num_layers * layer if kept is None else kept
     adapters = 4 * 4 * size.num_adapter  # adapter, gradient and two moments in float32
     tokens = min(config.micro_batch_tokens, config.batch_size * config.max_length)
-    return weights + adapters + tokens * (activations + 2 * 4 * size.num_words)
+    logits = max(tokens, GPU_SCORED_TOKENS) * 2 * 4 * size.num_words
+    return weights + adapters + tokens * activations + logits
 
 
 def _weight_bytes(config: EnvConfig, size: ModelSize) -> float:

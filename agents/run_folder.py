@@ -22,8 +22,13 @@ RUN_VERSION = 1
 #: What a piece of a run costs, each in `costs` by piece and in a field of its own in sum.
 _KINDS_OF_COST = ("seconds", "phi_tokens", "divergences")
 
-#: What runs leave that is added to, or gone on with.
-_RESULTS = ("results.jsonl", "episodes.jsonl", "rewards.jsonl", "learning")
+#: What runs leave that is added to, or gone on with: those that learn one selector, and all others.
+_ONE_RUN = ("train", "finetune", "demo")
+_OF_ONE = ("episodes.jsonl", "learning/steps.jsonl", "learning/episode-*")
+_OF_MANY = ("results.jsonl", "episodes.jsonl", "rewards.jsonl")
+
+#: What plans of old do not say, by the last part of its name.
+_NOT_SAID_OF_OLD = ("selector", "selectors")
 
 
 class RunFolder:
@@ -64,7 +69,7 @@ class RunFolder:
             SettingError: The run was begun with another plan, or by another command.
         """
         path = folder / "run.json"
-        _refuse_results_alone(folder)
+        _refuse_results_alone(folder, command)
         if path.exists() and not resume:
             raise OutputError(
                 f"{str(folder)!r} holds a run already: name another folder, or add --resume to go on with it."
@@ -221,9 +226,10 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
         yield line
 
 
-def _refuse_results_alone(folder: Path) -> None:
+def _refuse_results_alone(folder: Path, command: str) -> None:
     """Refuse to add to results, or to go on with learning, of which nothing says how they were made."""
-    alone = [name for name in _RESULTS if (folder / name).exists()]
+    names = _OF_ONE if command in _ONE_RUN else _OF_MANY
+    alone = list(dict.fromkeys(path.relative_to(folder).parts[0] for name in names for path in folder.glob(name)))
     if alone and not (folder / "run.json").exists():
         raise OutputError(
             f"{str(folder)!r} holds {' and '.join(alone)} without the run.json that says how they were made: name "
@@ -232,7 +238,11 @@ def _refuse_results_alone(folder: Path) -> None:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    different = [f"{name}: then {then!r}, now {this!r}" for name, then, this in _differences(before, now)]
+    different = [
+        f"{name}: then {then!r}, now {this!r}"
+        for name, then, this in _differences(before, now)
+        if then is not None or name.rpartition(".")[2] not in _NOT_SAID_OF_OLD
+    ]
     if different:
         raise SettingError(
             f"{path}: the run was begun with other settings ({'; '.join(different)}). Resume it with those."

@@ -87,7 +87,9 @@ def _in_processes(
                 ) from error
         logger.warning("a worker was ended from outside; what the workers had in hand is done again")
         if deaths == MAX_DEATHS and lost is not None:
-            deaths = 0
+            deaths, workers = 0, max(2, workers // 2)  # one would be this process
+            message = "%d times in a row, most likely for lack of memory: now piece by piece, then in %d processes"
+            logger.warning(message, MAX_DEATHS, workers)
             for number in sorted(in_hand):
                 yield _alone(work, left.pop(number), lost)
 

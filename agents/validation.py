@@ -180,7 +180,10 @@ def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorde
                 faults[key] = f"{fault} ({found[0].where})"
     for key, found in records.items():
         if key not in done:
-            faults[key] = f"no line without an error; expected one, as there is a record ({found[0].where})"
+            faults[key] = (
+                f"no line without an error; expected one, as there is a record ({found[0].where}). If the benchmark "
+                "was interrupted, --resume makes that run again"
+            )
     return faults
 
 

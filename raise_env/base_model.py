@@ -172,7 +172,7 @@ class BaseModel:
         ]
         return dict(zip(names, self._shapes, strict=True))
 
-    @property
+    @functools.cached_property
     def num_weights(self) -> int:
         """Numbers in the frozen model and one adapter."""
         return sum(value.numel() for value in self.peft_model.parameters())

@@ -81,7 +81,7 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 #: What decides on the rows of an embedded task, and on nothing where there is a pool of one's own.
-_OF_TASK = ("task", "task_seed", "pool_size")
+OF_TASK = ("task", "task_seed", "pool_size")
 
 #: The largest rank that an adapter from a file may have; beyond it LoRA is larger than most layers.
 MAX_FOREIGN_RANK = 4096
@@ -276,11 +276,11 @@ class EnvConfig:
         for name in kwargs:
             if name not in known:
                 raise SettingError(f"unknown setting {name!r}: {suggestion(name, known)}")
-        return cls(**{**_task_settings(kwargs.get("task")), **kwargs})
+        return cls(**{**_task_settings(kwargs.get("task"), kwargs.get("pool")), **kwargs})
 
     def to_kwargs(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults, those of the task, as plain data for `from_kwargs`."""
-        default = EnvConfig(**_task_settings(self.task))
+        default = EnvConfig(**_task_settings(self.task, self.pool))
         kwargs: dict[str, Any] = {}
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
@@ -396,7 +396,8 @@ class EnvConfig:
     def _check_task_unset(self) -> None:
         """Refuse what decides on the rows of an embedded task: nobody shall think that it thins a pool out."""
         default = {entry.name: entry.default for entry in dataclasses.fields(self)}
-        given = [name for name in _OF_TASK if getattr(self, name) != default[name]]
+        # A task's name alone misleads nobody, and stands in records.
+        given = [name for name in OF_TASK if name != "task" and getattr(self, name) != default[name]]
         if given:
             raise SettingError(
                 f"{given[0]}={getattr(self, given[0])!r} is of the embedded tasks, and pool={self.pool!r} takes their "
@@ -404,9 +405,9 @@ class EnvConfig:
             )
 
 
-def _task_settings(task: Any) -> Mapping[str, Any]:
-    """Return a task's own defaults."""
-    return TASK_SETTINGS.get(task, {}) if isinstance(task, str) else {}
+def _task_settings(task: Any, pool: Any) -> Mapping[str, Any]:
+    """Return a task's own defaults; none beside a pool, which takes the task's place."""
+    return TASK_SETTINGS.get(task, {}) if isinstance(task, str) and pool is None else {}
 
 
 Part = TypeVar("Part", LoraSettings, ColumnSettings)

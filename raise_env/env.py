@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
-from .config import OWN_SETTINGS, EnvConfig
+from .config import OF_TASK, OWN_SETTINGS, EnvConfig
 from .errors import ActionError, SettingError, memory_explained
 from .features import FEATURE_NAMES, LoadingProgress, StaticFeatures, frame, observation_bounds, observe
 from .learner_protocol import scheduled_rate
@@ -253,7 +253,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     | max_grad_norm | 1.0 | norm that the gradient is clipped to; 0 turns clipping off |
     | max_length | 256 | tokens that a row may have; a longer one loses its end |
     | template | None | Jinja text of `prompt` and `system`, instead of the tokenizer's chat template or a plain frame |
-    | micro_batch_tokens | 16384 | tokens that an update puts through the model at once, to fit into memory |
+    | micro_batch_tokens | 16384 | tokens that go through the model at once at most, to fit into memory |
     | seed_model | 0 | what the first adapter is drawn from |
     | adapter | None | folder of a PEFT LoRA adapter to go on from, which also gives lora its form |
     | activation_checkpointing | False | keep less for the backward pass and compute it again: less memory, more time |
@@ -564,7 +564,10 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         Raises:
             SettingError: As for the class.
         """
-        kwargs = {"render_mode": self.render_mode, **self.config.to_kwargs(), **settings}
+        own = self.config.to_kwargs()
+        if settings.get("pool") is not None:  # which takes the place of the embedded task
+            own = {name: value for name, value in own.items() if name not in OF_TASK}
+        kwargs = {"render_mode": self.render_mode, **own, **settings}
         return RaiseSelectEnv(assets=self.assets if OWN_SETTINGS.issuperset(settings) else None, **kwargs)
 
     @memory_explained(_LESS_MEMORY)
@@ -938,12 +941,13 @@ def step_together(envs: Sequence[RaiseSelectEnv], actions: Sequence[Action]) -> 
 @contextlib.contextmanager
 def _undone_by_errors(envs: Sequence[RaiseSelectEnv]) -> Iterator[None]:
     """Put environments back to where they are now if the block ends in an error: whoever steps again, steps once."""
-    moments = [env.snapshot() for env in envs]
+    before = [(env.snapshot(), env.moment) for env in envs]
     try:
         yield
     except BaseException:
-        for env, moment in zip(envs, moments, strict=True):
-            env.restore(moment)
+        for env, (snapshot, moment) in zip(envs, before, strict=True):
+            env.restore(snapshot)
+            env._moment = moment  # it is the same: what a wrapper keeps of it still holds
         raise
 
 

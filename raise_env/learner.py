@@ -43,6 +43,9 @@ GRADIENT_BATCH_TOKENS = 2048
 #: memory sets a limit.
 STACKED_TOKENS = 512
 
+#: Tokens, padding included, of a pass that scores on a GPU at most: logits of so many are a few gigabytes.
+GPU_SCORED_TOKENS = 4096
+
 #: On a processor passes of models of up to so many numbers go side by side, each with merged weights of its own. The
 #: operators of larger ones keep all cores busy by themselves, and copies of these would fill the memory.
 SIDE_BY_SIDE_WEIGHTS = 100_000_000
@@ -327,7 +330,9 @@ class LoraLearner:
     @property
     def _scored_tokens(self) -> int:
         """Tokens of a pass that scores: on a GPU each costs about the same however little goes through it."""
-        return EVALUATION_BATCH_TOKENS if self.base.device.type == "cpu" else self.settings.micro_batch_tokens
+        if self.base.device.type == "cpu":
+            return EVALUATION_BATCH_TOKENS
+        return min(max(self.settings.micro_batch_tokens, EVALUATION_BATCH_TOKENS), GPU_SCORED_TOKENS)
 
     @contextlib.contextmanager
     def _adapted(self, state: TrainingState) -> Iterator[Tensor | None]:

@@ -314,9 +314,10 @@ def _outside(source: str, allowed: Collection[str], *, is_data: bool) -> str | N
     """
     try:
         path = Path(source)
-        if source in allowed and not (is_data and path.is_dir()):
-            return None
         inside = [Path(known).resolve() for known in allowed if Path(known).exists()]
+        is_named = source in allowed or (path.exists() and path.resolve() in inside)
+        if is_named and not (is_data and path.is_dir()):
+            return None
         # What is not here might be fetched from the hub.
         if not path.exists() or not _is_within(path.resolve(), inside):
             return source

@@ -190,13 +190,14 @@ class RowReader:
     def _in_context(self, instruction: Instruction, row: Row, where: str) -> Reading:
         """Return an instruction with the system text and the exchanges that stand in columns of their own.
 
-        A column that is named to hold something else holds that alone.
+        Where columns are named, what they name is all that is read.
         """
         assert self._form is not None
-        named = self._columns.named() if self.uses_columns else {}
-        if "system" in row and not instruction.system and "system" not in {*named, *named.values()}:
+        if self.uses_columns:
+            return instruction
+        if "system" in row and not instruction.system:
             instruction = replace(instruction, system=_system(row["system"], f"{where}, field 'system'"))
-        if "history" not in row or self._form.is_chat or "history" in named.values():
+        if "history" not in row or self._form.is_chat:
             return instruction
         earlier = _history(row["history"], f"{where}, field 'history'")
         if not all(text.strip() for exchange in earlier for text in exchange):
@@ -235,7 +236,9 @@ class RowReader:
         for column, text in (("question", prompt), ("answer", answer)):
             if not text.strip():
                 return column
-        choices = [(letter, _text(row, letter, where)) for letter in string.ascii_uppercase if letter in row]
+        choices = [
+            (letter, _text(row, letter, where)) for letter in string.ascii_uppercase if row.get(letter) is not None
+        ]
         # A table has a column for each choice of the row that has most: the others' last ones are empty.
         while choices and not choices[-1][1].strip():
             choices.pop()

@@ -185,6 +185,12 @@ def test_probe__few_dev_rows_with_choices__are_those_that_it_scores_on(files, re
         env.step(actions[0])
 
 
+def test_variant__pool_of_ones_own__takes_the_place_of_the_embedded_task(files):
+    settings = files()
+    env = RaiseSelectEnv(task="thrift", pool_size=500, task_seed=1).variant(**settings)
+    assert (env.config.task, env.config.pool_size, env.config.task_seed) == ("default", 2000, 0)
+
+
 def test_variant__reward_that_the_test_rows_do_not_allow__is_refused_at_once(files):
     env = RaiseSelectEnv(**files(dev=with_choices(rows(100, 6), "no")))
     env.reset(seed=0)

@@ -125,13 +125,26 @@ def test_make_agent__object_that_learns_as_agents_do__is_a_new_one_each_time(my_
     assert second.episode_returns == [], "what one run learned is there in the next"
 
 
-def test_make_agent__object_that_learns_and_cannot_be_copied__says_what_to_do(my_module):
+def test_make_agent__object_that_has_learned__acts_with_what_it_learned(my_module, small_settings, caplog):
+    settings = "num_networks=1, num_passes=1, num_states=1, num_rows=4, num_lookahead=1"
+    my_module(
+        "from raise_env import RaiseSelectEnv\nfrom raise_env.agents import RaiseFork\n"
+        f"model = RaiseFork({settings}).learn(RaiseSelectEnv(**{small_settings!r}), 1)"
+    )
+    agent = make_agent("mine:model")
+    assert not hasattr(agent, "learn")
+    assert "name its class to have it learn" in caplog.text
+    record = run_episode(RaiseSelectEnv(**small_settings), agent, seed=0, name="mine")
+    assert [len(rows) for rows in record.actions] == [4, 4, 4]
+
+
+def test_make_agent__object_that_learns_and_cannot_be_copied__acts_as_it_is(my_module, caplog):
     learns = "    def learn(self, env, episodes, seed=0, progress=None): return self\n"
     my_module(
         f"import threading\n{TAKES_FIRST}class Locked(Mine):\n{learns}model = Locked()\nmodel.lock = threading.Lock()\n"
     )
-    with pytest.raises(AgentError, match=r"'mine:model', copying it .*name its class"):
-        make_agent("mine:model")
+    assert not hasattr(make_agent("mine:model"), "learn")
+    assert "'mine:model' cannot be copied" in caplog.text
 
 
 def test_selector_digest__another_selector_in_its_place__is_another(tmp_path):

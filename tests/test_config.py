@@ -180,7 +180,13 @@ def test_from_kwargs__task__has_settings_of_its_own_where_none_are_given(task):
     assert EnvConfig.from_kwargs({"task": task, "horizon": 5}).to_kwargs() == {"task": task, "horizon": 5}
 
 
-@pytest.mark.parametrize(("name", "value"), [("task", "thrift"), ("task_seed", 1), ("pool_size", 500)])
+def test_from_kwargs__task_beside_a_pool__leaves_the_settings_alone():
+    config = EnvConfig.from_kwargs({"task": "thrift", "pool": "pool.jsonl", "dev": "dev.jsonl"})
+    assert config == EnvConfig(task="thrift", pool="pool.jsonl", dev="dev.jsonl")
+    assert EnvConfig.from_kwargs(config.to_kwargs()) == config
+
+
+@pytest.mark.parametrize(("name", "value"), [("task_seed", 1), ("pool_size", 500)])
 def test_from_kwargs__rows_of_an_embedded_task_beside_a_pool__are_refused(name, value):
     files = {"pool": "pool.jsonl", "dev": "dev.jsonl"}
     with pytest.raises(SettingError, match=rf"{name}=.* is of the embedded tasks, and pool='pool\.jsonl'"):

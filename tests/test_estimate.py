@@ -225,6 +225,13 @@ def test_estimate__folder_without_config__model_error(plan, tmp_path):
         estimate(with_model(plan, tmp_path))
 
 
+@pytest.mark.parametrize(("agent", "size", "updates"), [("random", 2, 5), ("random", 8, 3), ("ifd", 8, 3)])
+def test_estimate__batch_size_of_the_agents_own__is_what_is_counted(small_settings, agent, size, updates):
+    settings = {**small_settings, "horizon": 5, "budget": 20}
+    plan = Plan(settings, agent=agent, agent_settings={"batch_size": size}, compare=(), num_runs=1)
+    assert estimate(plan).updates == updates
+
+
 def test_estimate__budget_that_ends_the_run_early__is_what_is_counted(small_settings):
     plan = Plan({**small_settings, "horizon": 5, "budget": 6}, agent="random", compare=(), num_runs=2)
     assert estimate(plan).updates == 2 * 2, "of four rows and of the two that are left"

@@ -87,10 +87,10 @@ def test_evaluate__no_choices__has_no_accuracy(encoder, by_letter):
     assert evaluate(by_letter, EvaluationSet.build(ROWS[:2], encoder, "dev")).accuracy is None
 
 
-def test_evaluate__real_model__is_the_same_however_rows_are_batched(base, scored, monkeypatch):
+@pytest.mark.parametrize("batching", [{"max_tokens": 1}, {"max_tokens": 4096, "shares_prompts": False}])
+def test_evaluate__real_model__is_the_same_however_rows_are_batched(base, scored, batching):
     whole = evaluate(lambda batch: base.token_losses(batch, None), scored)
-    monkeypatch.setattr("raise_env.evaluation.EVALUATION_BATCH_TOKENS", 1)
-    alone = evaluate(lambda batch: base.token_losses(batch, None), scored)
+    alone = evaluate(lambda batch: base.token_losses(batch, None), scored, **batching)
     np.testing.assert_allclose(alone.row_losses, whole.row_losses, rtol=1e-5)
     for one, other in zip(alone.choice_scores, whole.choice_scores, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)

@@ -123,15 +123,16 @@ def test_read__named_choices__of_any_form() -> None:
     assert read(row, prompt="ask", choices="among", answer="right") == Instruction("Which?", "two", ("one", "two"), row)
 
 
-def test_read__system_and_history__are_read_unless_they_are_named_for_something_else() -> None:
-    row = {"q": "a", "a": "b", "system": "head", "history": [["hi", "ho"]]}
-    whole = Instruction("a", "b", (), row, "head", (("hi", "ho"),))
-    assert read(row, prompt="q", response="a") == whole
-    assert read(row, prompt="q", response="a", system="system") == whole
-    assert read(row | {"s": " "}, prompt="q", response="a", system="s").system == "", "another column is named for it"
-    assert read(row, prompt="system", response="a") == Instruction("head", "b", (), row, "", (("hi", "ho"),))
-    noted = row | {"history": "note"}
-    assert read(noted, prompt="q", response="a", input="history") == Instruction("a\n\nnote", "b", (), noted, "head")
+@pytest.mark.parametrize("more", [{"system": "gpt-4", "history": [["hi", "ho"]]}, {"system": 3, "history": "note"}])
+def test_read__system_and_history__are_not_read_where_columns_are_named(more) -> None:
+    row = {"q": "a", "a": "b", **more}
+    assert read(row, prompt="q", response="a") == Instruction("a", "b", (), row)
+
+
+def test_read__system_and_history__are_read_where_no_named_column_is() -> None:
+    row = {"q": "a", "a": "b", "system": "head", "history": "note"}
+    assert read(row, prompt="q", response="a", system="system") == Instruction("a", "b", (), row, "head")
+    assert read(row, prompt="q", response="a", input="history") == Instruction("a\n\nnote", "b", (), row)
     # The source has not the named columns: none is named in it.
     alpaca = {"instruction": "a", "output": "b", "system": "head"}
     assert read(alpaca, prompt="system", response="a").system == "head"
@@ -241,9 +242,11 @@ def test_read__empty_choices_in_columns__are_none_at_the_end_and_a_blank_field_b
     assert read(row) == Instruction("Where?", "library", tuple(TEXTS), row)
     assert read(row, choice_form="letter").choices == ("A", "B", "C")
     assert "found 'D'; expected one of the letters A, B, C," in fault(row | {"answer": "D"})
-    for empty in ("", " ", None):
+    for empty in ("", " "):
         assert read(row | {"C": empty, "D": "zoo"}) == "C"
         assert read(row | {"A": empty}) == "A", "whatever the answer is"
+    # A table of another kind has null for it, which is no text.
+    assert read(row | {"C": None, "D": "zoo", "answer": "D"}).choices == ("bank", "library", "zoo")
     assert read(row | dict.fromkeys("ABC", "")) == "A"
 
 
@@ -357,7 +360,8 @@ def test_read__system_and_history_in_columns__head_the_conversation(
 def test_read__system_beside_turns__is_theirs_if_they_have_none(column: str) -> None:
     row = {column: turns("a", "b"), "system": "head", "history": "a note"}
     assert read(row) == Instruction("a", "b", (), row, "head")
-    assert read({"talk": row[column], "system": "head"}, messages="talk").system == "head"
+    assert read({"talk": row[column], "system": "head"}, messages="talk").system == ""
+    assert read({"talk": row[column], "system": "head"}, messages="talk", system="system").system == "head"
     for own, expected in (("own", "own"), (" ", "head")):
         assert read(row | {column: [{"role": "system", "content": own}, *turns("a", "b")]}).system == expected
 

@@ -629,6 +629,24 @@ def test_finetune__resumed_with_another_selector_at_the_same_place__refuses(tmp_
         finetune(tmp_path / "run", tmp_path / "selector", settings, resume=True)
 
 
+def test_finetune__begun_before_selectors_were_noted__is_gone_on_with(tmp_path, small_settings, finished):
+    settings = {**small_settings, "horizon": 1}
+    finetune(tmp_path / "run", finished / "selector", settings)
+    state = read_json(tmp_path / "run" / "run.json")
+    del state["plan"]["selectors"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(state))
+    finetune(tmp_path / "run", finished / "selector", settings, resume=True)
+    assert "selectors" in read_json(tmp_path / "run" / "run.json")["plan"]
+
+
+def test_train__folder_with_things_of_ones_own__is_not_taken_for_a_run(tmp_path, small_settings):
+    for name in ("learning/notes.txt", "results.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine\n")
+    train(tmp_path, Plan({**small_settings, "horizon": 1}, agent="random", compare=(), num_runs=1))
+    assert (tmp_path / "learning" / "notes.txt").read_text() == (tmp_path / "results.jsonl").read_text() == "mine\n"
+
+
 def test_finetune__no_selector_there__nothing_is_written(tmp_path, small_settings):
     with pytest.raises(RecordError, match=r"config\.json"):
         finetune(tmp_path / "run", tmp_path / "nowhere", small_settings)
@@ -688,7 +706,7 @@ def test_plan__two_selectors__refused_as_their_results_would_have_one_name():
     assert Plan({}, agent="selector:a", compare=("random", "selector:a")).names == ["selector:a", "random"]
 
 
-@pytest.mark.parametrize("left", ["learning", "episodes.jsonl", "results.jsonl", "rewards.jsonl"])
+@pytest.mark.parametrize("left", ["learning", "episodes.jsonl"])
 def test_train__what_a_run_left_without_its_run_json__is_refused(tmp_path, plan, finished, left):
     folder = tmp_path / "run"
     folder.mkdir()

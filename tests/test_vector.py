@@ -358,6 +358,19 @@ def test_step__environments_put_back_after_their_end__go_on_from_there(wrapper):
     assert vector.step(action)[1].tolist() == [0.0, 0.0], "now they are reset"
 
 
+def test_step__error_in_one_environment__leaves_the_picks_of_all(monkeypatch):
+    envs = [toy_env(batch_size=2), toy_env(batch_size=3)]
+    vector = RaiseSelectVectorEnv.over([PickOne(env) for env in envs])
+    vector.reset(seed=0)
+    vector.step(np.array([0, 0]))
+    with monkeypatch.context() as patched:
+        patched.setattr(envs[0], "_reward", fails)
+        with pytest.raises(RewardError, match="on purpose"):
+            vector.step(np.array([1, 1]))
+    vector.step(np.array([1, 1]))
+    assert envs[0].history[0].selected.tolist() == envs[0].history[0].candidates[:2].tolist(), "and none anew"
+
+
 def test_step__error_in_one_environment__moves_none(monkeypatch):
     envs = [toy_env(), toy_env()]
     vector = RaiseSelectVectorEnv.over(envs)

@@ -222,6 +222,18 @@ def test_pick_one__restored_environment__gives_the_same_episode_again(num_open, 
     assert played(env, picks) == first
 
 
+def test_pick_one__step_that_failed__is_taken_again_with_the_same_picks(monkeypatch):
+    env = PickOne(toy_env(batch_size=3))
+    env.reset(seed=0)
+    env.step(0)
+    env.step(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(env.unwrapped, "_reward", lambda evaluation: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            env.step(2)
+    assert env.step(2)[4]["num_selected"] == 3
+
+
 def test_pick_one__over_a_fork__waits_for_a_full_batch():
     world = toy_env(batch_size=2, horizon=3)
     world.reset(seed=0)

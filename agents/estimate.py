@@ -24,7 +24,7 @@ from raise_env.pool import sample_rows
 from .baselines import RandomAgent
 from .catalogue import agent_name, make_agent
 from .rollout import run_episode
-from .runs import Plan, Reporter, Silent, check_inputs, parts_shown, phi_tokens
+from .runs import Plan, Reporter, Silent, check_inputs, final_environment, parts_shown, phi_tokens
 
 __all__ = ["CHARACTERS_PER_TOKEN", "Estimate", "estimate"]
 
@@ -96,7 +96,7 @@ def _measured(plan: Plan, env: RaiseSelectEnv, reporter: Reporter, num_rows: int
     share = (num_rows or len(pool)) / len(pool)
     total = np.zeros(3)
     for name, agent in agents.items():
-        final = _final_environment(env, agent, share)
+        final = final_environment(env, agent, share)
         total += _run(final, agent, agent_name(name), reporter) * plan.num_runs
     total += _learning(plan, env, agents[plan.agent], reporter)
     updates, tokens, seconds = total
@@ -116,15 +116,6 @@ def _used(env: RaiseSelectEnv) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def _final_environment(env: RaiseSelectEnv, agent: Any, share: float) -> RaiseSelectEnv:
-    """Return what `final_environment` would with `share` times the rows, which may decide on how long a run is."""
-    run_settings = getattr(agent, "run_settings", None)
-    if run_settings is None:
-        return env
-    num_rows = round(share * sum(len(ids) for ids in env.assets.members))
-    return env.variant(**run_settings(env.config, num_rows))
 
 
 def _run(env: RaiseSelectEnv, agent: Any, name: str, reporter: Reporter) -> np.ndarray:

@@ -237,16 +237,21 @@ def phi_tokens(env: RaiseSelectEnv) -> int:
     return PHI_EPOCHS * 3 * env.assets.pool_tokens
 
 
-def final_environment(env: RaiseSelectEnv, agent: Agent) -> RaiseSelectEnv:
+def final_environment(env: RaiseSelectEnv, agent: Agent, share: float = 1.0) -> RaiseSelectEnv:
     """Return the environment of an agent's final runs: the one given, unless the agent's `run_settings` ask for others.
 
     Model, data and features are shared as far as those settings let them.
+
+    Args:
+        env: The environment of learning.
+        agent: Who acts.
+        share: How many times the environment's rows the pool has, where it holds a sample of them.
     """
     run_settings = getattr(agent, "run_settings", None)
     if run_settings is None:
         return env
-    own = run_settings(env.config, sum(len(ids) for ids in env.assets.members))
-    return env.variant(**own)
+    num_rows = round(share * sum(len(ids) for ids in env.assets.members))
+    return env.variant(**run_settings(env.config, num_rows))
 
 
 def _learning_steps(agent: Agent, env: RaiseSelectEnv) -> int:

@@ -30,7 +30,6 @@ from .features import (
 from .lazy import LazyFeatures
 from .learner import LoraLearner, TrainingState, UpdateSettings
 from .learner_protocol import Split
-from .model_files import folder_stamp
 from .pool import (
     Pool,
     check_disjoint,
@@ -38,7 +37,7 @@ from .pool import (
     draw_candidates,
     sample_rows,
 )
-from .reading import Stamp, check_columns, read_pool, stamp
+from .reading import Stamp, check_columns, folder_stamp, read_pool, stamp
 from .rewards import Evaluation, check_reward
 from .store import cache_folder
 

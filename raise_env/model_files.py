@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import ModelError
 from .foreign_files import check_inside, check_regular, read_json
 
-__all__ = ["check_model_folder", "check_room", "folder_stamp", "num_weights"]
+__all__ = ["check_model_folder", "check_room", "num_weights"]
 
 _CONFIG, _TOKENIZER, _ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
 
@@ -58,16 +58,6 @@ def check_model_folder(folder: Path) -> None:
                 _check_tokenizer(read_json(path), folder)
         except (OSError, ValueError) as error:
             raise ModelError(f"{where}: {error}. Expected a folder as transformers writes it.") from error
-
-
-def folder_stamp(source: str | None) -> tuple[tuple[str, int, int], ...] | None:
-    """Return what changes when any file of a model's or adapter's folder does; None for what is no folder."""
-    try:
-        files = sorted(path for path in Path(source or "").iterdir() if path.is_file()) if source else []
-        statuses = [(file.name, file.stat()) for file in files]
-    except OSError:
-        return None
-    return tuple((name, status.st_mtime_ns, status.st_size) for name, status in statuses) or None
 
 
 def num_weights(folder: Path) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from array import array
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .pool import Instruction, Pool
 from .row_files import ENDINGS, Row, check_file, is_readable, rows_of_file, unit_of
 from .row_forms import RowReader
 
-__all__ = ["Stamp", "check_columns", "read_pool", "stamp"]
+__all__ = ["Stamp", "check_columns", "folder_stamp", "read_pool", "stamp"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,13 +143,20 @@ def check_columns(columns: ColumnSettings, *pools: Pool) -> None:
 
 
 def stamp(source: str | None) -> Stamp | None:
-    """Return what changes when a file, or any file of a folder, does; None for what is neither."""
+    """Return what changes when a file of rows, or any in a folder, does; None for what is neither."""
+    return _stamp(source, lambda path: _files(path) if path.is_dir() else [path] if path.is_file() else [])
+
+
+def folder_stamp(source: str | None) -> Stamp | None:
+    """Return what changes when any file of a model's or adapter's folder does; None for what is no folder."""
+    return _stamp(source, lambda path: sorted(file for file in path.iterdir() if file.is_file()))
+
+
+def _stamp(source: str | None, files_of: Callable[[Path], Sequence[Path]]) -> Stamp | None:
     if source is None:
         return None
-    path = Path(source)
     try:
-        files = _files(path) if path.is_dir() else [path] if path.is_file() else []
-        statuses = [(file.name, file.stat()) for file in files]
+        statuses = [(file.name, file.stat()) for file in files_of(Path(source))]
     except OSError:
         return None
     return tuple((name, status.st_mtime_ns, status.st_size) for name, status in statuses) or None

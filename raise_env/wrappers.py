@@ -39,9 +39,8 @@ class ActionForm(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructo
         choice = self.choice(action)
         return self.answer(None if choice is None else self.env.step(choice))  # type: ignore[arg-type]
 
-    @abstractmethod
     def check(self, action: Any) -> None:
-        """Refuse an action that `choice` would refuse, before anything is noted of it.
+        """Refuse an action that `choice` would refuse, where that notes something: nothing is noted here.
 
         Raises:
             ActionError: It is none.
@@ -91,9 +90,6 @@ class TopKScores(ActionForm):
         return top_of_each_class(
             scores, world.candidate_classes, world.action_masks(), world.config.batch_size, world.config.num_classes
         )
-
-    def check(self, action: np.ndarray) -> None:
-        """Do nothing: what `choice` refuses has changed nothing."""
 
     def choice(self, action: np.ndarray) -> np.ndarray:
         """Return `action(scores)`."""

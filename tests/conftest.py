@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from raise_env.env import RaiseSelectEnv
+from raise_env.pool import draw_candidates
+from raise_env.testing import ToyAssets
 
 EmbeddedEnv = Callable[..., RaiseSelectEnv]
 
@@ -123,3 +125,15 @@ def own_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_agent", raising=False)
     return importlib.import_module("own_agent")
+
+
+@pytest.fixture
+def rare_class(monkeypatch):
+    """Let some of the last class be offered, now more and now fewer: so it is with lazy features and a rare class."""
+
+    def draw(assets, num_candidates, rng):
+        candidates, classes = draw_candidates(assets.members, num_candidates, rng)
+        candidates[rng.integers(num_candidates * 3 // 4, num_candidates) :] = -1
+        return candidates, classes
+
+    monkeypatch.setattr(ToyAssets, "draw", draw)

@@ -13,8 +13,7 @@ from raise_env.agents.credit import Group
 from raise_env.agents.networks import AcquisitionFunction
 from raise_env.agents.raise_fork import ForkSettings, _loss, _stacked, fit_ensemble
 from raise_env.errors import RaiseEnvError, RecordError, SettingError
-from raise_env.pool import draw_candidates
-from raise_env.testing import ToyAssets, toy_env
+from raise_env.testing import toy_env
 
 FIT = {"num_networks": 3, "num_passes": 40, "hidden_dims": (64, 64), "weight_decay": 0.1}
 SMALL = {"hidden_dims": (32, 32), "num_forks": 4, "num_networks": 2, "num_passes": 5, "num_states": 3, "num_rows": 16}
@@ -38,18 +37,6 @@ def made_up_groups(count, rng):
         gains = (rows[:, :, :2] @ TRUE_SCORES).sum(axis=1)
         groups.append(Group(rows, ((gains - gains.mean()) / gains.std()).astype(np.float32)))
     return groups
-
-
-@pytest.fixture
-def rare_class(monkeypatch):
-    """Let some of the last class be offered, now more and now fewer: so it is with lazy features and a rare class."""
-
-    def draw(assets, num_candidates, rng):
-        candidates, classes = draw_candidates(assets.members, num_candidates, rng)
-        candidates[rng.integers(num_candidates * 3 // 4, num_candidates) :] = -1
-        return candidates, classes
-
-    monkeypatch.setattr(ToyAssets, "draw", draw)
 
 
 @pytest.fixture(scope="module")

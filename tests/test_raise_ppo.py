@@ -27,8 +27,7 @@ from raise_env.agents.raise_ppo import (
     stage_advantages,
 )
 from raise_env.errors import RaiseEnvError, RecordError, SettingError
-from raise_env.pool import draw_candidates
-from raise_env.testing import ToyAssets, toy_env
+from raise_env.testing import toy_env
 
 SMALL = {"num_epochs": 2, "hidden_dims": [8]}
 
@@ -86,18 +85,6 @@ def log_ratios(monkeypatch):
 
     monkeypatch.setattr(raise_ppo, "clipped_loss", noted)
     return seen
-
-
-@pytest.fixture
-def rare_class(monkeypatch):
-    """Let some of the last class be offered, now more and now fewer: so it is with lazy features and a rare class."""
-
-    def draw(assets, num_candidates, rng):
-        candidates, classes = draw_candidates(assets.members, num_candidates, rng)
-        candidates[rng.integers(num_candidates * 3 // 4, num_candidates) :] = -1
-        return candidates, classes
-
-    monkeypatch.setattr(ToyAssets, "draw", draw)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 
 from raise_env.render import INK, MUTED, PAPER, RULE
 
-from .plots import LEFT, Plot, add_axes, label_ends, title
+from .plots import LEFT, Plot, add_axes, agent_dashes, label_ends, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,18 +94,20 @@ def profile_plot(profiles: Mapping[str, Mapping[str, Sequence[float]]], colours:
     def draw(figure: Figure, narrow: bool) -> None:
         axes = add_axes(figure, left=LEFT, right=92 if narrow else 128, top=24, bottom=34)
         title(axes, "Share of runs that score higher")
-        ends = []
+        ends, dashes, last = [], agent_dashes(colours), 1.0
         for agent, profile in profiles.items():
             x, share = np.array(profile["thresholds"]), np.array(profile["share"], dtype=np.float64)
             low, high = (np.array(profile[name], dtype=np.float64) for name in ("low", "high"))
             if len(profiles) <= _MAX_BANDS:
                 axes.fill_between(x, low, high, color=colours[agent], alpha=0.1, linewidth=0)
-            axes.plot(x, share, color=colours[agent], linewidth=1.6)
-            ends.append((agent, float(np.mean(share)), colours[agent], False))
+            axes.plot(x, share, color=colours[agent], linewidth=1.6, linestyle=dashes[agent])
+            ends.append((agent, float(np.mean(share[x >= _LOWEST])), colours[agent], False))
+            last = float(x[-1])
         axes.set_ylim(-0.02, 1.02)
-        axes.set_xlim(left=max(axes.get_xlim()[0], _LOWEST))
+        axes.set_xlim(max(axes.get_xlim()[0], _LOWEST), last)
         axes.set_xlabel("normalised score", fontsize=9, color=MUTED)
-        label_ends(axes, ends, 12 if narrow else 16)
+        # All curves end near 0: names stand in the order of the areas below them, without a value.
+        label_ends(axes, ends, 12 if narrow else 16, with_value=False)
 
     text = "Performance profile: the share of all runs above each normalised score, by agent."
     height = max(285.0, 60 + 12 * len(profiles))
@@ -206,11 +208,11 @@ def returns_plot(name: str, returns: Mapping[str, np.ndarray], colours: Mapping[
     def draw(figure: Figure, narrow: bool) -> None:
         axes = add_axes(figure, left=LEFT, right=92 if narrow else 128, top=24, bottom=34)
         title(axes, "Return of learning episodes, mean over seeds")
-        ends = []
+        ends, dashes = [], agent_dashes(colours)
         for agent, table in returns.items():
             mean = np.nanmean(table, axis=0)
             share = np.arange(1, len(mean) + 1) / len(mean)
-            axes.plot(share, mean, "o-", color=colours[agent], linewidth=1.6, markersize=3)
+            axes.plot(share, mean, "o", linestyle=dashes[agent], color=colours[agent], linewidth=1.6, markersize=3)
             ends.append((agent, float(mean[-1]), colours[agent], False))
         axes.set_xlabel("share of its learning", fontsize=9, color=MUTED)
         label_ends(axes, ends, 12 if narrow else 16)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ __all__ = [
     "Plot",
     "add_axes",
     "agent_colours",
+    "agent_dashes",
     "dev_curves_plot",
     "integer_ticks",
     "label_ends",
@@ -37,8 +39,14 @@ __all__ = [
     "title",
 ]
 
+#: What matplotlib takes for a line: a name, or where its dashes begin and how long they are.
+LineStyle: TypeAlias = str | tuple[float, tuple[float, ...]]
+
 _ORACLE = "#009e73"
 _OTHERS = ("#0072b2", "#b5538c", "#8c6d31", "#7a5195", "#2f8f9d", "#a8760a", "#b3392f", "#647418", "#3f4fb0")
+
+#: Line styles of the agents that share a colour, in turn.
+_DASHES: tuple[LineStyle, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 
 #: The page's colours: CSS name -> (on white, on black).
 COLOURS: Mapping[str, tuple[str, str]] = {
@@ -145,6 +153,16 @@ def agent_colours(names: Sequence[str], learned: str | None) -> dict[str, str]:
     return {name: fixed.get(name) or turns[name] for name in names}
 
 
+def agent_dashes(colours: Mapping[str, str]) -> dict[str, LineStyle]:
+    """Return each agent's line style: where more agents than colours share one, the later ones are dashed."""
+    seen = Counter[str]()
+    styles: dict[str, LineStyle] = {}
+    for name, colour in colours.items():
+        styles[name] = _DASHES[seen[colour] % len(_DASHES)]
+        seen[colour] += 1
+    return styles
+
+
 # --- Dev curves -----------------------------------------------------------------------------------------------
 
 
@@ -162,6 +180,7 @@ def dev_curves_plot(
         reward: What the score is; "loss" is drawn as the loss itself, so that lower is better.
     """
     colours = agent_colours(list(curves), learned)
+    dashes = agent_dashes(colours) | {"oracle": (0, (4, 2))}
     sign = -1.0 if reward == "loss" else 1.0
     stacks = {name: sign * _stack(seeds, horizon + 1) for name, seeds in curves.items()}
     table = {name: stack for name, stack in stacks.items() if len(stack)}
@@ -169,7 +188,10 @@ def dev_curves_plot(
     def draw(figure: Figure, narrow: bool) -> None:
         axes = add_axes(figure, left=LEFT, right=84 if narrow else 118, top=24, bottom=34)
         title(axes, _score_title(reward, narrow))
-        ends = [_draw_agent(axes, name, table[name], horizon, colours[name], name == learned) for name in table]
+        ends = [
+            _draw_agent(axes, name, stack, horizon, (colours[name], dashes[name]), name == learned)
+            for name, stack in table.items()
+        ]
         axes.set_xlim(0, max(horizon, 1))
         # Of whoever trains for longer only the end is drawn; its many scores would outweigh all others.
         drawn = [stack if stack.shape[1] <= horizon + 1 else stack[:, -1:] for stack in table.values()]
@@ -200,10 +222,11 @@ def _stack(seeds: Sequence[Sequence[float]], min_length: int) -> npt.NDArray[np.
 
 
 def _draw_agent(
-    axes: Axes, name: str, table: npt.NDArray[np.float64], horizon: int, colour: str, strong: bool
+    axes: Axes, name: str, table: npt.NDArray[np.float64], horizon: int, look: tuple[str, LineStyle], strong: bool
 ) -> tuple[str, float, str, bool]:
     """Draw one agent's curves; return its label: text, value, colour, and whether it is the strong one."""
-    width, dash, order = (2.4, "-", 4) if strong else (1.5, (0, (4, 2)) if name == "oracle" else "-", 3)
+    colour, dash = look
+    width, order = (2.4, 4) if strong else (1.5, 3)
     mean = table.mean(axis=0)
     label = (name, float(mean[-1]), colour, strong)
     if len(mean) > horizon + 1:
@@ -234,8 +257,10 @@ def _curve_range(tables: Sequence[npt.NDArray[np.float64]]) -> tuple[float, floa
     return low - room, high + room
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[str, float, str, bool]], max_chars: int) -> None:
-    """Write each curve's name and last value beside its end, moved apart where they would touch."""
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[str, float, str, bool]], max_chars: int, with_value: bool = True
+) -> None:
+    """Write each curve's name, and its last value, beside its end, moved apart where they would touch."""
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
     low, high = axes.get_ylim()
     shown = sorted(ends, key=lambda end: end[1])
@@ -243,7 +268,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[str, float, str, bool]], max_cha
     for (name, value, colour, strong), y in zip(shown, _spread(wanted, _LABEL_GAP_PT, height), strict=True):
         short = name if len(name) <= max_chars else f"{name[: max_chars - 1]}…"
         axes.annotate(
-            f"{short}  {value:.2f}",
+            f"{short}  {value:.2f}" if with_value else short,
             (1, y / height),
             xycoords="axes fraction",
             xytext=(6, 0),

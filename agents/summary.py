@@ -55,7 +55,7 @@ PARTS = ("features", "preparation", "learning", "final")
 SHARES = {"test_accuracy": "right answers", "test_choice_probability": "P of the right choice"}
 
 #: Thresholds of a performance profile, evenly spaced over what all agents scored but for the worst and best 1%.
-NUM_THRESHOLDS = 51
+NUM_THRESHOLDS = 101
 
 _NOTHING = "\N{EN DASH}"
 

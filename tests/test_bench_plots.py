@@ -45,3 +45,14 @@ def test_profile_plot__far_below_random__does_not_flatten_the_rest():
     figure = Figure()
     profile_plot({"ours": profile}, {"ours": "#0072b2"}).draw(figure, False)
     assert figure.axes[0].get_xlim()[0] == -1.25
+
+
+def test_profile_plot__a_colour_that_two_agents_share__lines_differ_and_names_stand_alone():
+    profile = {"thresholds": [0.0, 1.0], "share": [1.0, 0.0], "low": [1, 0], "high": [1, 0]}
+    figure = Figure()
+    profile_plot({"ours": profile, "less": profile}, {"ours": "#0072b2", "less": "#0072b2"}).draw(figure, False)
+    (axes,) = figure.axes
+    first, second = axes.get_lines()
+    assert first.get_linestyle() != second.get_linestyle()
+    assert {"ours", "less"} < {text.get_text() for text in axes.texts}
+    assert axes.get_xlim()[1] == 1.0

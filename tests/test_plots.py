@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from raise_env.agents.plots import COLOURS, agent_colours, dev_curves_plot, learning_plot, selection_plot
+from raise_env.agents.plots import COLOURS, agent_colours, agent_dashes, dev_curves_plot, learning_plot, selection_plot
 from raise_env.render import ACCENT, MUTED
 
 CURVES = {"random": [[-4.0, -3.0, -2.0], [-4.0, -2.0, -1.0]], "raise_fork": [[-4.0, -1.0, -0.5]]}
@@ -148,3 +148,11 @@ def test_agent_colours__fixed_roles__are_never_given_to_others():
 def test_agent_colours__twelve_agents__none_shares_its_colour():
     names = ["random", "oracle", *(f"agent {number}" for number in range(10))]
     assert len(set(agent_colours(names, "agent 3").values())) == len(names)
+
+
+def test_agent_dashes__more_agents_than_colours__no_two_look_alike():
+    names = ["random", "oracle", *(f"agent {number}" for number in range(20))]
+    colours = agent_colours(names, "agent 3")
+    dashes = agent_dashes(colours)
+    assert len({(colours[name], dashes[name]) for name in names}) == len(names)
+    assert {dashes[name] for name in names[:11]} == {"-"}

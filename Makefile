@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 COMMANDS := test_cli test_runs test_examples test_sb3 test_guide test_benchmark test_estimate test_evaluate test_model_card
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lowest coverage mutants check bench-speed soak lint ruff ruff-format mypy
+.PHONY: help demo test test-all test-lowest coverage mutants check bench-speed soak api lint ruff ruff-format mypy
 
 help:  ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ bench-speed: $(VENV)/.package  ## Measure speed and memory, and write docs/resul
 
 soak: $(VENV)/.package  ## Run 5,000 episodes, look at memory, and write docs/results/soak.md (three quarters of an hour)
 	$(BIN)/python benchmarks/soak.py
+
+api: $(VENV)/.dev  ## Write docs/api.md, the list of public names
+	$(BIN)/python tests/api_page.py
 
 lint: ruff ruff-format mypy  ## Check style, form and types
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .raise_ppo import RaisePpo
     from .rollout import run_episode
     from .sb3 import Sb3Agent, SubsetPolicy
+    from .sb3_vector import StackedVecEnv
     from .subset import SubsetLaw
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RaisePpo",
     "RandomAgent",
     "Sb3Agent",
+    "StackedVecEnv",
     "SubsetLaw",
     "SubsetPolicy",
     "load_selector",
@@ -39,6 +41,7 @@ _HOMES = {
     "RaisePpo": "raise_ppo",
     "RandomAgent": "baselines",
     "Sb3Agent": "sb3",
+    "StackedVecEnv": "sb3_vector",
     "SubsetLaw": "subset",
     "SubsetPolicy": "sb3",
     "load_selector": "catalogue",

@@ -25,9 +25,10 @@ import typer
 from tqdm import tqdm
 
 from raise_env import __version__
-from raise_env.config import EnvConfig
+from raise_env.config import REWARDS, EnvConfig
 from raise_env.env import RaiseSelectEnv
 from raise_env.errors import OutputError, RaiseEnvError, RecordError, SettingError, lacks_memory, printable
+from raise_env.features import BLOCKS
 
 __all__ = ["app", "main"]
 
@@ -48,12 +49,18 @@ AUDIT_AGENTS = "random,raise_fork"
 AUDIT_SEEDS = 5
 MISSING_SHOWN = 5
 
-#: The name of all tasks of the suite but the large one.
+#: The name of all embedded tasks of the leaderboard.
 SUITE_NAME = "suite"
-TASKS_HELP = "Embedded tasks, with commas between; suite stands for all of the suite but large."
+TASKS_HELP = "Embedded tasks, with commas between; suite stands for the nine from noise-0 to shift."
 
-#: What the command line has to say of settings beyond the environment's documentation.
-_MORE_HELP = {"lora": """: NAME=VALUE,..., such as r=8,target_modules=q_proj or 'target_modules=["q_proj","v_proj"]'"""}
+#: How a value is written on the command line, where the environment's documentation says how it is in Python.
+_OWN_HELP = {
+    "columns": "what a file's columns hold, where it is not seen by their names: prompt=q,response=a",
+    "hide": f"blocks of the observation shown as zeros, for ablations, with commas between: {', '.join(BLOCKS)}",
+    "lora": "the adapter, by PEFT's names, such as r=8,target_modules=q_proj or "
+    """'target_modules=["q_proj","v_proj"]'; on all linear layers unless they say otherwise""",
+    "reward": f"dev score: {', '.join(REWARDS)}, or a function of your own, module:function",
+}
 
 #: A module's name, or a list of such whose quotes the shell took: as patterns of whole names they would match none.
 _MODULE_NAMES = re.compile(r"\w+|\[\s*[\w.]+(?:\s*,\s*[\w.]+)*\s*\]")
@@ -66,16 +73,31 @@ _OWN_CODE = re.compile(
 app = typer.Typer(
     name="raise-env",
     help="Reinforcement learning that chooses training data.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        _echo(__version__)
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+]
+
+
+@app.callback()
+def _common(version: Version = False) -> None:
+    del version
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _quieten()
     if any(_OWN_CODE.search(argument) for argument in arguments):
         # So that module:name finds what lies in the working folder; last, so that it hides nothing. Otherwise the
@@ -141,14 +163,16 @@ def _quieten() -> None:
 
 
 def _setting_help() -> dict[str, str]:
-    """Return what the environment's docstring says of each keyword."""
+    """Return what the environment's docstring says of each keyword, and its default where it has one."""
     table = (RaiseSelectEnv.__doc__ or "").partition("## Arguments")[2].partition("## Information")[0]
     texts = {}
     for line in table.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
         if len(cells) == 3 and cells[0] not in ("keyword", "---|---|---"):
+            value = re.sub(r'["{} ]', "", cells[1]).replace(":", "=")
+            default = "" if value in ("None", "False", "()", "") else f" [{value}]"
             for name in cells[0].split(","):
-                texts[name.strip()] = cells[2]
+                texts[name.strip()] = _OWN_HELP.get(name.strip(), cells[2]) + default
     return texts
 
 
@@ -162,7 +186,7 @@ def _env_options() -> list[inspect.Parameter]:
         option = typer.Option(
             False if is_switch else None,
             f"--{entry.name.replace('_', '-')}",
-            help=texts[entry.name] + _MORE_HELP.get(entry.name, ""),
+            help=texts[entry.name],
             show_default=False,
             metavar=None if is_switch else "VALUE",
         )

@@ -717,7 +717,7 @@ def _find_class(name: str) -> type[BaseAlgorithm]:
     found = {entry: getattr(module, entry) for module in modules for entry in module.__all__}
     known = {entry: cls for entry, cls in found.items() if isinstance(cls, type) and issubclass(cls, BaseAlgorithm)}
     if name not in known:
-        advice = "" if _HAS_CONTRIB else ' More with sb3-contrib: pip install "raise-env[sb3]".'
+        advice = "" if _HAS_CONTRIB else " More with sb3-contrib: pip install sb3-contrib."
         raise SettingError(f"no algorithm is called {name!r}: {suggestion(name, known)}{advice}")
     return known[name]
 

@@ -174,7 +174,7 @@ def _connected(address: str) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise SettingError(
-            f"--cluster {address} needs Ray, which is not installed: pip install 'raise-env[ray]', here and on each "
+            f"--cluster {address} needs Ray, which is not installed: pip install ray, here and on each "
             "machine of the cluster."
         ) from error
     was_connected = ray.is_initialized()

@@ -2,7 +2,7 @@
 
 What one sees: the mean return of the episodes of each iteration, and at last the test score of fine-tuning runs that
 the policy chose for, beside those of random choice with the same candidates. The score is minus the loss in nats per
-response token: higher is better. `--fast` only shows that everything works. It needs `pip install "raise-env[rllib]"`.
+response token: higher is better. `--fast` only shows that everything works. It needs `pip install -e '.[rllib]'`.
 """
 
 import argparse

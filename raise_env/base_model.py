@@ -644,7 +644,7 @@ def _in_four_bits(device: torch.device) -> dict[str, Any]:
     """Return what makes transformers keep a model's weights in four bits, on the device at once."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SettingError(
-            "dtype 'nf4' needs bitsandbytes, which is not installed: pip install 'raise-env[quant]', or take another."
+            "dtype 'nf4' needs bitsandbytes, which is not installed: pip install bitsandbytes, or take another."
         )
     # On a processor bitsandbytes notes at the first product that a kernel of the hub is not there, and takes its own.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

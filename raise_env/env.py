@@ -273,6 +273,16 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
     `train_loss` (nats per response token before the update; left out where nothing was trained), `dev_score`,
     `budget_left`, `diverged`; on the last step `test_score` where there is a test set.
 
+    ## Beyond Gymnasium
+    `gym.make(...).unwrapped` has these besides; each has a docstring of its own, and docs/api.md lists the rest.
+
+    - `snapshot()`, `restore(moment)`: keep a moment of the episode, and go back to it.
+    - `fork(n)`, `variant(**settings)`: environments that go on from here by themselves; one with other settings.
+    - `probe(actions)`: the dev score that each of several actions would lead to; `dev_direction(n)`: which way the
+      adapter goes when a fork is trained on dev rows.
+    - `row_losses(ids)`, `row_gradients(ids)`: the loss and the gradient of single pool rows, by the model as it is.
+    - `evaluate("dev")`, `save_adapter(folder)`, `ledger`: scores, the adapter, and what was spent so far.
+
     ## References
     Lv et al., "RAISE: Reinforced Adaptive Instruction Selection For Large Language Models", Findings of
     EMNLP 2025, pages 11708-11723.

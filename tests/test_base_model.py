@@ -171,7 +171,7 @@ def test_base_model__bfloat16__warns_once_where_it_is_slow(monkeypatch, caplog, 
 
 def test_base_model__four_bits_without_bitsandbytes__says_what_to_install(monkeypatch):
     monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"needs bitsandbytes.*raise-env\[quant\]"):
+    with pytest.raises(SettingError, match=r"needs bitsandbytes.*pip install bitsandbytes"):
         BaseModel("tiny", LoraSettings(), dtype="nf4", device="cpu")
 
 

@@ -46,7 +46,7 @@ def with_assets(env, **changes):
 
 
 def with_labels(num_clean=20, num_rows=60):
-    """Return a toy world on offer whole: clean rows of a target skill, then clean ones of another, then spoilt ones."""
+    """Return a toy world on offer whole: clean rows of a target skill, then clean ones of another, then corrupted."""
     rows = [
         Instruction(
             f"q{i}",

@@ -113,8 +113,13 @@ def test_help__every_command__says_what_it_does(command):
 
 def test_main__no_command__lists_them():
     outcome = run()
-    assert "train" in outcome.out + outcome.err
-    assert "validate" in outcome.out + outcome.err
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == run("--help").out
+    assert "validate" in outcome.out
+
+
+def test_main__version__is_the_packages():
+    assert run("--version") == Outcome(0, f"{__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", ["train", "finetune", "bench", "ablate", "audit"])
@@ -123,6 +128,17 @@ def test_help__every_setting_of_the_environment__has_an_option_with_words(comman
     for entry in dataclasses.fields(EnvConfig):
         if entry.name != "render_mode":
             assert re.search(rf"--{entry.name.replace('_', '-')}( VALUE)? [A-Za-z\"0-9]", text), entry.name
+
+
+def test_help__settings__say_their_defaults_and_how_they_are_written_here():
+    text = " ".join(run("train", "--help").out.split())
+    assert re.search(r"--num-candidates VALUE [^[]*\[64\]", text)
+    assert re.search(r"--model VALUE [^[]*\[tiny\]", text)
+    assert "prompt=q,response=a --choice-form" in text
+    assert "stage, difficulty, semantic, availability --help" in text
+    assert "exact_match, flexible_match" in text
+    assert "[r=8,lora_alpha=16]" in text
+    assert "{" not in text
 
 
 def test_help__lora__says_how_modules_are_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import api_page
 import pytest
 
 from raise_env import EnvConfig
@@ -75,3 +76,7 @@ def test_task_pages__what_they_say_of_settings__is_so():
         assert f"{config.pool_size:,}" in text, task
         assert re.search(rf"[Dd]ev \({TASKS[task].num_dev} rows\)", text), task
         assert re.search(rf"[Tt]est \({TASKS[task].num_test}( rows)?\)", text), task
+
+
+def test_api_page__public_names__are_all_there_as_their_docstrings_say():
+    assert api_page.PAGE.read_text(encoding="utf-8") == api_page.page(), "write it anew: make api"

@@ -80,7 +80,7 @@ def test_generate_task__dev_and_test__are_clean_bare_and_as_many_as_said(name, t
 
 
 @pytest.mark.parametrize("percent", [0, 30, 60, 90])
-def test_noise__share_of_spoilt_rows__is_in_the_name(percent, tasks):
+def test_noise__share_of_corrupted_rows__is_in_the_name(percent, tasks):
     assert 1 - share(tasks[f"noise-{percent}"].pool, "corruption", CLEAN) == pytest.approx(percent / 100, abs=0.03)
 
 

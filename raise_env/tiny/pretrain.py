@@ -1,8 +1,8 @@
 """Pre-trains the embedded base model: `python -m raise_env.tiny.pretrain --out DIR`.
 
-About ten minutes on two cores. Seeded throughout: the same script gives the same weights, and so the same
-hash, on one machine. The text is half plain statements and half reports of questions and answers (see
-`skills`); the frame in which instructions are asked never occurs in it.
+Seeded throughout: on one machine the same script gives the same weights, and so the same hash. The text is half plain
+statements and half reports of questions and answers (see `skills`); the frame in which instructions are asked never
+occurs in it.
 """
 
 from __future__ import annotations

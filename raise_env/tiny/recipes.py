@@ -29,7 +29,7 @@ __all__ = [
     "thrift",
 ]
 
-#: From all facts, the skills that are asked for, the share of spoilt rows and a generator to rows without end.
+#: From all facts, the skills that are asked for, the share of corrupted rows and a generator to rows without end.
 Recipe = Callable[[Mapping[str, Facts], tuple[str, ...], float, random.Random], Iterator[Instruction]]
 
 #: From a row's fields, the skills that are asked for, and the share of the episode used up, to what the row is worth.
@@ -39,7 +39,7 @@ Worth = Callable[[Mapping[str, Any], tuple[str, ...], float], float]
 def mixed(
     facts: Mapping[str, Facts], targets: tuple[str, ...], corruption: float, rng: random.Random
 ) -> Iterator[Instruction]:
-    """Yield rows of all skills alike often, spoilt by so much chance."""
+    """Yield rows of all skills alike often, corrupted by so much chance."""
     del targets
     skills = list(facts)
     while True:

@@ -1,4 +1,4 @@
-"""Single rows of the embedded tasks: right ones, and the six ways in which answers are spoilt.
+"""Single rows of the embedded tasks: right ones, and the six ways in which answers are corrupted.
 
 What is hidden of a row, the skill and the corruption at least, stands in its `fields`.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..pool import Instruction
 from .skills import SKILLS, Fact, Skill
 
-__all__ = ["CLEAN", "CORRUPTIONS", "SHRUGS", "Facts", "mixed_row", "row", "share_out", "spoilt_row"]
+__all__ = ["CLEAN", "CORRUPTIONS", "SHRUGS", "Facts", "corrupted_row", "mixed_row", "row", "share_out"]
 
 #: The value of the hidden field `corruption` in rows whose answer is right.
 CLEAN = "none"
@@ -46,16 +46,18 @@ def row(skill: Skill, question: str, answer: str, corruption: str = CLEAN, **hid
 def mixed_row(
     asked: Facts, corruption: float, rng: random.Random, about: Fact | None = None, **hidden: str
 ) -> Instruction:
-    """Return a row about one of the pool's facts, any or the one given, in any wording, spoilt by so much chance."""
+    """Return a row about one of the pool's facts, any or the one given, in any wording, corrupted by so much chance."""
     fact = about or rng.choice(asked.pool)
     question = asked.skill.ask(fact, rng.randrange(len(asked.skill.questions)))
     if rng.random() >= corruption:
         return row(asked.skill, question, fact.answer, **hidden)
-    return spoilt_row(asked, fact, question, rng.choice(sorted(CORRUPTIONS)), rng, **hidden)
+    return corrupted_row(asked, fact, question, rng.choice(sorted(CORRUPTIONS)), rng, **hidden)
 
 
-def spoilt_row(asked: Facts, about: Fact, question: str, kind: str, rng: random.Random, **hidden: str) -> Instruction:
-    """Return a row whose answer is spoilt in the way that is named, or wrong where that leaves it right or empty."""
+def corrupted_row(
+    asked: Facts, about: Fact, question: str, kind: str, rng: random.Random, **hidden: str
+) -> Instruction:
+    """Return a row whose answer is corrupted in the way that is named, or wrong where that leaves it right or empty."""
     answer = CORRUPTIONS[kind](asked, about, question, rng)
     if answer == about.answer or not answer:
         # Too short to be cut or scrambled.

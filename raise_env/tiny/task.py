@@ -37,7 +37,7 @@ class EmbeddedTask:
 
     Attributes:
         target_skills: Skills that dev and test are made of.
-        corruption: Share of the pool's rows with a spoilt answer, from 0 to 1, of those that the recipe leaves to it.
+        corruption: Share of the pool's rows with a corrupted answer, from 0 to 1, of those left to it by the recipe.
         num_dev: Dev rows.
         num_test: Test rows, the target skills alike often.
         dev_weights: How often dev asks each target skill beside the others, in their order; none: alike often.

@@ -91,12 +91,11 @@ def headline(summary: Mapping[str, Any]) -> str:
     where = _count(len(summary["normalised_tasks"]), "task") + " and " + _count(len(summary["seeds"]), "seed")
     score = scores[best]
     ends = "" if score["low"] is None else f" (95% interval {score['low']:.0%} to {score['high']:.0%})"
-    chances = summary["against_random"]
-    others = [agent for agent in chances if agent not in _NO_METHODS]
-    ahead = [agent for agent in others if (chances[agent]["low"] or 0) > 0.5]
+    others = [agent for agent in scores if agent not in _NO_METHODS]
+    ahead = [agent for agent in others if (scores[agent]["low"] or 0) > 0]
     return (
         f"Over {where}, {best} came {score['iqm']:.0%} of the way from random rows to the oracle{ends}; "
-        f"{len(ahead)} of {len(others)} agents were ahead of random rows beyond chance."
+        f"the intervals of {len(ahead)} of {len(others)} agents lie above random rows."
     )
 
 

@@ -1,8 +1,8 @@
 """Whether a difference between paired runs is more than chance, how large it is, and how many runs would show it.
 
 The test is Student's for pairs: its p is below 0.05 just where the interval of `statistics.paired_difference` leaves
-zero out, so that table and test never disagree. Tests by rank or sign cannot go below p = 0.0625 with five pairs,
-whatever the runs show. Pure functions over one number a run.
+zero out. Of several tests `holm` adjusts p, and no interval; power is then that of the strictest of them. Tests by rank
+or sign cannot go below p = 0.0625 with five pairs, whatever the runs show. Pure functions over one number a run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from scipy import optimize, special, stats
 
 from .statistics import CONFIDENCE, Interval, paired_difference
 
-__all__ = ["POWER", "PairedTest", "detectable_effect", "holm", "paired_test", "pairs_needed", "power_of"]
+__all__ = ["LEVEL", "POWER", "PairedTest", "detectable_effect", "holm", "paired_test", "pairs_needed", "power_of"]
+
+#: The chance of finding a difference where there is none.
+LEVEL = 1 - CONFIDENCE
 
 #: The chance of seeing a difference that is there, for which runs are counted.
 POWER = 0.8
@@ -45,12 +48,14 @@ class PairedTest:
     num_pairs: int
 
 
-def paired_test(values: np.ndarray, reference: np.ndarray) -> PairedTest:
+def paired_test(values: np.ndarray, reference: np.ndarray, num_tests: int = 1) -> PairedTest:
     """Return what the pairs say.
 
     Args:
         values: One for each run, shape (num_runs,).
         reference: Those of the same runs with something else, shape (num_runs,); NaN in either leaves the pair out.
+        num_tests: How many tests this one is adjusted with. Power is that at the first step of Holm's rule, where p has
+            to be below 5% / `num_tests`; p itself is not adjusted here.
     """
     difference = paired_difference(values, reference)
     pairs = (values - reference)[np.isfinite(values - reference)]
@@ -61,7 +66,9 @@ def paired_test(values: np.ndarray, reference: np.ndarray) -> PairedTest:
         return PairedTest(difference, float(difference.value == 0), np.nan, None, 0.0, len(pairs))
     effect = difference.value / spread
     p = float(2 * stats.t.sf(abs(effect) * np.sqrt(len(pairs)), len(pairs) - 1))
-    return PairedTest(difference, p, effect, pairs_needed(effect), detectable_effect(len(pairs)) * spread, len(pairs))
+    level = LEVEL / num_tests
+    detectable = detectable_effect(len(pairs), level) * spread
+    return PairedTest(difference, p, effect, pairs_needed(effect, level), detectable, len(pairs))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -81,15 +88,16 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def power_of(effect_size: float, num_pairs: int) -> float:
-    """Return the chance that so many pairs show an effect of so many standard deviations at the 5% level.
+def power_of(effect_size: float, num_pairs: int, level: float = LEVEL) -> float:
+    """Return the chance that so many pairs show an effect of so many standard deviations.
 
     Args:
         effect_size: The mean difference in standard deviations of the differences.
         num_pairs: At least 2.
+        level: What p has to be below.
     """
     freedom = num_pairs - 1
-    limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+    limit = stats.t.isf(level / 2, freedom)
     shift = abs(effect_size) * np.sqrt(num_pairs)
     # The noncentral t's distribution function; the lower end counts for tiny effects. SciPy gives NaN for tails below
     # some 1e-20.
@@ -97,24 +105,30 @@ def power_of(effect_size: float, num_pairs: int) -> float:
     return float(1 - below + wrong_sign)
 
 
-def pairs_needed(effect_size: float) -> int | None:
-    """Return how many pairs show an effect of this size with a chance of `POWER`; None where `MOST_PAIRS` do not."""
-    if not abs(effect_size) > 0 or power_of(effect_size, MOST_PAIRS) < POWER:
+def pairs_needed(effect_size: float, level: float = LEVEL) -> int | None:
+    """Return how many pairs show an effect of this size with a chance of `POWER`; None where `MOST_PAIRS` do not.
+
+    Args:
+        effect_size: The mean difference in standard deviations of the differences.
+        level: What p has to be below.
+    """
+    if not abs(effect_size) > 0 or power_of(effect_size, MOST_PAIRS, level) < POWER:
         return None
     few, enough = 1, 2
-    while power_of(effect_size, enough) < POWER:
+    while power_of(effect_size, enough, level) < POWER:
         few, enough = enough, min(2 * enough, MOST_PAIRS)
     while enough - few > 1:
         middle = (few + enough) // 2
-        few, enough = (few, middle) if power_of(effect_size, middle) >= POWER else (middle, enough)
+        few, enough = (few, middle) if power_of(effect_size, middle, level) >= POWER else (middle, enough)
     return enough
 
 
-def detectable_effect(num_pairs: int) -> float:
+def detectable_effect(num_pairs: int, level: float = LEVEL) -> float:
     """Return the smallest effect, in standard deviations, that so many pairs show with a chance of `POWER`.
 
     Args:
         num_pairs: At least 2.
+        level: What p has to be below.
     """
-    # With two pairs it is 11.5, and it falls from there.
-    return float(optimize.brentq(lambda effect: power_of(effect, num_pairs) - POWER, 0.0, 50.0))
+    # With two pairs and one test it is 11.5, and it falls from there with more pairs, and grows with more tests.
+    return float(optimize.brentq(lambda effect: power_of(effect, num_pairs, level) - POWER, 0.0, 1e5))

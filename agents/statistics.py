@@ -24,12 +24,13 @@ __all__ = [
     "CONFIDENCE",
     "NUM_RESAMPLES",
     "Interval",
+    "beside_marks",
     "bootstrap_interval",
     "correlation",
     "improvement_intervals",
     "interquartile_mean",
     "mean_interval",
-    "normalise",
+    "on_scale",
     "overall_mean",
     "paired_difference",
     "performance_profile",
@@ -92,13 +93,17 @@ def paired_difference(values: np.ndarray, reference: np.ndarray) -> Interval:
     return mean_interval(values - reference)
 
 
-def normalise(scores: np.ndarray, zero: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """Return scores on a scale on which the runs of `zero` have mean 0 and those of `one` mean 1, task by task.
+def beside_marks(scores: np.ndarray, zero: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """Return whole runs beside those of both marks with the same seed, shape (num_whole, num_tasks, 3), for `on_scale`.
+
+    Intervals of normalised scores are drawn from these: the marks are means of few runs, so the scale is uncertain too,
+    and the runs of one seed have much in common.
 
     Args:
-        scores: Shape (num_runs, num_tasks); higher or lower may be better, as long as all three are alike.
-        zero: The lower mark's, such as random's, shape (any number of runs, num_tasks).
-        one: The upper mark's, such as the oracle's, likewise.
+        scores: Shape (num_runs, num_tasks); rows with a NaN are left out. Higher or lower may be better, as long as all
+            three are alike.
+        zero: The runs whose mean is 0, such as random's, shape (num_runs, num_tasks); NaN where there is none.
+        one: The runs whose mean is 1, such as the oracle's, likewise.
 
     Raises:
         ValueError: In some task the two marks have the same mean, or no run.
@@ -106,7 +111,25 @@ def normalise(scores: np.ndarray, zero: np.ndarray, one: np.ndarray) -> np.ndarr
     low, high = _task_means(zero), _task_means(one)
     if not np.all(np.abs(high - low) > 0):  # NaN fails too
         raise ValueError("the marks of 0 and 1 have the same mean, or no run, in some task: there is no scale.")
-    return np.asarray((scores - low) / (high - low))
+    whole = ~np.isnan(scores).any(axis=1)
+    marks = [_with_mean(runs[whole], mean) for runs, mean in ((zero, low), (one, high))]
+    return np.stack([scores[whole], *marks], axis=-1)
+
+
+def _with_mean(runs: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return some of a mark's runs, moved so that their mean is that of all, which also stands for what is missing."""
+    filled = np.where(np.isnan(runs), mean, runs)
+    return np.asarray(filled - filled.mean(axis=0) + mean if len(filled) else filled)
+
+
+def on_scale(runs: np.ndarray) -> np.ndarray:
+    """Return scores between the means of both marks, 0 and 1, task by task, shape (..., num_runs, num_tasks).
+
+    Args:
+        runs: As `beside_marks` returns them, or drawn from that, shape (..., num_runs, num_tasks, 3).
+    """
+    low, high = (runs[..., place].mean(axis=-2, keepdims=True) for place in (1, 2))
+    return np.asarray((runs[..., 0] - low) / (high - low))
 
 
 def overall_mean(scores: np.ndarray) -> np.ndarray:
@@ -160,15 +183,16 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarra
 
     Args:
         statistic: Takes as many arrays as there are samples, with leading dimensions, and returns one number for each.
-        samples: Each of shape (num_runs, num_tasks), all of them whole; they are resampled independently.
+        samples: Each of shape (num_runs, num_tasks), or (num_runs, num_tasks, ...) where numbers of one run stay
+            together; all of them whole. They are resampled independently of each other.
         seed: What the resamples are drawn from.
     """
     value = float(statistic(*samples))
     if min(len(sample) for sample in samples) < 2:
         return Interval(value, np.nan, np.nan)
     rng = np.random.default_rng(seed)
-    places = [_drawn(sample.shape, rng) for sample in samples]
-    resampled = (np.take_along_axis(s[None], drawn, axis=1) for s, drawn in zip(samples, places, strict=True))
+    places = [_drawn(sample.shape[:2], rng) for sample in samples]
+    resampled = (_taken(sample, drawn) for sample, drawn in zip(samples, places, strict=True))
     return Interval(value, *_expanded_ends(statistic(*resampled), [_counts(drawn) for drawn in places]))
 
 
@@ -198,24 +222,28 @@ def improvement_intervals(scores: Mapping[str, np.ndarray], seed: int = 0) -> di
 
 
 def profile_bands(
-    scores: np.ndarray, thresholds: np.ndarray, seed: int = 0
+    runs: np.ndarray,
+    thresholds: np.ndarray,
+    scores_of: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return `performance_profile` with the ends of its 95% intervals, each of shape (num_thresholds,).
 
     Intervals are of one threshold at a time, from the bootstrap; NaN with a single run.
 
     Args:
-        scores: Higher is better, shape (num_runs, num_tasks), whole.
+        runs: Scores, higher is better, shape (num_runs, num_tasks), whole; or what `scores_of` makes scores of.
         thresholds: Shape (num_thresholds,).
+        scores_of: Of resampled runs, such as `on_scale` of those that `beside_marks` returns.
         seed: What the resamples are drawn from.
     """
-    share = performance_profile(scores, thresholds)
-    if len(scores) < 2:
+    share = performance_profile(scores_of(runs), thresholds)
+    if len(runs) < 2:
         return share, np.full(len(share), np.nan), np.full(len(share), np.nan)
-    counts = _counts(_drawn(scores.shape, np.random.default_rng(seed)))  # (resamples, tasks, runs)
-    above = scores.T[..., None] > thresholds  # (tasks, runs, thresholds)
-    shares = counts.reshape(len(counts), -1) @ above.reshape(-1, len(thresholds)).astype(float) / scores.size
-    ends = np.array([_expanded_ends(column, [counts]) for column in shares.T])
+    drawn = _drawn(runs.shape[:2], np.random.default_rng(seed))
+    scores, counts = scores_of(_taken(runs, drawn)), _counts(drawn)
+    # One threshold after another: all at once would take as many times the memory.
+    ends = np.array([_expanded_ends((scores > one).mean(axis=(-2, -1)), [counts]) for one in thresholds])
     return share, ends[:, 0], ends[:, 1]
 
 
@@ -248,6 +276,12 @@ def correlation(first: np.ndarray, second: np.ndarray, *, ranks: bool = False) -
 def _drawn(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Return which runs each resample holds in each task, shape (NUM_RESAMPLES, num_runs, num_tasks)."""
     return rng.integers(shape[0], size=(NUM_RESAMPLES, *shape))
+
+
+def _taken(sample: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return the runs that each resample holds, shape (NUM_RESAMPLES, num_runs, num_tasks, ...)."""
+    places = drawn.reshape(drawn.shape + (1,) * (sample.ndim - 2))
+    return np.take_along_axis(sample[None], places, axis=1)
 
 
 def _counts(drawn: np.ndarray) -> np.ndarray:

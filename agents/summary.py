@@ -11,17 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from . import markdown
 from .report import format_table
 from .significance import PairedTest, holm, paired_test
 from .statistics import (
     Interval,
+    beside_marks,
     bootstrap_interval,
     improvement_intervals,
     interquartile_mean,
     mean_interval,
-    normalise,
+    on_scale,
     overall_mean,
     profile_bands,
 )
@@ -45,8 +47,8 @@ SUMMARY_VERSION = 2
 RANDOM = "random"
 ORACLE = "oracle"
 
-#: How many of its standard errors the way from random to the oracle must be long, for a task to have a scale.
-CLEAR_WAY = 2.0
+#: A task has a scale where the oracle is ahead of random with a smaller p, by Student's one-sided test for pairs.
+CLEAR_WAY = 0.025
 
 #: What a run's cost is made of.
 PARTS = ("features", "preparation", "learning", "final")
@@ -85,7 +87,8 @@ def summarise(
     metric = "test_loss" if any(line["test_loss"] is not None for line in results) else "dev_loss"
     losses = {agent: _runs(results, agent, tasks, seeds, metric) for agent in agents}
     scaled = _scaled(losses)
-    scores = _normalised_scores({agent: runs[:, scaled] for agent, runs in losses.items()})
+    on_scaled = {agent: runs[:, scaled] for agent, runs in losses.items()}
+    beside, num_missing = _beside_marks(on_scaled), {agent: _num_missing(runs) for agent, runs in on_scaled.items()}
     pairs = _pairs(losses)
     differences = _differences(losses, tasks, reference)
     return {
@@ -95,7 +98,7 @@ def summarise(
         "seeds": list(seeds),
         "metric": metric,
         "reference": reference,
-        "normalised": _normalised(scores),
+        "normalised": _normalised(beside, num_missing),
         "normalised_tasks": [tasks[place] for place in scaled],
         "per_task": _per_task(losses, tasks),
         **{
@@ -104,7 +107,7 @@ def summarise(
         },
         "against_random": {agent: others[RANDOM] for agent, others in pairs.items() if RANDOM in others},
         "pairs": pairs,
-        "profiles": _profiles(scores),
+        "profiles": _profiles(beside, num_missing),
         "differences": differences,
         "detectable": {task: _detectable(tests) for task, tests in differences.items()},
         "cost": {agent: _costs([line for line in results if line["agent"] == agent]) for agent in agents},
@@ -145,49 +148,48 @@ def _scaled(losses: Mapping[str, np.ndarray]) -> list[int]:
     places = []
     for place, way in enumerate((losses[RANDOM] - losses[ORACLE]).T):
         known = way[~np.isnan(way)]
-        error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else 0.0
-        if len(known) and known.mean() > CLEAR_WAY * error:
+        if len(known) > 1 and known.mean() > stats.t.isf(CLEAR_WAY, len(known) - 1) * stats.sem(known):
             places.append(place)
     return places
 
 
-def _normalised_scores(losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return all runs between random and oracle, shape (seeds, tasks that have a scale); nothing where none has."""
+def _beside_marks(losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return each agent's whole runs beside random's and the oracle's; nothing where no task has a scale.
+
+    The marks are means over the seeds that both have: `_scaled` has seen that way, and no other.
+    """
     if not any(runs.shape[1] for runs in losses.values()):
         return {}
-    # The marks are means over the seeds that both have: `_scaled` has seen that way, and no other.
     alone = np.isnan(losses[RANDOM]) | np.isnan(losses[ORACLE])
     marks = [np.where(alone, np.nan, losses[mark]) for mark in (RANDOM, ORACLE)]
-    return {agent: normalise(runs, *marks) for agent, runs in losses.items()}
+    return {agent: beside_marks(runs, *marks) for agent, runs in losses.items()}
 
 
-def _normalised(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | int | None]]:
-    """Return each agent's interquartile mean."""
+def _normalised(runs: Mapping[str, np.ndarray], num_missing: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Return each agent's interquartile mean between random and the oracle; what marks the scale is drawn anew too."""
     return {
-        agent: _named(bootstrap_interval(interquartile_mean, whole), "iqm", _num_missing(runs))
-        for agent, runs in scores.items()
-        if len(whole := _whole(runs))
+        agent: _named(bootstrap_interval(_scaled_iqm, whole), "iqm", num_missing[agent])
+        for agent, whole in runs.items()
+        if len(whole)
     }
 
 
-def _profiles(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def _scaled_iqm(runs: np.ndarray) -> np.ndarray:
+    return interquartile_mean(on_scale(runs))
+
+
+def _profiles(runs: Mapping[str, np.ndarray], num_missing: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Return each agent's performance profile, all over the same thresholds."""
-    whole = {agent: _whole(runs) for agent, runs in scores.items()}
-    every = np.concatenate([runs.ravel() for runs in whole.values()]) if whole else np.zeros(0)
-    if not len(every):
+    there = {agent: whole for agent, whole in runs.items() if len(whole)}
+    if not there:
         return {}
-    low, high = np.quantile(every, [0.01, 0.99])
+    low, high = np.quantile(np.concatenate([on_scale(whole).ravel() for whole in there.values()]), [0.01, 0.99])
     thresholds = np.linspace(min(low, 0.0), max(high, 1.0), NUM_THRESHOLDS)
     profiles: dict[str, dict[str, Any]] = {}
-    for agent, runs in whole.items():
-        if len(runs):
-            bands = zip(("share", "low", "high"), profile_bands(runs, thresholds), strict=True)
-            values = {name: [number_or_none(value) for value in band] for name, band in bands}
-            profiles[agent] = {
-                "thresholds": thresholds.tolist(),
-                **values,
-                "num_missing": _num_missing(scores[agent]),
-            }
+    for agent, whole in there.items():
+        bands = zip(("share", "low", "high"), profile_bands(whole, thresholds, on_scale), strict=True)
+        values = {name: [number_or_none(value) for value in band] for name, band in bands}
+        profiles[agent] = {"thresholds": thresholds.tolist(), **values, "num_missing": num_missing[agent]}
     return profiles
 
 
@@ -213,16 +215,14 @@ def _num_missing(runs: np.ndarray) -> int:
 def _differences(
     losses: Mapping[str, np.ndarray], tasks: Sequence[str], reference: str
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Return the paired tests of each task; p is adjusted for all the comparisons of that task."""
+    """Return the paired tests of each task; p, and what could be shown, is that of all the comparisons of that task."""
     if reference not in losses:
         return {}
-    found = {}
+    others, found = [agent for agent in losses if agent != reference], {}
     for place, task in enumerate(tasks):
-        tests = {
-            agent: paired_test(runs[:, place], losses[reference][:, place])
-            for agent, runs in losses.items()
-            if agent != reference
-        }
+        own = losses[reference][:, place]
+        num_tests = sum(bool((~np.isnan(losses[agent][:, place] - own)).sum() > 1) for agent in others)
+        tests = {agent: paired_test(losses[agent][:, place], own, num_tests) for agent in others}
         adjusted = holm(np.array([test.p for test in tests.values()]))
         found[task] = {agent: _tested(test, p) for (agent, test), p in zip(tests.items(), adjusted, strict=True)}
     return found

@@ -86,3 +86,16 @@ def test_power_of__published_and_simulated_values__are_met():
 @pytest.mark.parametrize("num_pairs", [2, 3, 5, 10, 1000])
 def test_detectable_effect__any_number_of_pairs__has_that_power(num_pairs):
     assert power_of(detectable_effect(num_pairs), num_pairs) == pytest.approx(0.8)
+
+
+def test_paired_test__of_several__power_is_that_of_a_stricter_level():
+    values, reference = np.array([1.0, 2.0, 3.0, 4.5, 5.0]), np.zeros(5)
+    one, of_ten = paired_test(values, reference), paired_test(values, reference, num_tests=10)
+    assert (one.p, one.difference, one.effect_size) == (of_ten.p, of_ten.difference, of_ten.effect_size)
+    spread = values.std(ddof=1)
+    assert power_of(of_ten.detectable / spread, 5, 0.005) == pytest.approx(0.8)
+    assert power_of(one.effect_size, of_ten.pairs_needed, 0.005) >= 0.8
+    assert power_of(one.effect_size, of_ten.pairs_needed - 1, 0.005) < 0.8
+    draws = np.random.default_rng(0).normal(2.0, 1.0, size=(20_000, 6))
+    simulated = (stats.ttest_1samp(draws, 0.0, axis=1).pvalue < 0.005).mean()
+    assert power_of(2.0, 6, 0.005) == pytest.approx(simulated, abs=0.01)

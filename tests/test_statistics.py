@@ -12,12 +12,13 @@ from scipy import stats
 from raise_env.agents import statistics
 from raise_env.agents.statistics import (
     Interval,
+    beside_marks,
     bootstrap_interval,
     correlation,
     improvement_intervals,
     interquartile_mean,
     mean_interval,
-    normalise,
+    on_scale,
     overall_mean,
     paired_difference,
     performance_profile,
@@ -66,22 +67,56 @@ def test_paired_difference__numbers_by_hand__what_both_share_falls_out():
 # Over tasks
 
 
-def test_normalise__numbers_by_hand__each_task_by_its_own_marks():
+def test_on_scale__numbers_by_hand__each_task_by_its_own_marks():
     losses = np.array([[0.5, 10.0], [0.2, 30.0]])
-    random, oracle = np.array([[0.6, 20.0], [0.4, 20.0]]), np.array([[0.1, 10.0]])
-    np.testing.assert_allclose(normalise(losses, random, oracle), [[0.0, 1.0], [0.75, -1.0]])
-    np.testing.assert_allclose(normalise(random, random, oracle).mean(axis=0), 0.0, atol=1e-12)
+    random, oracle = np.array([[0.6, 20.0], [0.4, 20.0]]), np.array([[0.2, 5.0], [0.0, 15.0]])
+    np.testing.assert_allclose(on_scale(beside_marks(losses, random, oracle)), [[0.0, 1.0], [0.75, -1.0]])
+    np.testing.assert_allclose(on_scale(beside_marks(random, random, oracle)).mean(axis=0), 0.0, atol=1e-12)
 
 
-def test_normalise__missing_runs__stay_missing_and_do_not_move_the_marks():
-    random = np.array([[1.0], [np.nan], [3.0]])
-    np.testing.assert_array_equal(normalise(random, random, np.array([[4.0]])), [[-0.5], [np.nan], [0.5]])
+def test_beside_marks__missing_runs__marks_are_the_means_of_all_that_are_there():
+    scores = np.array([[2.0], [np.nan], [3.0]])
+    random, oracle = np.array([[0.0], [1.0], [2.0]]), np.array([[np.nan], [3.0], [7.0]])
+    runs = beside_marks(scores, random, oracle)
+    assert runs.shape == (2, 1, 3)
+    # Seeds 0 and 2; their marks have the means of three runs and of two.
+    np.testing.assert_allclose(runs[..., 1].mean(axis=0), [1.0])
+    np.testing.assert_allclose(runs[..., 2].mean(axis=0), [5.0])
+    np.testing.assert_allclose(runs[1, 0, 1] - runs[0, 0, 1], 2.0)
+    np.testing.assert_allclose(on_scale(runs)[:, 0], [0.25, 0.5])
+    assert beside_marks(np.full((3, 1), np.nan), random, oracle).shape == (0, 1, 3)
 
 
 @pytest.mark.parametrize("one", [[[2.0, 1.0]], [[3.0, np.nan]]])
-def test_normalise__marks_that_are_alike_or_missing__are_refused(one):
+def test_beside_marks__marks_that_are_alike_or_missing__are_refused(one):
     with pytest.raises(ValueError, match="no scale"):
-        normalise(np.zeros((1, 2)), np.array([[1.0, 1.0]]), np.array(one))
+        beside_marks(np.zeros((1, 2)), np.array([[1.0, 1.0]]), np.array(one))
+
+
+def test_bootstrap_interval__runs_beside_their_marks__are_drawn_together():
+    rng = np.random.default_rng(0)
+    random, oracle = rng.normal(1.0, 0.3, size=(8, 3)), rng.normal(0.0, 0.1, size=(8, 3))
+
+    def width(scores):
+        found = bootstrap_interval(lambda runs: overall_mean(on_scale(runs)), beside_marks(scores, random, oracle))
+        return found.half_width
+
+    # The mean of random rows is 0 in each resample, however far it moves; what has nothing to do with it moves.
+    assert width(random) == pytest.approx(0.0, abs=1e-12)
+    assert width(random.mean() + rng.permuted(random - random.mean(), axis=0)) > 0.05
+
+
+def test_interval_of_the_normalised_score__simulated__holds_the_truth():
+    rng, held, held_fixed = np.random.default_rng(1), [], []
+    for seed in range(300):
+        shared = rng.normal(0.0, 0.15, size=(10, 4))
+        random, oracle, ours = (mean + shared + rng.normal(0.0, 0.15, size=(10, 4)) for mean in (1.0, 0.0, 0.4))
+        runs = beside_marks(ours, random, oracle)
+        drawn = bootstrap_interval(lambda runs: overall_mean(on_scale(runs)), runs, seed=seed)
+        fixed = bootstrap_interval(overall_mean, on_scale(runs), seed=seed)
+        held.append(drawn.low <= 0.6 <= drawn.high)
+        held_fixed.append(fixed.low <= 0.6 <= fixed.high)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.03)
 
 
 def test_interquartile_mean__numbers_by_hand__middle_half_of_all():
@@ -297,6 +332,17 @@ def test_profile_bands__several_runs__are_those_of_the_bootstrap_at_each_thresho
         slow = bootstrap_interval(lambda s, t=thresholds[place]: (s > t).mean(axis=(-2, -1)), scores)
         np.testing.assert_allclose([low[place], high[place]], [slow.low, slow.high])
     assert np.isnan(profile_bands(scores[:1], thresholds)[1]).all()
+
+
+def test_profile_bands__runs_beside_their_marks__marks_are_drawn_too():
+    rng = np.random.default_rng(0)
+    scores, random, oracle = (rng.normal(mean, 0.3, size=(6, 2)) for mean in (0.5, 1.0, 0.0))
+    runs, thresholds = beside_marks(scores, random, oracle), np.array([0.3, 0.6])
+    share, low, high = profile_bands(runs, thresholds, on_scale)
+    np.testing.assert_array_equal(share, performance_profile(on_scale(runs), thresholds))
+    for place, threshold in enumerate(thresholds):
+        slow = bootstrap_interval(lambda r, t=threshold: (on_scale(r) > t).mean(axis=(-2, -1)), runs)
+        np.testing.assert_allclose([low[place], high[place]], [slow.low, slow.high])
 
 
 # Correlation

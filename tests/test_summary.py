@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from raise_env.agents.significance import detectable_effect
 from raise_env.agents.summary import markdown_tables, summarise, text_tables
 
 T3 = 4.302653  # Student's t for three runs
@@ -57,8 +58,8 @@ def test_summarise__without_one_of_the_marks__has_no_scale(agents):
     ("oracle", "has_scale"),
     [
         ([0.8, 0.9, 1.0], True),  # 0.1 ahead in each pair
-        ([0.8, 0.9, 0.85], True),  # 0.1, 0.1, 0.25: 0.15 is three standard errors of 0.05
-        ([0.8, 1.0, 0.95], False),  # 0.1, 0.0, 0.15: 0.083 is 1.9 of 0.044
+        ([0.8, 0.9, 0.95], True),  # 0.1, 0.1, 0.15: 0.117 is 7 standard errors of 0.017; 4.3 are asked for
+        ([0.8, 0.9, 0.85], False),  # 0.1, 0.1, 0.25: 0.15 is 3 of 0.05
         ([1.0, 1.1, 1.2], False),  # behind
         ([0.9, 1.0, 1.1], False),  # the same
     ],
@@ -77,15 +78,15 @@ def test_summarise__oracle_not_clearly_ahead__task_has_no_scale(oracle, has_scal
         assert summary["profiles"] == summary_of()["profiles"]
 
 
-def test_summarise__marks_that_share_one_seed__are_those_of_that_seed():
-    losses = {"random": (2.0, None, 0.1), "oracle": (1.0, 5.0, None), "mine": (1.5, 1.5, 1.5)}
+def test_summarise__marks_that_share_two_seeds__are_those_of_these_seeds():
+    losses = {"random": (2.0, None, 0.1, 2.1), "oracle": (1.0, 5.0, None, 1.1), "mine": (1.55, 1.55, 1.55, 1.55)}
     results = [
         line(agent, seed, loss, error=None if loss is not None else "it failed")
         for agent, values in losses.items()
         for seed, loss in enumerate(values)
     ]
-    # Between 2.0 and 1.0; the means of all runs would be 1.05 and 3.0, the wrong way round.
-    assert summary_of(results)["normalised"]["mine"]["iqm"] == pytest.approx(0.5)
+    # Between 2.05 and 1.05; the means of all runs would be 1.4 and 2.4, the wrong way round.
+    assert summary_of(results, seeds=range(4))["normalised"]["mine"]["iqm"] == pytest.approx(0.5)
 
 
 def test_summarise__oracle_nowhere_ahead__has_no_scale_and_tables_all_the_same():
@@ -124,9 +125,9 @@ def test_summarise__differences__have_tests_by_hand():
     assert tests["mine"]["p_adjusted"] == pytest.approx(tests["mine"]["p"])
     assert tests["mine"]["seeds_needed"] == 4
     assert {test["num_pairs"] for test in tests.values()} == {3}
-    # 3.264 standard deviations; of two agents the median is the mean.
-    assert tests["oracle"]["detectable"] == pytest.approx(0.3264, abs=1e-4)
-    middle = (0.3264 + 3.264 * 0.03**0.5) / 2
+    # 3.264 standard deviations would do for a single test; for two, at 2.5%, 4.625. The median of two is their mean.
+    assert tests["oracle"]["detectable"] == pytest.approx(0.1 * detectable_effect(3, 0.025))
+    middle = 4.625 * (0.1 + 0.03**0.5) / 2
     assert summary_of()["detectable"]["a"] == {"difference": pytest.approx(middle, abs=1e-3), "num_seeds": 3}
 
 
@@ -164,7 +165,7 @@ def test_summarise__one_run__has_no_intervals():
     spread = summary["per_task"]["a"]["mine"]
     ends = {"low": None, "high": None, "num_missing": 0}
     assert spread == {"mean": 0.5, "std": None, "half_width": None, "num_runs": 1, **ends}
-    assert summary["normalised"]["mine"] == {"iqm": pytest.approx(0.4 / 0.7), **ends}
+    assert summary["normalised"] == {}  # one run of the oracle is not clearly ahead
     test = summary["differences"]["a"]["mine"]
     assert test["mean"] == pytest.approx(-0.4)
     assert [test[name] for name in ("p", "p_adjusted", "effect_size", "seeds_needed", "detectable")] == [None] * 5
@@ -174,16 +175,18 @@ def test_summarise__one_run__has_no_intervals():
 def test_summarise__missing_runs__are_named_and_left_out():
     results = [*RESULTS[:-1], line("mine", 2, None, diverged=True)]
     results[4] = line("oracle", 1, None, error="it broke")
-    summary = summary_of([entry for entry in results if (entry["agent"], entry["seed"]) != ("random", 2)])
+    results += [line(agent, 3, loss) for agent, loss in {"random": 1.0, "oracle": 0.2, "mine": 0.5}.items()]
+    there = [entry for entry in results if (entry["agent"], entry["seed"]) != ("random", 2)]
+    summary = summary_of(there, seeds=range(4))
     assert summary["missing"] == [
         {"task": "a", "agent": "random", "seed": 2, "reason": "not run"},
         {"task": "a", "agent": "mine", "seed": 2, "reason": "diverged"},
         {"task": "a", "agent": "oracle", "seed": 1, "reason": "it broke"},
     ]
-    assert summary["per_task"]["a"]["mine"]["mean"] == pytest.approx(0.55)
-    assert summary["per_task"]["a"]["random"]["num_runs"] == 2
-    # Pairs of what both have: seeds 0 and 1.
-    assert summary["differences"]["a"]["mine"]["mean"] == pytest.approx(-0.4)
+    assert summary["per_task"]["a"]["mine"]["mean"] == pytest.approx(1.6 / 3)
+    assert summary["per_task"]["a"]["random"]["num_runs"] == 3
+    # Pairs of what both have: seeds 0, 1 and 3.
+    assert summary["differences"]["a"]["mine"]["mean"] == pytest.approx(-1.3 / 3)
     flags = {
         "per_task": summary["per_task"]["a"]["mine"],
         "normalised": summary["normalised"]["mine"],
@@ -253,7 +256,7 @@ def test_markdown_tables__one_task__one_table_with_the_best_first():
     assert header[:5] == ["agent", "runs", "test loss", "p", "normalised IQM"]
     assert set(rule) == {"---", "---:"}
     assert [row[0] for row in rows] == ["oracle", "mine", "random"]
-    assert rows[1][1:5] == ["3", "0.500 ± 0.248", "0.038", "0.62 [0.50, 0.75]"]
+    assert rows[1][1:5] == ["3", "0.500 ± 0.248", "0.038", "0.62 [0.50, 0.78]"]
     assert rows[1][5:] == ["0.25", "0.00", "0.50", "1.00", "3.0"]
     assert rows[2][3] == ""
 

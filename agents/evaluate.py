@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from raise_env.pool import Instruction, Pool, sample_rows
 from raise_env.reading import check_columns, read_pool
 from raise_env.record import versions
 from raise_env.rewards import missing_need, needs_generation
+
+if TYPE_CHECKING:
+    from raise_env.base_model import BaseModel
+    from raise_env.evaluation import EvaluationSet
 
 __all__ = ["REPORT_VERSION", "ScorePlan", "score_lines", "score_model"]
 
@@ -72,62 +76,87 @@ def score_model(plan: ScorePlan) -> dict[str, Any]:
     Raises:
         DataError: The file cannot be read, a row is at fault, or no response fits into the length.
         ModelError: The model cannot be loaded, the adapter does not fit it, or a loss is not finite.
-        SettingError: A metric or a setting is unknown, or the rows lack what it needs, or the columns that are named.
+        SettingError: A metric or a setting is unknown, or the rows lack what it needs, or the columns that are named;
+            or no row's choices can be scored, and a metric that was asked for needs them.
     """
     own = ("template", "columns", "choice_form", "skip_empty", "device", "dtype")
     config = EnvConfig.from_kwargs({"pool": plan.data, "dev": plan.data, **{name: getattr(plan, name) for name in own}})
     rows = read_pool(plan.data, skip_empty=config.skip_empty, columns=config.columns, choice_form=config.choice_form)
     check_columns(config.columns, rows)
     rows = rows if plan.num_rows is None else sample_rows(rows, plan.num_rows, seed=0)
-    names = _checked(plan.metrics, rows, plan.data) or _allowed(rows)
-    evaluation, content = _evaluated(plan, rows, any(map(needs_generation, names)))
+    asked = _checked(plan.metrics, rows, plan.data)
+    base, data = _loaded(plan, rows)
+    wanted = asked or _allowed(rows)
+    names = [name for name in wanted if missing_need(name, data.instructions) is None]
+    left_out = [name for name in wanted if name not in names]
+    if asked and left_out:
+        raise SettingError(
+            f"metric {left_out[0]!r} needs rows whose choices can be scored; {plan.data} has none: in each row with "
+            "choices one is no token, or does not fit into the length. Raise max_length, or leave the metric out."
+        )
+    evaluation = _evaluated(plan, base, data, any(map(needs_generation, names)))
     return {
         "schema_version": REPORT_VERSION,
         **dataclasses.asdict(plan),
         "metrics": {name: _interval(evaluation, name) for name in names},
+        "metrics_left_out": left_out,
+        "num_skipped": rows.num_skipped,
         "num_left_out": len(rows) - len(evaluation.rows),
-        "content": {"model": content, "data": rows.content_hash},
+        "content": {"model": base.content_hash, "data": rows.content_hash},
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
 def score_lines(report: dict[str, Any]) -> list[str]:
-    """Return a report as lines for people: one a metric, then how the intervals were made."""
+    """Return a report as lines for people: one a metric, then how the intervals were made and what is not in them."""
     lines = [_line(name, found) for name, found in report["metrics"].items()]
     lines.append("In brackets 95% intervals, normal over rows: 1.96 standard errors on either side.")
+    if report["metrics_left_out"]:
+        lines.append(
+            f"Left out: {', '.join(report['metrics_left_out'])}. No row's choices can be scored: in each row one is no "
+            "token, or does not fit into the length."
+        )
+    if report["num_skipped"]:
+        lines.append(f"Rows skipped for want of text: {report['num_skipped']}.")
     if report["num_left_out"]:
         lines.append(f"Rows left out, as nothing of their response fits into the length: {report['num_left_out']}.")
     return lines
 
 
-def _evaluated(plan: ScorePlan, rows: Pool, generates: bool) -> tuple[Evaluation, str]:
-    """Return how the model does, and the hash of the base model's content."""
-    from raise_env.adapter_files import adapter_settings, read_adapter
+def _loaded(plan: ScorePlan, rows: Pool) -> tuple[BaseModel, EvaluationSet]:
+    """Return the model, with layers for the adapter, and the rows in its tokens."""
+    from raise_env.adapter_files import adapter_settings
     from raise_env.base_model import BaseModel
     from raise_env.encoding import Encoder
     from raise_env.evaluation import EvaluationSet
     from raise_env.generation import POSITIONS
-    from raise_env.learner import LoraLearner, TrainingState, UpdateSettings
 
-    folder = None if plan.adapter is None else Path(plan.adapter)
-    lora = LoraSettings() if folder is None else adapter_settings(folder)
+    lora = LoraSettings() if plan.adapter is None else adapter_settings(Path(plan.adapter))
     base = BaseModel(plan.model, lora, dtype=plan.dtype, device=plan.device)
-    # A new adapter changes nothing: its second matrices are zeros.
-    adapter = base.initial_parameters(seed=0) if folder is None else read_adapter(folder, base)
     positions = base.max_positions or POSITIONS
     encoder = Encoder(base.tokenizer, min(plan.max_length or positions, positions), plan.template)
-    data = EvaluationSet.build(rows, encoder, "data")
+    return base, EvaluationSet.build(rows, encoder, "data")
+
+
+def _evaluated(plan: ScorePlan, base: BaseModel, data: EvaluationSet, generates: bool) -> Evaluation:
+    """Return how the model does, with its adapter if there is one."""
+    from raise_env.adapter_files import read_adapter
+    from raise_env.learner import LoraLearner, TrainingState, UpdateSettings
+
+    # A new adapter changes nothing: its second matrices are zeros.
+    adapter = base.initial_parameters(seed=0) if plan.adapter is None else read_adapter(Path(plan.adapter), base)
     settings = UpdateSettings(learning_rate=0.0, weight_decay=0.0, max_grad_norm=0.0, micro_batch_tokens=1)
     learner = LoraLearner(base, data.rows, {"test": data}, settings, TrainingState.start(adapter), generates=generates)
     evaluation = learner.evaluate("test")
     if not evaluation.is_finite:
-        row = int(np.flatnonzero(~np.isfinite(evaluation.row_losses))[0])
+        scores = evaluation.choice_scores or [np.zeros(0)] * len(evaluation.rows)
+        finite = [bool(np.isfinite([loss, *of]).all()) for loss, of in zip(evaluation.row_losses, scores, strict=True)]
         raise ModelError(
-            f"the model {plan.model!r} gives no finite loss, first for {evaluation.rows[row].prompt[:60]!r}; "
-            "check its weights, the adapter, and the dtype."
+            f"the model {plan.model!r} gives no finite loss, first for "
+            f"{evaluation.rows[finite.index(False)].prompt[:60]!r}; check its weights, the adapter, and the dtype."
         )
-    return evaluation, base.content_hash
+    return evaluation
 
 
 def _checked(names: Sequence[str], rows: Sequence[Instruction], source: str) -> tuple[str, ...]:

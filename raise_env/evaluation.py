@@ -88,7 +88,7 @@ class EvaluationSet:
             choices=choices,  # a row that has any was kept
             choice_rows=np.repeat(np.arange(len(counts)), counts),
             choice_lengths=np.array([len(choice) for i in instructions for choice in i.choices], dtype=np.int64),
-            answers=np.array([i.choices.index(i.response) if i.choices else -1 for i in instructions], dtype=np.int64),
+            answers=np.array([instruction.right_choice for instruction in instructions], dtype=np.int64),
             questions=_questions(instructions, encoder),
         )
 
@@ -184,7 +184,7 @@ def _scorable_choices(
     logger.warning(message, len(dropped), len(instructions), what, encoder.max_length)
     rows = list(instructions)
     for row in dropped:
-        rows[row] = dataclasses.replace(rows[row], choices=())
+        rows[row] = dataclasses.replace(rows[row], choices=(), right=None)
     left = np.flatnonzero(~np.isin(owners, dropped))
     return rows, encoded.select(left) if len(left) else None
 

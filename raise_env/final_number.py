@@ -21,30 +21,35 @@ MAX_NEW_TOKENS = 256
 _NOTHING = "[invalid]"
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+#: What a response ends in: the last number, for a right answer ends in it, and a heading `#### 1. Overview` is none.
+_FINAL = re.compile(r"#### (-?[.,]*[0-9][0-9.,]*)\s*\Z")
+
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _IGNORED = tuple(re.compile(text) for text in (",", r"\$", "(?s).*#### ", r"\.$"))
 
 
 def has_final_number(response: str) -> bool:
-    """Return whether a response gives its answer as `#### number`."""
-    return _STRICT.search(response) is not None
+    """Return whether a response ends in `#### number`, white space aside."""
+    return _FINAL.search(response) is not None
 
 
 def strict_match(answer: str, response: str) -> bool:
-    """Return whether the first `#### number` of a generated answer is the response's."""
+    """Return whether the first `#### number` of a generated answer is the one that the response ends in."""
     found = _STRICT.search(answer)
     return _is_same(found[1].strip() if found else _NOTHING, response)
 
 
 def flexible_match(answer: str, response: str) -> bool:
-    """Return whether the last number of a generated answer is the response's, whatever stands before it."""
+    """Return whether the last number of a generated answer is the one that the response ends in."""
     found = _FLEXIBLE.findall(answer)
     last = next((part for part in found[-1] if part), _NOTHING) if found else _NOTHING
     return _is_same(last.strip(), response)
 
 
 def _is_same(answer: str, response: str) -> bool:
-    return _normalised(answer) == _normalised(response)
+    final = _FINAL.search(response)
+    assert final is not None  # others are not asked for a number
+    return _normalised(answer) == _normalised(final[1])
 
 
 def _normalised(text: str) -> str:

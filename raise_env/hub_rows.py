@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .errors import DataError, excerpt
 from .hub import hub_in_reach
-from .row_files import Row, plain
+from .row_files import Row, plain_row
 
 __all__ = ["HubName", "rows_of_dataset"]
 
@@ -41,6 +41,7 @@ def rows_of_dataset(source: str) -> Generator[tuple[int, Row]]:
 
     Raises:
         DataError: There is no such data set, it has several splits and none is named, or it cannot be loaded.
+        DataError: Bytes in a row are no text.
     """
     import datasets
 
@@ -51,7 +52,7 @@ def rows_of_dataset(source: str) -> Generator[tuple[int, Row]]:
             split = name.split or _only_split(source, name)
             table = datasets.load_dataset(name.repository, name.config, split=split, revision=name.revision)
         for number, row in enumerate(table, start=1):
-            yield number, plain(row)
+            yield number, plain_row(row, f"{source}, row {number}")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataError):
             raise

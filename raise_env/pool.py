@@ -53,6 +53,9 @@ MAX_ROWS_IN_MEMORY = 50_000
 #: Rows that are read from a temporary file at once.
 _ROWS_AT_ONCE = 1024
 
+#: The system text, the exchanges before and the right choice of a row that has none of them to be told.
+_NO_CONTEXT: tuple[Any, ...] = ("", [], None)
+
 #: K-means starts this often and the best end is kept: a single start often ends in a poor split.
 KMEANS_STARTS = 4
 
@@ -71,6 +74,7 @@ class Instruction:
         fields: The row as it was read, every column of it: plain JSON data.
         system: What the conversation is headed by; empty where there is no such text.
         earlier: The exchanges before, each what the user said and what was answered; they are trained on too.
+        right: Which of the choices is the right one, from 0; None: the first that reads as the response does.
     """
 
     prompt: str
@@ -79,6 +83,14 @@ class Instruction:
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
     system: str = ""
     earlier: tuple[tuple[str, str], ...] = ()
+    right: int | None = None
+
+    @property
+    def right_choice(self) -> int:
+        """The index of the right choice, -1 where the answer is open."""
+        if not self.choices:
+            return -1
+        return self.choices.index(self.response) if self.right is None else self.right
 
     @property
     def exchanges(self) -> tuple[tuple[str, str], ...]:
@@ -176,10 +188,10 @@ class SpilledRows(Sequence[Instruction]):
         first, last = int(self._offsets[start]), int(self._offsets[max(start, stop)])
         lines = os.pread(self._file.fileno(), last - first, first).split(b"\n")
         for content, fields in zip(lines[0:-1:2], lines[1::2], strict=True):
-            prompt, response, choices, *context = json.loads(content)
-            system, earlier = context or ("", [])
+            told: list[Any] = json.loads(content)
+            prompt, response, choices, system, earlier, right = (*told, *_NO_CONTEXT[len(told) - 3 :])
             exchanges = tuple((said, answered) for said, answered in earlier)
-            yield Instruction(prompt, response, tuple(choices), json.loads(fields), system, exchanges)
+            yield Instruction(prompt, response, tuple(choices), json.loads(fields), system, exchanges, right)
 
 
 def _temporary_file(folder: Path | None) -> tuple[IO[bytes], str]:
@@ -196,7 +208,8 @@ def _temporary_file(folder: Path | None) -> tuple[IO[bytes], str]:
 
 def _content(row: Instruction) -> bytes:
     """Return what a model can be taught by a row; JSON keeps the boundaries: ("ab", "c") and ("a", "bc") differ."""
-    context = [row.system, row.earlier] if row.system or row.earlier else []
+    right = [] if row.right is None else [row.right]
+    context = [row.system, row.earlier, *right] if row.system or row.earlier or right else []
     return json.dumps([row.prompt, row.response, row.choices, *context]).encode()
 
 
@@ -259,8 +272,8 @@ class Pool(Sequence[Instruction]):
         self.numbers = range(1, len(self.instructions) + 1) if numbers is None else numbers
         self.unit = unit
         self.num_skipped = num_skipped
-        #: Whether the source has the columns that were named for it.
-        self.uses_columns = False
+        #: Those of the columns named for it that the source has; none where it is not read by them.
+        self.columns_found: frozenset[str] = frozenset()
 
     @cached_property
     def content_hash(self) -> str:

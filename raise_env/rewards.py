@@ -242,7 +242,7 @@ _CHOICES = _Need(
 )
 _NUMBERS = _Need(
     lambda row: has_final_number(row.response),
-    "a response that gives its answer as `#### number`",
+    "a response that ends in `#### number`",
     "Take reward 'loss' or 'exact_match', or write the numbers so.",
 )
 

@@ -1,7 +1,8 @@
 """From a file to rows, each a mapping of columns to plain JSON data, with its number in the file.
 
 A fault is named by file, line and column. Rows are read one by one; only a .json file, being one value, has to fit into
-memory. What JSON cannot say becomes what it can: NaN and infinity become None, a date its usual text.
+memory. What JSON cannot say becomes what it can: NaN and infinity become None, bytes the text that they spell, a date
+or a decimal its usual text, marked as `Rendered` so that it is not taken for one that somebody wrote.
 
 A packed file may be far smaller than what it holds. What grows to more than `MOST_GROWTH` times its size may hold
 `foreign_files.max_bytes` at most: a real file is packed less tightly, and may be as large as it will.
@@ -17,11 +18,12 @@ import json
 import math
 import re
 import sys
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from .errors import DataError, RaiseEnvError, describe, excerpt
 from .foreign_files import MAX_BYTES_VARIABLE, lines_of, max_bytes, parse_json
@@ -30,11 +32,13 @@ __all__ = [
     "ENDINGS",
     "MOST_GROWTH",
     "UNITS",
+    "Rendered",
     "Row",
     "check_file",
     "check_halves",
     "is_readable",
-    "plain",
+    "is_text",
+    "plain_row",
     "rows_of_file",
     "unit_of",
 ]
@@ -70,7 +74,21 @@ _PARQUET_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, Recursion
 #: The beginning of JSON's escapes for halves of pairs.
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
+#: Held while the limit of csv, which is one for all of a process, is another.
+_FIELD_LIMIT_LOCK = threading.Lock()
+
 Row = dict[str, Any]
+
+
+class Rendered(str):
+    """The usual text of a table's value that is none, such as a date or a decimal."""
+
+    __slots__ = ()
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Return whether a value is a text that somebody wrote."""
+    return isinstance(value, str) and not isinstance(value, Rendered)
 
 
 def is_readable(path: Path) -> bool:
@@ -163,7 +181,7 @@ def _rows_of_csv(source: str) -> Generator[tuple[int, Row]]:
         with contextlib.closing(_lines(source)) as lines:
             # Strict: a quote that is never closed would otherwise swallow the rest of the file as one answer.
             reader = csv.reader(lines, strict=True)
-            for cells in reader:
+            while (cells := _next_cells(reader)) is not None:
                 if cells and not columns:
                     has_header = not _is_mmlu(cells)
                     columns = _check_columns(cells, source) if has_header else MMLU_COLUMNS
@@ -173,10 +191,26 @@ def _rows_of_csv(source: str) -> Generator[tuple[int, Row]]:
                 # A quoted cell may run over many lines: a row is named by its first.
                 number = reader.line_num + 1
     except csv.Error as error:
+        where = f"{source}, line {number}"
+        if "field limit" in str(error):
+            raise DataError(
+                f"{where}: found a cell of more than {max_bytes():,} characters; expected fewer. Look for a quote that "
+                f"is not closed; if the cell is meant to be so long, raise ${MAX_BYTES_VARIABLE}."
+            ) from error
         raise DataError(
-            f"{source}, line {number}: found a broken row ({error}); expected cells between commas, those that hold "
+            f"{where}: found a broken row ({error}); expected cells between commas, those that hold "
             'commas, quotes or line breaks in "quotes" and quotes in them doubled. Mend the row, or use .jsonl.'
         ) from error
+
+
+def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
+    """Return the next row of a .csv, with cells as long as `max_bytes` allows; None at the end."""
+    with _FIELD_LIMIT_LOCK:
+        usual = csv.field_size_limit(max_bytes())
+        try:
+            return next(reader, None)
+        finally:
+            csv.field_size_limit(usual)
 
 
 def _is_mmlu(cells: list[str]) -> bool:
@@ -207,7 +241,7 @@ def _rows_of_parquet(source: str) -> Generator[tuple[int, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     growth.add(_length(row), size)
-                    yield number, plain(row)
+                    yield number, plain_row(row, f"{source}, row {number}")
     # Of what is torn or made to mislead, dates and time zones too, Python's own errors come through.
     except (pa.ArrowException, *_PARQUET_ERRORS) as error:
         if isinstance(error, RaiseEnvError):
@@ -239,15 +273,39 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, (str, bytes)) else 8
 
 
-def plain(value: Any) -> Any:
-    """Return a table's value as JSON can hold it."""
+def plain_row(row: Mapping[str, Any], where: str) -> Row:
+    """Return a table's row as JSON can hold it.
+
+    Args:
+        row: Its columns.
+        where: Where it stands, for messages.
+
+    Raises:
+        DataError: Bytes in it are no text.
+    """
+    columns: Row = {}
+    for name, value in row.items():
+        try:
+            columns[str(name)] = _plain(value)
+        except UnicodeDecodeError as error:
+            byte = f"0x{error.object[error.start]:02x} at byte {error.start + 1}"
+            raise DataError(
+                f"{where}, field {str(name)!r}: found bytes that are no text ({byte}); expected UTF-8. "
+                "Store the column as text, or leave it out of the table."
+            ) from error
+    return columns
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
+    if isinstance(value, bytes):
+        return value.decode()
+    return value if value is None or isinstance(value, (str, int)) else Rendered(value)
 
 
 def _check_columns(columns: list[str], source: str) -> list[str]:

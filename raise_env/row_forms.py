@@ -12,7 +12,8 @@ Decisions:
     Where choices stand in columns A, B, C, D the letter comes first, for there it names a column.
 
     No part of a conversation is dropped without a word: what was said before, and the text that heads it, are read
-    from columns of their own too, and a turn with a part that is not trained on is an error.
+    from columns of their own too. A turn with a part that is not trained on is an error, and so is a text beside a
+    question that its form does not read, in a column that by its name says what is asked or who answers.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import Any
 from .config import ColumnSettings
 from .errors import DataError, describe, excerpt
 from .pool import Instruction
-from .row_files import Row, check_halves
+from .row_files import Rendered, Row, check_halves, is_text
 
-__all__ = ["RowForm", "RowReader"]
+__all__ = ["RowForm", "RowReader", "required_columns"]
 
 #: Who speaks, by the names of ShareGPT, OpenAI and those who came after them.
 ROLES = {
@@ -42,7 +43,16 @@ ROLES = {
 _TURN_FIELDS = (("role", "content"), ("from", "value"))
 
 #: What a turn may say besides its text, as OpenAI, DeepSeek, vLLM and gpt-oss name it.
-_TURN_EXTRAS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_TURN_EXTRAS = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking")
+
+#: How an answer is marked as one to be learned, or not: by OpenAI's fine-tuning form, and by Axolotl's.
+_TURN_MARKS = {"weight": "1", "train": "true"}
+
+#: What a conversation's row may say of the tools that its assistant has.
+_TOOLS = ("tools", "functions")
+
+#: Columns that say what a question is about or who answers it, and by which key of `columns` they are read.
+_CONTEXTS = {"input": "input", "context": "input", "passage": "input", "system_prompt": "system"}
 
 #: How the instructions of LLM-Adapters' multiple-choice data end (Hu et al. 2023, "LLM-Adapters").
 _ANSWER_FORMAT = re.compile(r"Answer format: *([^\s/]+(?:/[^\s/]+)+)\s*\Z")
@@ -62,6 +72,8 @@ class RowForm:
         fits: Whether a row that has the columns is of this form.
         instead_of: Names of forms whose columns are among these: such rows are of this form.
         is_chat: Whether it has all that was said in one column.
+        extra: The column that it reads besides, where a row has it.
+        settings: What reads its columns by name; None: nothing does.
     """
 
     name: str
@@ -70,6 +82,8 @@ class RowForm:
     fits: Callable[[Row], bool] = lambda _: True
     instead_of: tuple[str, ...] = ()
     is_chat: bool = False
+    extra: str | None = None
+    settings: ColumnSettings | None = None
 
     def matches(self, row: Row) -> bool:
         """Return whether a row is of this form."""
@@ -80,7 +94,7 @@ class RowReader:
     """Makes instructions of a source's rows, in the form that its first row has.
 
     Args:
-        columns: Which columns to read; used if the first row has all of them.
+        columns: Which columns to read; used if the first row has all that are required, see `required_columns`.
         choice_form: One of `config.CHOICE_FORMS`.
     """
 
@@ -92,8 +106,8 @@ class RowReader:
         self._narrower: tuple[RowForm, ...] = ()
         #: Conversations that ended with a question, which was left out.
         self.num_unanswered = 0
-        #: Whether the source has the columns that were named.
-        self.uses_columns = False
+        #: Those of the named columns that the source has; none where it is not read by them.
+        self.columns_found: set[str] = set()
 
     def read(self, row: Row, where: str) -> Reading:
         """Return a row as an instruction, or the name of a field of it that has no text.
@@ -110,6 +124,8 @@ class RowReader:
             self._narrower = tuple(form for form in self._forms if self._form.name in form.instead_of)
         elif not self._form.matches(row) or any(form.matches(row) for form in self._narrower):
             raise self._other_form(row, where)
+        if self.columns_found:
+            self.columns_found.update(column for column in self._columns.named().values() if column in row)
         reading = self._form.read(row, where)
         return reading if isinstance(reading, str) else self._in_context(reading, row, where)
 
@@ -121,13 +137,15 @@ class RowReader:
             ("prompt", "completion", None),
             ("prompt", "response", None),
         ]
+        keyed = ColumnSettings("question", choices="choices", answer="answerKey")
         return (
             *(self._pair(prompt, response, extra) for prompt, response, extra in pairs),
             *(_chat(self, column) for column in ("messages", "conversations")),
             RowForm(
                 "question and choices with answerKey",
                 ("question", "choices", "answerKey"),
-                partial(self._read_pair, ColumnSettings("question", "answerKey", choices="choices")),
+                partial(self._read_pair, keyed),
+                settings=keyed,
             ),
             RowForm(
                 "question, A, B and so on with answer",
@@ -141,23 +159,27 @@ class RowReader:
                 self._read_alternatives,
                 lambda row: bool(_ANSWER_FORMAT.search(str(row["instruction"]))),
                 instead_of=("instruction and output",),
+                extra="input",
             ),
         )
 
     def _pair(self, prompt: str, response: str, extra: str | None) -> RowForm:
         columns = ColumnSettings(prompt, response, extra, choices="choices")
-        return RowForm(f"{prompt} and {response}", (prompt, response), partial(self._read_pair, columns))
+        read = partial(self._read_pair, columns)
+        return RowForm(f"{prompt} and {response}", (prompt, response), read, extra=extra, settings=columns)
 
     def _chosen(self, row: Row, where: str) -> RowForm:
         """Return the form of the first row."""
-        named = self._columns.named()
-        if named and all(column in row for column in named.values()):
-            self.uses_columns = True
-            names = ", ".join(f"{key} in {column!r}" for key, column in named.items())
+        required = required_columns(self._columns)
+        if required and all(column in row for column in required):
+            self.columns_found.update(required)
+            names = ", ".join(f"{key} in {column!r}" for key, column in self._columns.named().items())
             if self._columns.messages is not None:
                 return _chat(self, self._columns.messages, self._columns.system, name=names)
-            return RowForm(names, tuple(named.values()), partial(self._read_pair, self._columns))
+            return RowForm(names, required, partial(self._read_pair, self._columns))
         found = _matching(self._forms, row)
+        # A conversation that is null decides on the form only where nothing else does.
+        found = [form for form in found if not form.is_chat or row[form.columns[0]] is not None] or found
         if len(found) == 1:
             return found[0]
         seen = excerpt(", ".join(repr(column) for column in row) or "none", 300)
@@ -193,16 +215,36 @@ class RowReader:
         Where columns are named, what they name is all that is read.
         """
         assert self._form is not None
-        if self.uses_columns:
+        if self.columns_found:
             return instruction
         if "system" in row and not instruction.system:
             instruction = replace(instruction, system=_system(row["system"], f"{where}, field 'system'"))
+        self._check_contexts(instruction, row, where)
+        if self._form.is_chat:
+            _check_tools(row, where)
         if "history" not in row or self._form.is_chat:
             return instruction
         earlier = _history(row["history"], f"{where}, field 'history'")
         if not all(text.strip() for exchange in earlier for text in exchange):
             return "history"
         return replace(instruction, earlier=earlier)
+
+    def _check_contexts(self, instruction: Instruction, row: Row, where: str) -> None:
+        """Check that no text beside the form's columns says what is asked or who answers.
+
+        A conversation says itself what it is about, but not always who answers.
+        """
+        form = self._form
+        assert form is not None
+        for column, key in _CONTEXTS.items():
+            value = row.get(column)
+            if not is_text(value) or not value.strip() or column == form.extra or (form.is_chat and key == "input"):
+                continue
+            if key != "system" or value.strip() != instruction.system.strip():
+                raise DataError(
+                    f"{where}, field {column!r}: found text that the form {form.name} does not read; expected none, "
+                    f"for what is answered may rest on it. {_context_advice(form, row, column)}"
+                )
 
     # The forms' readers
 
@@ -219,11 +261,13 @@ class RowReader:
         system = _text(row, columns.system, where) if columns.system in row else ""
         choices = _choices(row.get(columns.choices) if columns.choices else None, f"{where}, field {columns.choices!r}")
         answer = row[response_column]
-        if choices and answer is not None and answer != "":
+        if choices is None and columns.answer is not None:
+            return str(columns.choices)
+        if choices is not None and answer is not None and answer != "":
             texts, labels = choices
-            right = _right(texts, labels, answer, response_column, f"{where}, field {columns.choices!r}")
-            if not texts[right].strip():
+            if not texts or not all(text.strip() for text in texts):
                 return str(columns.choices)
+            right = _right(texts, labels, answer, response_column, f"{where}, field {columns.choices!r}")
             return self._choice(prompt, texts, right, row, system)
         response = _text(row, response_column, where)
         if not response.strip():
@@ -236,16 +280,11 @@ class RowReader:
         for column, text in (("question", prompt), ("answer", answer)):
             if not text.strip():
                 return column
-        choices = [
-            (letter, _text(row, letter, where)) for letter in string.ascii_uppercase if row.get(letter) is not None
-        ]
-        # A table has a column for each choice of the row that has most: the others' last ones are empty.
-        while choices and not choices[-1][1].strip():
-            choices.pop()
-        blank = next((letter for letter, text in choices if not text.strip()), None if choices else "A")
-        if blank is not None:
-            return blank
-        letters, texts = [letter for letter, _ in choices], [text for _, text in choices]
+        texts = _ended([_text(row, letter, where) if letter in row else "" for letter in string.ascii_uppercase])
+        letters = list(string.ascii_uppercase[: len(texts)])
+        blank = next((letter for letter, text in zip(letters, texts, strict=True) if not text.strip()), None)
+        if blank is not None or not texts:
+            return blank or "A"
         if answer not in [*letters, *texts]:
             raise DataError(
                 f"{where}, field 'answer': found {excerpt(repr(answer))}; expected one of the letters "
@@ -276,12 +315,20 @@ class RowReader:
 
     def _choice(self, prompt: str, texts: Sequence[str], right: int, row: Row, system: str = "") -> Instruction:
         """Return a multiple-choice row in the form that was asked for."""
+        system = system if system.strip() else ""
         if not self._with_letters:
-            return Instruction(prompt, texts[right], tuple(texts), row, system if system.strip() else "")
+            is_first = texts.index(texts[right]) == right
+            return Instruction(prompt, texts[right], tuple(texts), row, system, right=None if is_first else right)
         letters = string.ascii_uppercase[: len(texts)]
         lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
-        asked = "\n".join([prompt, *lines])
-        return Instruction(asked, letters[right], tuple(letters), row, system if system.strip() else "")
+        return Instruction("\n".join([prompt, *lines]), letters[right], tuple(letters), row, system)
+
+
+def required_columns(columns: ColumnSettings) -> tuple[str, ...]:
+    """Return the named columns that a source must have to be read by them; its rows may lack the others."""
+    choices = None if columns.answer is None else columns.choices
+    needed = (columns.messages, columns.prompt, columns.response, choices, columns.answer)
+    return tuple(column for column in needed if column is not None)
 
 
 def _matching(forms: Sequence[RowForm], row: Row) -> list[RowForm]:
@@ -289,6 +336,20 @@ def _matching(forms: Sequence[RowForm], row: Row) -> list[RowForm]:
     found = [form for form in forms if form.matches(row)]
     covered = {name for form in found for name in form.instead_of}
     return [form for form in found if form.name not in covered]
+
+
+def _context_advice(form: RowForm, row: Row, column: str) -> str:
+    """Return what to do about a text that a form does not read: what reads it, and what reads the rest as now."""
+    key = _CONTEXTS[column]
+    named = {} if form.settings is None else form.settings.named()
+    named = {name: place for name, place in named.items() if place in row}
+    if "system" in row:
+        named["system"] = "system"
+    if form.settings is None or key in named or ("history" in row and not form.is_chat):
+        place = named.get(key, "system" if key == "system" else form.columns[0])
+        return f"Write it into {place!r}, or remove or rename the column if it is not meant to be read."
+    others = ",".join(f"{name}={place}" for name, place in named.items())
+    return f"Say what to read: columns (--columns {others},{key}={column}), or to leave it out --columns {others}."
 
 
 # Texts and choices
@@ -305,14 +366,41 @@ def _text(row: Row, column: str | None, where: str) -> str:
 
 
 def _check_text(value: object, where: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: found {describe(value)}; expected text. Write the value in quotes.")
+    if not is_text(value):
+        raise DataError(f"{where}: found {_shown(value)}; expected text. {_text_advice(value)}")
     check_halves(value, where)
 
 
+def _shown(value: object) -> str:
+    return f"{excerpt(value)}, which is not stored as text" if isinstance(value, Rendered) else describe(value)
+
+
+def _text_advice(value: object) -> str:
+    """Return how to make a text of a value that is none."""
+    if value is None:
+        return "Write one there, or remove the row."
+    if isinstance(value, Rendered):
+        return "Store the column as text."
+    if isinstance(value, list) and value and all(map(_is_turn, value)):
+        return (
+            "If the column holds whole conversations, name it as messages (--columns messages=NAME); "
+            "else join its turns into one text."
+        )
+    if isinstance(value, (list, dict)):
+        return "Join what it holds into one text."
+    return "Write the value in quotes; in a table, store the column as text."
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, dict) and any(fields[0] in value for fields in _TURN_FIELDS)
+
+
 def _choices(value: Any, where: str) -> tuple[list[str], list[str]] | None:
-    """Return the texts to choose among, and their labels where they have any; None where there are no choices."""
-    if value is None or value == []:
+    """Return the texts to choose among, and their labels where they have any; None where there are no choices.
+
+    Where there are some but none has text, there are no texts.
+    """
+    if value is None or value == [] or _is_without_choices(value):
         return None
     labels: Any = []
     texts = value
@@ -326,11 +414,25 @@ def _choices(value: Any, where: str) -> tuple[list[str], list[str]] | None:
             "Store such rows as .jsonl, or rename the column if it is not meant to be read."
         )
     for index, choice in enumerate(texts, start=1):
-        _check_text(choice, f"{where}, item {index}")
-    labels = _labels(labels, where)
+        if choice is not None:
+            _check_text(choice, f"{where}, item {index}")
+    texts = _ended([choice or "" for choice in texts])
+    labels = _labels(labels[: len(texts)], where)
     if len(texts) > len(string.ascii_uppercase):
         raise DataError(f"{where}: found {len(texts)} choices; expected at most {len(string.ascii_uppercase)}.")
     return texts, labels
+
+
+def _is_without_choices(value: Any) -> bool:
+    """Return whether a value is what nested tables have where there are no choices: lists that are null or empty."""
+    is_form = isinstance(value, dict) and value.keys() <= {"text", "label"}
+    return is_form and all(entries in (None, []) for entries in value.values())
+
+
+def _ended(texts: list[str]) -> list[str]:
+    """Return the choices up to the last with text: a table has as many for each row as for the one that has most."""
+    last = max((place for place, text in enumerate(texts, start=1) if text.strip()), default=0)
+    return texts[:last]
 
 
 def _labels(labels: list[Any], where: str) -> list[str]:
@@ -338,9 +440,9 @@ def _labels(labels: list[Any], where: str) -> list[str]:
     if all(label is None or label == "" for label in labels):
         return []
     for index, label in enumerate(labels, start=1):
-        if not isinstance(label, (str, int)) or isinstance(label, bool):
+        if isinstance(label, bool) or not (is_text(label) or isinstance(label, int)):
             raise DataError(
-                f"{where}, item {index}: found the label {describe(label)}; expected text or a number, for the others "
+                f"{where}, item {index}: found the label {_shown(label)}; expected text or a number, for the others "
                 "have labels. Give all choices a label, or none."
             )
     return [str(label) for label in labels]
@@ -348,9 +450,14 @@ def _labels(labels: list[Any], where: str) -> list[str]:
 
 def _right(texts: list[str], labels: list[str], answer: Any, column: str, where: str) -> int:
     """Return which of the choices an answer means: a label, a text, a letter, or a number."""
+    # A table whose column has gaps keeps whole numbers so.
+    answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
     is_number = isinstance(answer, int) and not isinstance(answer, bool)
-    if not isinstance(answer, str) and not is_number:
-        raise DataError(f"{where}: found the row's {column!r} to be {describe(answer)}; expected text or a number.")
+    if not is_text(answer) and not is_number:
+        raise DataError(
+            f"{where}: found the row's {column!r} to be {_shown(answer)}; expected text or a whole number. "
+            "Write it as one of them."
+        )
     for names in _names(texts, labels, is_number):
         if str(answer) in names:
             return names.index(str(answer))
@@ -381,11 +488,11 @@ def _names(texts: list[str], labels: list[str], is_number: bool) -> list[list[st
 
 def _system(value: Any, where: str) -> str:
     """Return the text that a conversation is headed by; an empty one where there is none."""
-    if not isinstance(value, str):
+    if not is_text(value):
         if value is None:
             return ""
         raise DataError(
-            f"{where}: found {describe(value)}; expected the text that a conversation is headed by. "
+            f"{where}: found {_shown(value)}; expected the text that a conversation is headed by. "
             "Rename the column if it is not meant to be read."
         )
     check_halves(value, where)
@@ -414,34 +521,47 @@ def _no_history(value: Any, where: str) -> DataError:
 
 
 def _chat(reader: RowReader, column: str, system: str | None = None, name: str | None = None) -> RowForm:
-    columns = (column,) if system is None else (column, system)
-
     def read(row: Row, where: str) -> Reading:
+        if row[column] is None or row[column] == []:
+            return column
         turns = _turns(row[column], f"{where}, field {column!r}")
-        head = _text(row, system, where) if system is not None else ""
+        head = _text(row, system, where) if system in row else ""
         if turns[0][0] == "system":
             head = turns[0][1] if turns[0][1].strip() else head
             turns = turns[1:]
-        if turns[-1][0] == "user":
-            reader.num_unanswered += 1
-            turns = turns[:-1]
+        is_unanswered = turns[-1][0] == "user"
+        turns = turns[:-1] if is_unanswered else turns
         if any(not text.strip() for _, text in turns):
             return column
+        reader.num_unanswered += is_unanswered
         said, answered = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
         exchanges = list(zip(said, answered, strict=True))
         return Instruction(*exchanges[-1], (), row, head if head.strip() else "", tuple(exchanges[:-1]))
 
     def fits(row: Row) -> bool:
-        return name is not None or isinstance(row[column], list)
+        return name is not None or row[column] is None or isinstance(row[column], list)
 
-    return RowForm(name or column, columns, read, fits, is_chat=True)
+    return RowForm(name or column, (column,), read, fits, is_chat=True, settings=ColumnSettings(messages=column))
+
+
+def _check_tools(row: Row, where: str) -> None:
+    """Check that a conversation's row names no tools: they would head the conversation, and are not in its text."""
+    for column in _TOOLS:
+        value = row.get(column)
+        if value.strip() not in ("", "[]") if isinstance(value, str) else value:
+            raise DataError(
+                f"{where}, field {column!r}: found {describe(value)}; expected none, for what the turns say alone is "
+                "learned. Write them into the system text as the model is to see them, or remove or rename the column."
+            )
 
 
 def _turns(value: Any, where: str) -> list[tuple[str, str]]:
     """Return who says what, in an order that a conversation can have."""
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else describe(value)
-        raise DataError(f"{where}: found {found}; expected the turns of a conversation, each with role and content.")
+    if not isinstance(value, list):
+        raise DataError(
+            f"{where}: found {describe(value)}; expected the turns of a conversation, each with role and content. "
+            "Store such rows as .jsonl."
+        )
     turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value, start=1)]
     expected = "user"
     for number, (role, _) in enumerate(turns, start=1):
@@ -480,9 +600,15 @@ def _turn(turn: Any, where: str) -> tuple[str, str]:
             "Such turns cannot be learned from: remove them, or rename who speaks."
         )
     _check_extras(turn, where, fields[1])
+    if role == "assistant":
+        _check_marks(turn, where)
+    if fields[1] not in turn:
+        raise DataError(f"{where}: found no {fields[1]!r}; expected the turn's text in it. Mend the row, or remove it.")
     where = f"{where}, {fields[1]}"
     if isinstance(content, list):
         content = "".join(_part(part, f"{where}, part {number}") for number, part in enumerate(content, start=1))
+    if content is None:
+        return role, ""
     _check_text(content, where)
     return role, content
 
@@ -495,6 +621,17 @@ def _check_extras(turn: dict[str, Any], where: str, field: str) -> None:
             raise DataError(
                 f"{where}, {extra}: found {describe(value)}; expected none, for a turn's text alone is learned. "
                 f"Write it into the {field} as it is to be learned, or remove it, or remove the row."
+            )
+
+
+def _check_marks(turn: dict[str, Any], where: str) -> None:
+    """Check that an answer is not marked as one that is not to be learned."""
+    for mark, expected in _TURN_MARKS.items():
+        value = turn.get(mark)
+        if value is not None and value != 1:  # true is 1
+            raise DataError(
+                f"{where}, {mark}: found {describe(value)}; expected {expected} or none, for every answer of a "
+                "conversation is learned. Remove the turn with the question before it, or remove the row."
             )
 
 

@@ -9,6 +9,8 @@ import pytest
 from raise_env.agents.evaluate import ScorePlan, score_lines, score_model
 from raise_env.config import EnvConfig
 from raise_env.errors import DataError, ModelError, SettingError
+from raise_env.learner import LoraLearner
+from raise_env.rewards import Evaluation
 from raise_env.tiny.task import generate_task
 
 CHOICES = [
@@ -98,6 +100,50 @@ def test_score_model__loss_interval__holds_over_rows_drawn_anew(data):
     draws = rng.integers(60, size=(4000, 60))
     losses = evaluation.row_losses[draws].sum(1) / evaluation.row_tokens[draws].sum(1)
     assert found["stderr"] == pytest.approx(losses.std(), rel=0.1)
+
+
+TOO_LONG = [{**row, "choices": [row["output"], "much too long " * 99]} for row in CHOICES]
+
+
+def test_score_model__choices_that_all_do_not_fit__leave_their_metrics_out_and_say_so(data):
+    report = score_model(ScorePlan("tiny", data(TOO_LONG), max_length=64))
+    assert list(report["metrics"]) == ["loss"]
+    assert report["metrics_left_out"] == ["accuracy", "accuracy_norm", "choice_probability"]
+    said = "Left out: accuracy, accuracy_norm, choice_probability. No row's choices can be scored"
+    assert any(line.startswith(said) for line in score_lines(report))
+    json.dumps(report, allow_nan=False)
+    report = score_model(ScorePlan("tiny", data(TOO_LONG + CHOICES[:2]), max_length=64))
+    assert list(report["metrics"]) == ["loss", "accuracy", "accuracy_norm", "choice_probability"]
+    assert report["metrics"]["accuracy"]["num_rows"] == 2
+    assert report["metrics_left_out"] == []
+    assert not any(line.startswith("Left out") for line in score_lines(report))
+
+
+def test_score_model__metric_by_name_that_no_row_allows_in_its_tokens__is_refused(data):
+    plan = ScorePlan("tiny", data(TOO_LONG), metrics=("loss", "accuracy_norm"), max_length=64)
+    with pytest.raises(
+        SettingError, match=r"metric 'accuracy_norm' needs rows whose choices can be scored; .*has none"
+    ):
+        score_model(plan)
+
+
+def test_score_model__choice_whose_score_is_not_finite__names_its_row(data, monkeypatch):
+    def evaluate(learner, split):
+        rows = learner.splits[split].instructions
+        scores = tuple(np.array([-1.0, np.nan if row == 2 else -2.0, -3.0]) for row in range(len(rows)))
+        ones = np.ones(len(rows))
+        return Evaluation(ones, ones.astype(np.int64), ones > 0, choice_scores=scores, rows=rows)
+
+    monkeypatch.setattr(LoraLearner, "evaluate", evaluate)
+    with pytest.raises(ModelError, match=r"the model 'tiny' gives no finite loss, first for 'Which is 2\?'"):
+        score_model(ScorePlan("tiny", data(CHOICES)))
+
+
+def test_score_model__rows_without_text__are_counted(data):
+    report = score_model(ScorePlan("tiny", data([*PLAIN, {"instruction": "x", "output": ""}]), skip_empty=True))
+    assert report["num_skipped"] == 1
+    assert "Rows skipped for want of text: 1." in score_lines(report)
+    assert not any("skipped" in line for line in score_lines({**report, "num_skipped": 0}))
 
 
 def test_score_model__one_row__has_no_interval(data):

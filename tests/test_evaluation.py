@@ -83,6 +83,20 @@ def test_evaluate__rows_that_share_no_prompt_in_a_pass__go_through_in_few_large_
     assert together.row_losses.tolist() == apart.row_losses.tolist()
 
 
+def test_evaluate__choices_that_read_alike__are_right_where_the_row_says(encoder, by_letter):
+    rows = [Instruction("c?", "dd", ("dd", "!", "dd"), right=right) for right in (None, 2)]
+    data = EvaluationSet.build(rows, encoder, "dev")
+    assert data.answers.tolist() == [0, 2]
+    assert evaluate(by_letter, data).row_accuracies.tolist() == [1.0, 0.0], "of two alike the first is the likeliest"
+
+
+def test_evaluation_set__choices_that_read_alike_and_do_not_fit__are_no_longer_asked_for(base):
+    rows = [Instruction("c?", "dd", ("dd", "b" * 300, "dd"), right=2), Instruction("e?", "!", ("!", "b"))]
+    data = EvaluationSet.build(rows, Encoder(base.tokenizer, 64), "dev")
+    assert data.answers.tolist() == [-1, 0]
+    assert data.instructions[0] == Instruction("c?", "dd")
+
+
 def test_evaluate__no_choices__has_no_accuracy(encoder, by_letter):
     assert evaluate(by_letter, EvaluationSet.build(ROWS[:2], encoder, "dev")).accuracy is None
 

@@ -131,10 +131,7 @@ def test_choices__real_rows__score_as_in_lm_eval(name, model, shared, tmp_path):
     start = time.perf_counter()
     ours = evaluate(lambda batch: base.token_losses(batch, None), EvaluationSet.build(rows, encoder, "test"))
     between = time.perf_counter()
-    docs = [
-        {"text": encoder.prompt_text(row), "choices": row.choices, "answer": row.choices.index(row.response)}
-        for row in rows
-    ]
+    docs = [{"text": encoder.prompt_text(row), "choices": row.choices, "answer": row.right_choice} for row in rows]
     theirs, samples = lm_evals(CHOICE_TASK, docs, tmp_path, folder)
     end = time.perf_counter()
     assert len(ours.rows) == len(samples) == NUM_ROWS

@@ -85,6 +85,33 @@ def test_content_hash__of_a_pool__depends_on_texts_choices_and_order_only() -> N
     assert len(hashes) == 1 + len(others)
 
 
+def test_content_hash__of_a_pool__knows_which_of_two_choices_that_read_alike_is_right() -> None:
+    first = Instruction("a", "b", ("b", "c", "b"))
+    third = Instruction("a", "b", ("b", "c", "b"), right=2)
+    assert (first.right_choice, third.right_choice, Instruction("a", "b").right_choice) == (0, 2, -1)
+    assert Pool([first], "here").content_hash != Pool([third], "here").content_hash
+    assert first.content_hash == third.content_hash, "the same is said"
+    # As it always was where nothing but texts has to be told: caches and records know pools by it.
+    known = hashlib.sha256(b'["a", "b", ["b", "c", "b"]]["a", "b", [], "s", [["c", "d"]]]').hexdigest()
+    conversation = Instruction("a", "b", (), {}, "s", (("c", "d"),))
+    assert Pool([first, conversation], "here").content_hash == known
+
+
+def test_spilled_rows__any_rows__come_back_as_they_were() -> None:
+    choices = ("b", "c", "b")
+    rows = [
+        Instruction("a", "b"),
+        Instruction("a", "b", choices, {"x": 1}),
+        Instruction("a", "b", choices, right=2),
+        Instruction("a", "b", choices, {}, "s", (("c", "d"),)),
+        Instruction("a", "b", choices, {}, "s", (("c", "d"),), 2),
+    ]
+    spilled = SpilledRows(rows)
+    assert list(spilled) == rows
+    assert [row.right for row in spilled] == [None, None, 2, None, 2]
+    assert spilled.content_hash == Pool(rows, "here").content_hash
+
+
 def test_instruction__with_fields__is_hashable_and_immutable() -> None:
     row = Instruction("a", "b", fields={"rating": [5]})
     assert {row: 1}[Instruction("a", "b", fields={"rating": [5]})] == 1

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import csv
 import datetime
+import decimal
 import gzip
 import json
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import pytest
 from data_files import jsonl, write_rows
 
 from raise_env.config import ColumnSettings
-from raise_env.errors import DataError
+from raise_env.errors import DataError, SettingError
 from raise_env.pool import Instruction, sample_rows
-from raise_env.reading import read_pool, stamp
+from raise_env.reading import check_columns, read_pool, stamp
 
 Write = Callable[[str, "str | bytes"], Path]
 
@@ -59,7 +61,7 @@ def test_read_pool__same_rows_in_each_format__same_instructions(tmp_path: Path, 
         ({"instruction": "a", "input": None, "output": "b"}, "a", "b"),
         ({"instruction": "a", "input": "c", "output": "b"}, "a\n\nc", "b"),
         ({"question": "a", "answer": "b"}, "a", "b"),
-        ({"question": "a", "answer": "b", "input": "c"}, "a", "b"),
+        ({"question": "a", "answer": "b", "notes": "c"}, "a", "b"),
         ({"prompt": "a", "completion": "b"}, "a", "b"),
         ({"prompt": "a", "response": "b"}, "a", "b"),
         ({"prompt": " a\n", "response": "\tb "}, " a\n", "\tb "),
@@ -119,10 +121,44 @@ def test_read_pool__values_that_json_cannot_hold__become_plain(tmp_path: Path, w
             }
         ],
     )
-    expected = {"rating": None, "seen": "2026-01-02", "nested": {"scores": [1.5, None], "raw": "b'x'"}}
+    expected = {"rating": None, "seen": "2026-01-02", "nested": {"scores": [1.5, None], "raw": "x"}}
     assert read_pool(path)[0].fields == {"prompt": "p", "response": "r", **expected, "count": 3, "good": True}
     row = read_pool(write("a.jsonl", '{"prompt": "p", "response": "r", "rating": NaN, "low": -Infinity}'))[0]
     assert row.fields == {"prompt": "p", "response": "r", "rating": None, "low": None}
+
+
+def test_read_pool__bytes_in_a_table__are_the_text_that_they_spell(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.parquet", [{"prompt": "Größe?".encode(), "response": b"3", "picture": b"\x00"}])
+    (row,) = read_pool(path)
+    assert (row.prompt, row.response) == ("Größe?", "3")
+    assert row.fields == {"prompt": "Größe?", "response": "3", "picture": "\x00"}
+
+
+@pytest.mark.parametrize("column", ["response", "picture"])
+def test_read_pool__bytes_that_are_no_text__are_named(tmp_path: Path, column: str) -> None:
+    row = {"prompt": "p", "response": b"r", "picture": b"x"}
+    path = write_rows(tmp_path / "a.parquet", [row, row | {column: b"ab\xff"}])
+    message = fault(path)
+    assert message.startswith(f", row 2, field {column!r}: found bytes that are no text (0xff at byte 3); expected UTF")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (decimal.Decimal("2.50"), "2.50"),
+        (datetime.date(2026, 1, 2), "2026-01-02"),
+        (datetime.datetime(2026, 1, 2, 3), "2026-01-02 03:00:00"),
+    ],
+)
+def test_read_pool__date_or_decimal_for_a_text__is_refused_as_a_number_is(
+    tmp_path: Path, value: object, shown: str
+) -> None:
+    row = {"question": "q", "answer": "a", "at": value}
+    path = write_rows(tmp_path / "a.parquet", [row])
+    assert read_pool(path)[0].fields["at"] == shown
+    assert json.dumps(read_pool(path)[0].fields["at"]) == f'"{shown}"'
+    path = write_rows(tmp_path / "b.parquet", [row | {"answer": value}])
+    assert f", row 1, field 'answer': found {shown}, which is not stored as text; expected text." in fault(path)
 
 
 def test_read_pool__relative_path__source_is_as_given(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,9 +352,30 @@ def test_read_pool__csv_quote_never_closed__named_where_it_opens(write: Write) -
     assert ", line 3: found a broken row (unexpected end of data)" in fault(path)
 
 
-def test_read_pool__csv_cell_beyond_the_readers_limit__data_error(write: Write) -> None:
-    path = write("a.csv", f"question,answer\nq,{'a' * (csv.field_size_limit() + 1)}\n")
-    assert ", line 2: found a broken row (field larger than field limit" in fault(path)
+def test_read_pool__csv_cell_of_any_size_that_files_may_have__is_read(write: Write) -> None:
+    limit, text = csv.field_size_limit(), 'with "quotes",\n' * 20_000
+    assert len(text) > 2 * limit
+    quoted = text.replace('"', '""')
+    path = write("a.csv", f'question,answer\nq,"{quoted}"\nq,a\n')
+    assert [row.response for row in read_pool(path)] == [text, "a"]
+    assert csv.field_size_limit() == limit, "that of the process is as it was"
+
+
+def test_read_pool__csv_cell_beyond_the_limit_of_files__is_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAISE_ENV_MAX_BYTES", "1000")
+    limit = csv.field_size_limit()
+    message = fault(write("a.csv", f"question,answer\nq,a\nq,{'a' * 1001}\n"))
+    assert message.startswith(", line 3: found a cell of more than 1,000 characters; expected fewer.")
+    assert "$RAISE_ENV_MAX_BYTES" in message
+    assert csv.field_size_limit() == limit
+
+
+def test_read_pool__csv_files_in_several_threads__do_not_take_each_others_limit(write: Write) -> None:
+    path = write("a.csv", f"question,answer\nq,{'a' * 200_000}\n")
+    limit = csv.field_size_limit()
+    with ThreadPoolExecutor(8) as threads:
+        assert [len(pool) for pool in threads.map(read_pool, [path] * 24)] == [1] * 24
+    assert csv.field_size_limit() == limit
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
@@ -474,6 +531,34 @@ def test_read_pool__folder_without_files__says_which_it_reads(tmp_path: Path) ->
     assert ": is a folder without any file that ends in .jsonl, .json, .csv, .parquet, .jsonl.gz" in fault(tmp_path)
 
 
+def test_read_pool__folder_with_what_is_not_read__is_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="raise_env"):
+        read_pool(folder)
+    assert not caplog.text, "what says itself that it is no data is not meant"
+    for name in ("d.jsonl.zst", "e.TSV", "f.arrow"):
+        (folder / name).write_bytes(b"x")
+    (folder / "deeper").mkdir()
+    (folder / ".cache").mkdir()
+    with caplog.at_level(logging.WARNING, logger="raise_env"):
+        assert len(read_pool(folder)) == 5
+    assert f"{folder}: of this folder d.jsonl.zst, deeper/, e.TSV, f.arrow is not read; files end in" in caplog.text
+    for number in range(9):
+        (folder / f"{number}.txt").touch()
+    read_pool(folder)
+    assert "0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 8 more is not read" in caplog.text
+
+
+def test_read_pool__folder_of_a_saved_dataset__says_how_to_write_it(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "several")
+    for name in ("one", "several", "several/train"):
+        message = fault(tmp_path / name)
+        assert message.startswith(": is what save_to_disk of the library datasets wrote, which is not read; expected")
+        assert "to_parquet" in message
+
+
 def test_stamp__of_a_folder__changes_with_any_of_its_files(folder: Path) -> None:
     stamps = [stamp(str(folder))]
     write_rows(folder / "c.csv", [{"question": "longer", "answer": "x"}])
@@ -526,6 +611,25 @@ def test_read_pool__hub_id__is_asked_for(hub: list[tuple[Any, ...]], source: str
 def test_read_pool__hub_id_of_several_splits__lists_them(hub: list[tuple[Any, ...]]) -> None:
     with pytest.raises(DataError, match=r"^owner/two: found the splits train, test; .* Write owner/two:train\.$"):
         read_pool("owner/two")
+
+
+def test_read_pool__bytes_and_dates_of_the_hub__are_read_as_those_of_a_table(
+    hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def load(*_: Any, **__: Any) -> Any:
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows: list[dict[str, Any]] = [{"question": b"q", "answer": "a", "at": datetime.date(2026, 1, 2)}]
+    assert read_pool("owner/one")[0].fields == {"question": "q", "answer": "a", "at": "2026-01-02"}
+    rows = [{"question": "q", "answer": datetime.date(2026, 1, 2)}]
+    with pytest.raises(DataError, match=r"^owner/one, row 1, field 'answer': found 2026-01-02, which is not stored as"):
+        read_pool("owner/one")
+    rows = [{"question": "q", "answer": b"a"}, {"question": "q", "answer": b"\xff"}]
+    with pytest.raises(DataError, match=r"^owner/one, row 2, field 'answer': found bytes that are no text \(0xff"):
+        read_pool("owner/one")
 
 
 def test_read_pool__path_that_exists__is_no_hub_id(
@@ -593,6 +697,21 @@ def test_read_pool__conversations_in_a_large_pool__come_back_from_disk(
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_read_pool__conversations_without_text__are_counted_and_can_be_skipped(tmp_path: Path, ending: str) -> None:
+    whole = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    silent = [whole[0], {"role": "assistant", "content": None}]
+    empty = [{"messages": None}, {"messages": whole}, {"messages": []}, {"messages": whole}]
+    path = write_rows(tmp_path / f"a{ending}", empty)
+    assert ", field 'messages': found no text; expected some. 2 rows have an empty 'messages', the first" in fault(path)
+    path = write_rows(tmp_path / f"b{ending}", [*empty, {"messages": silent}])
+    message = fault(path)
+    assert "found no text in it or in a part of it; expected some. 3 rows have an empty 'messages', or one" in message
+    assert "or one with an empty part, the first in" in message
+    pool = read_pool(path, skip_empty=True)
+    assert (len(pool), pool.num_skipped, pool.num_read) == (2, 3, 5)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
 def test_read_pool__system_and_history_in_each_format__are_read(tmp_path: Path, ending: str) -> None:
     row = {"instruction": "i", "input": "", "output": "o", "system": "Be a pirate", "history": [["hi", "ho"]]}
     pool = read_pool(write_rows(tmp_path / f"a{ending}", [row, row | {"system": "", "history": []}]))
@@ -607,8 +726,29 @@ def test_read_pool__system_in_a_csv__is_read(write: Write) -> None:
 
 def test_read_pool__named_columns__whether_the_source_has_them(write: Write) -> None:
     columns = ColumnSettings("q", "a")
-    assert read_pool(write("a.jsonl", jsonl({"q": "x", "a": "y"})), columns=columns).uses_columns
-    assert not read_pool(write("b.jsonl", jsonl(*ROWS)), columns=columns).uses_columns
+    assert read_pool(write("a.jsonl", jsonl({"q": "x", "a": "y"})), columns=columns).columns_found == {"q", "a"}
+    assert not read_pool(write("b.jsonl", jsonl(*ROWS)), columns=columns).columns_found
+
+
+def test_check_columns__column_that_only_some_rows_have__is_enough_and_one_that_none_has_is_named(write: Write) -> None:
+    pool = {"q": "x", "a": "y"}
+    columns = ColumnSettings("q", "a", system="head")
+    without = read_pool(write("a.jsonl", jsonl(pool)), columns=columns)
+    assert list(without) == [Instruction("x", "y", (), pool)]
+    some = read_pool(write("b.jsonl", jsonl(pool, pool | {"head": "h"})), columns=columns)
+    assert [row.system for row in some] == ["", "h"]
+    other = read_pool(write("c.jsonl", jsonl(*ROWS)), columns=columns)
+    check_columns(columns, some)
+    check_columns(columns, without, some, other)
+    with pytest.raises(
+        SettingError, match=r"^columns names head, but no row of .*a\.jsonl or .*c\.jsonl has it; found q"
+    ):
+        check_columns(columns, without, other)
+    with pytest.raises(
+        SettingError, match=r"^columns names q, a, but no first row of .*c\.jsonl has all of these; found"
+    ):
+        check_columns(columns, other)
+    check_columns(ColumnSettings(), other)
 
 
 # Real data

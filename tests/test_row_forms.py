@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from raise_env.config import ColumnSettings
 from raise_env.errors import DataError
 from raise_env.pool import Instruction
+from raise_env.row_files import Rendered
 from raise_env.row_forms import RowReader
 
 
@@ -110,12 +112,32 @@ def test_read__file_without_the_named_columns__is_recognised_by_itself() -> None
     row = {"question": "q", "answer": "a"}
     reader = RowReader(ColumnSettings("q", "a"), "text")
     assert reader.read(row, "f") == Instruction("q", "a", (), row)
-    assert not reader.uses_columns
+    assert not reader.columns_found
 
 
-def test_read__later_row_without_a_named_column__is_an_error() -> None:
-    message = fault({"q": "a", "a": "b", "i": ""}, {"q": "a", "a": "b"}, prompt="q", response="a", input="i")
-    assert ": found no field 'i' among 'q', 'a'" in message
+def test_read__row_without_a_named_column__is_an_error_where_it_makes_the_row_and_else_has_it_blank() -> None:
+    message = fault({"q": "a", "a": "b", "i": ""}, {"q": "a", "i": "b"}, prompt="q", response="a", input="i")
+    assert ": found no field 'a' among 'q', 'i'" in message
+    whole, short = {"q": "a", "a": "b", "i": "c", "s": "head"}, {"q": "a", "a": "b"}
+    for rows in ((short, whole), (whole, short)):
+        read_of = read(*rows, prompt="q", response="a", input="i", system="s", choices="c")
+        assert (read_of.prompt, read_of.system) == (("a\n\nc", "head") if rows[1] is whole else ("a", ""))
+    asked = {"q": "Which?", "among": TEXTS, "right": 1}
+    assert "found no field 'among'" in fault(
+        asked, {"q": "Which?", "right": "B"}, prompt="q", choices="among", answer="right"
+    ), "the letter alone is no answer"
+    assert read({"talk": turns("a", "b")}, messages="talk", system="s").response == "b"
+
+
+def test_read__named_columns_that_the_first_row_has_in_part__are_read_all_the_same() -> None:
+    # The known form would take the answer for the response.
+    first = {"question": "q", "answer": "a", "long_answer": "It is a."}
+    assert read(first, prompt="question", response="long_answer", system="head").response == "It is a."
+    reader = RowReader(ColumnSettings("question", "long_answer", system="head"), "text")
+    reader.read(first, "f")
+    assert reader.columns_found == {"question", "long_answer"}
+    reader.read({**first, "head": "h"}, "f")
+    assert reader.columns_found == {"question", "long_answer", "head"}
 
 
 def test_read__named_choices__of_any_form() -> None:
@@ -138,6 +160,79 @@ def test_read__system_and_history__are_read_where_no_named_column_is() -> None:
     assert read(alpaca, prompt="system", response="a").system == "head"
 
 
+# Texts that no form reads
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "columns"),
+    [
+        ({"question": "q", "answer": "a"}, "context", "prompt=question,response=answer,input=context"),
+        ({"question": "q", "answer": "a"}, "passage", "prompt=question,response=answer,input=passage"),
+        ({"question": "q", "answer": "a"}, "input", "prompt=question,response=answer,input=input"),
+        ({"prompt": "q", "response": "a"}, "input", "prompt=prompt,response=response,input=input"),
+        ({"prompt": "q", "response": "a"}, "system_prompt", "prompt=prompt,response=response,system=system_prompt"),
+        ({"instruction": "q", "output": "a"}, "context", "prompt=instruction,response=output,input=context"),
+        ({"instruction": "q", "response": "a"}, "input", "prompt=instruction,response=response,input=input"),
+        (
+            {"question": "q", "choices": {"label": ["A"], "text": ["a"]}, "answerKey": "A"},
+            "passage",
+            "prompt=question,choices=choices,answer=answerKey,input=passage",
+        ),
+        (
+            {"question": "q", "answer": "a", "choices": ["a"]},
+            "context",
+            "prompt=question,response=answer,choices=choices,input=context",
+        ),
+        ({"messages": turns("q", "a")}, "system_prompt", "messages=messages,system=system_prompt"),
+    ],
+)
+def test_read__text_beside_the_form__is_refused_with_the_columns_that_read_it(
+    row: dict[str, Any], column: str, columns: str
+) -> None:
+    plain = read(row)
+    for blank in ("", " \n", None, {"title": "not text"}, 3, Rendered("2026-01-02")):
+        assert read({**row, column: blank}) == replace(plain, fields={**row, column: blank})
+    with_text = {**row, column: "It matters."}
+    message = fault(row, with_text)
+    others = columns.rpartition(",")[0]
+    assert message.startswith(f", field {column!r}: found text that the form ")
+    assert message.endswith(f"columns (--columns {columns}), or to leave it out --columns {others}.")
+    named = dict(pair.split("=") for pair in columns.split(","))
+    reading = read(with_text, **named)
+    assert "It matters." in (reading.system, reading.prompt.partition("\n\n")[2]), "the remedy reads it"
+    assert (reading.response, reading.choices) == (plain.response, plain.choices)
+    del named["system" if column == "system_prompt" else "input"]
+    assert read(with_text, **named) == replace(plain, fields=with_text), "or leaves it out"
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"question": "q", "A": "a", "B": "b", "answer": "A", "context": "c"}, "Write it into 'question'"),
+        ({"question": "q", "A": "a", "B": "b", "answer": "A", "system_prompt": "c"}, "Write it into 'system'"),
+        ({"instruction": "q", "input": "", "output": "a", "context": "c"}, "Write it into 'input'"),
+        ({"prompt": "q", "response": "a", "system": "s", "system_prompt": "c"}, "Write it into 'system'"),
+        ({"prompt": "q", "response": "a", "history": [], "context": "c"}, "Write it into 'prompt'"),
+        (
+            {"prompt": "q", "response": "a", "system": "s", "context": "c"},
+            "--columns prompt=prompt,response=response,system=system,input=context)",
+        ),
+    ],
+)
+def test_read__text_that_no_name_of_a_column_reads_with_the_rest__is_to_be_moved(
+    row: dict[str, Any], advice: str
+) -> None:
+    assert advice in fault(row)
+
+
+def test_read__text_that_a_conversation_holds__is_not_missed() -> None:
+    row = {"messages": turns("q", "a"), "context": "c", "input": "i", "passage": "p"}
+    assert read(row).prompt == "q"
+    head = [{"role": "system", "content": "head"}, *turns("q", "a")]
+    assert read({"messages": head, "system_prompt": "head\n"}).system == "head"
+    assert "field 'system_prompt'" in fault({"messages": head, "system_prompt": "another"})
+
+
 # Multiple choice
 
 
@@ -158,6 +253,7 @@ TEXTS = ["bank", "library", "mall"]
         {"choices": TEXTS, "answer": "library"},
         {"choices": TEXTS, "answer": "B"},
         {"choices": TEXTS, "answer": 1, "subject": "places"},
+        {"choices": TEXTS, "answer": 1.0, "subject": "as pandas has it"},
         {"A": "bank", "B": "library", "C": "mall", "answer": "B"},
         {"A": "bank", "B": "library", "C": "mall", "D": None, "answer": "library"},
     ],
@@ -245,15 +341,63 @@ def test_read__empty_choices_in_columns__are_none_at_the_end_and_a_blank_field_b
     for empty in ("", " "):
         assert read(row | {"C": empty, "D": "zoo"}) == "C"
         assert read(row | {"A": empty}) == "A", "whatever the answer is"
-    # A table of another kind has null for it, which is no text.
-    assert read(row | {"C": None, "D": "zoo", "answer": "D"}).choices == ("bank", "library", "zoo")
+    # A table of another kind has null for it, and a row of .jsonl may have no such field.
+    assert read(row | {"C": None, "D": "zoo", "answer": "D"}) == "C"
+    assert read({"question": "Where?", "A": "bank", "B": "library", "D": "zoo", "answer": "D"}) == "C"
     assert read(row | dict.fromkeys("ABC", "")) == "A"
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_read__empty_choices_in_a_list__are_none_at_the_end_and_a_blank_field_before_it(with_labels: bool) -> None:
+    def row(*texts: str | None) -> dict[str, Any]:
+        labelled = {"label": list("ABCDE"[: len(texts)]), "text": list(texts)}
+        return {"question": "Where?", "choices": labelled if with_labels else list(texts), "answer": "B"}
+
+    for ending in ((), ("",), (" ", None), (None,)):
+        assert read(row(*TEXTS, *ending)).choices == tuple(TEXTS)
+        assert read(row(*TEXTS, *ending), choice_form="letter").choices == ("A", "B", "C")
+    for empty in ("", " ", None):
+        assert read(row("bank", "library", empty, "zoo")) == "choices"
+        assert read(row(empty, "library")) == "choices"
+        assert read(row(empty, empty)) == "choices", "these are blank, and the row no open question"
+
+
+def test_read__answer_that_names_an_empty_choice__is_an_error() -> None:
+    assert "expected the row's 'answer' among them, which is 1" in fault(
+        {"question": "Is it?", "choices": ["yes", ""], "answer": 1}
+    )
+
+
+def test_read__choices_that_read_alike__keep_which_is_right() -> None:
+    twice = ["clumsy", "dull", "clumsy"]
+    for row in (
+        {"choices": {"label": list("ABC"), "text": twice}, "answerKey": "C"},
+        {"choices": twice, "answer": 2},
+        {"choices": twice, "answer": "C"},
+        {"A": "clumsy", "B": "dull", "C": "clumsy", "answer": "C"},
+    ):
+        reading = read({"question": "What?", **row})
+        assert (reading.response, reading.right, reading.right_choice) == ("clumsy", 2, 2)
+        letter = read({"question": "What?", **row}, choice_form="letter")
+        assert (letter.response, letter.right, letter.right_choice) == ("C", None, 2)
+    # Where the text tells it, nothing is added: what a pool's content is stays as it was.
+    assert read({"question": "What?", "choices": twice, "answer": 0}).right is None
+    assert read({"question": "What?", "choices": twice, "answer": 1}).right is None
 
 
 def test_read__rows_without_choices_among_others__are_open_questions() -> None:
     first = {"question": "q", "choices": TEXTS, "answer": 1}
-    for choices in (None, []):
+    for choices in (None, [], {"label": [], "text": []}, {"label": None, "text": None}, {"text": []}):
         assert read(first, {"question": "q", "choices": choices, "answer": "So."}).choices == ()
+
+
+def test_read__key_without_choices__is_a_blank_field_and_no_answer() -> None:
+    first = {"question": "q", "choices": {"label": list("ABC"), "text": TEXTS}, "answerKey": "B"}
+    named = {"prompt": "question", "choices": "choices", "answer": "answerKey"}
+    for choices in (None, [], {"label": [], "text": []}, {"label": None, "text": None}):
+        assert read(first, first | {"choices": choices}) == "choices"
+        assert read(first | {"choices": choices}) == "choices"
+        assert read(first, first | {"choices": choices}, **named) == "choices"
 
 
 @pytest.mark.parametrize(
@@ -265,8 +409,15 @@ def test_read__rows_without_choices_among_others__are_open_questions() -> None:
         ),
         ({"choices": TEXTS, "answer": "D"}, "among them, which is 'D'"),
         ({"choices": TEXTS, "answer": "2"}, "among them, which is '2'"),
-        ({"choices": TEXTS, "answer": True}, "found the row's 'answer' to be true; expected text or a number"),
-        ({"choices": TEXTS, "answer": 1.0}, "found the row's 'answer' to be 1.0"),
+        ({"choices": TEXTS, "answer": True}, "found the row's 'answer' to be true; expected text or a whole number"),
+        ({"choices": TEXTS, "answer": 1.5}, "found the row's 'answer' to be 1.5; expected text or a whole number"),
+        ({"choices": TEXTS, "answer": 3.0}, "among them, which is 3"),
+        ({"choices": TEXTS, "answer": Rendered("1")}, "to be 1, which is not stored as text; expected text or a whole"),
+        (
+            {"choices": [Rendered("1"), "b"], "answer": "b"},
+            "item 1: found 1, which is not stored as text; expected text",
+        ),
+        ({"choices": {"A": "x", "B": "y"}, "answer": "A"}, "found an object; expected a list of texts"),
         ({"choices": {"label": ["A"], "text": TEXTS}, "answerKey": "A"}, "found an object; expected a list of texts"),
         ({"choices": {"label": list("ABC"), "text": TEXTS}, "answerKey": "D"}, "found 'A', 'B', 'C'; expected"),
         ({"choices": ["a"] * 27, "answer": 1}, "found 27 choices; expected at most 26"),
@@ -393,6 +544,7 @@ def test_read__history_without_text__is_a_blank_field() -> None:
     [
         ("tool_calls", [{"function": {"name": "look_up"}}], "a list"),
         ("function_call", {"name": "look_up"}, "an object"),
+        ("refusal", "I will not.", "text"),
         ("reasoning_content", "Hm.", "text"),
         ("reasoning", "Hm.", "text"),
         ("thinking", "Hm.", "text"),
@@ -409,11 +561,45 @@ def test_read__turn_that_says_more_than_its_text__is_refused_instead_of_lost(
         assert read({"messages": [*turns("a"), {"from": "gpt", "value": "b", extra: empty}]}).response == "b"
 
 
+@pytest.mark.parametrize(
+    ("mark", "value", "expected"),
+    [
+        ("weight", 0, "0; expected 1 or none"),
+        ("weight", 0.5, "0.5; expected 1 or none"),
+        ("train", False, "false; expected true or none"),
+    ],
+)
+def test_read__answer_that_is_not_to_be_learned__is_refused(mark: str, value: object, expected: str) -> None:
+    chat: list[dict[str, Any]] = [*turns("a"), {"role": "assistant", "content": "b", mark: value}, *turns("c", "d")]
+    message = fault({"messages": chat})
+    assert message.startswith(f", field 'messages', turn 2, {mark}: found {expected}, for every answer")
+    assert "Remove the turn with the question before it" in message
+    for learned in (1, 1.0, True, None):
+        chat[1][mark] = learned
+        assert read({"messages": chat}).response == "d"
+    chat[0][mark] = value
+    assert read({"messages": chat}).response == "d", "a question is never learned"
+
+
+@pytest.mark.parametrize("column", ["tools", "functions"])
+def test_read__tools_beside_turns__are_refused_instead_of_lost(column: str) -> None:
+    for value, found in (([{"name": "look_up"}], "a list"), ('[{"name": "look_up"}]', "text")):
+        message = fault({"messages": turns("a", "b"), column: value})
+        assert message.startswith(f", field {column!r}: found {found}; expected none, for what the turns say alone is")
+    for empty in (None, [], "", "[]", {}):
+        assert read({"messages": turns("a", "b"), column: empty}).response == "b"
+    row = {"talk": turns("a", "b"), column: ["look_up"]}
+    assert read(row, messages="talk").response == "b", "named columns alone are read"
+    assert read({"prompt": "a", "response": "b", column: "a hammer"}).response == "b", "no conversation's tools"
+
+
 def test_read__question_without_an_answer_at_the_end__is_left_out_and_counted() -> None:
     reader = RowReader(ColumnSettings(), "text")
     row = {"messages": turns("a", "b", "c")}
     assert reader.read(row, "f") == Instruction("a", "b", (), row)
     assert reader.num_unanswered == 1
+    assert reader.read({"messages": turns("a", "", "c")}, "f") == "messages"
+    assert reader.num_unanswered == 1, "a row that is skipped is counted as that alone"
 
 
 @pytest.mark.parametrize(
@@ -434,15 +620,14 @@ def test_read__question_without_an_answer_at_the_end__is_left_out_and_counted() 
         ([{"role": "system", "content": "s"}] * 2, ", turn 2: found a system text"),
         ([*turns("a"), {"role": "tool", "content": "x"}], ", turn 2: found the role 'tool'; expected one of system,"),
         ([*turns("a"), {"role": None, "content": "x"}], ", turn 2: found the role null"),
-        ([*turns("a"), {"role": "assistant", "content": None}], ", turn 2, content: found null; expected text"),
-        ([*turns("a"), {"role": "assistant"}], ", turn 2, content: found null; expected text"),
+        ([*turns("a"), {"role": "assistant"}], ", turn 2: found no 'content'; expected the turn's text in it"),
+        ([*turns("a"), {"from": "gpt", "text": "b"}], ", turn 2: found no 'value'; expected the turn's text in it"),
         ([*turns("a"), {"role": "assistant", "content": 3}], ", turn 2, content: found 3; expected text"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],
             ", turn 1, content, part 1: found 'image_url'; expected parts of the type 'text' alone",
         ),
         (["hello"], ", turn 1: found text; expected an object with role and content, or from and value"),
-        ([], ": found an empty list; expected the turns of a conversation"),
     ],
 )
 def test_read__conversation_out_of_order__is_named_by_its_turn(chat: Any, expected: str) -> None:
@@ -454,6 +639,47 @@ def test_read__turn_without_text__is_a_blank_field() -> None:
     assert read({"messages": turns("a", " ")}) == "messages"
     assert read({"messages": turns("a", "", "c", "d")}) == "messages"
     assert read({"messages": [{"role": "system", "content": " "}, *turns("a", "b")]}).system == ""
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_read__conversation_that_is_null_or_empty__is_a_blank_field_in_any_row(column: str) -> None:
+    whole = {column: turns("a", "b"), "id": 1}
+    for empty in (None, []):
+        assert read({column: empty}) == column
+        assert read(whole, {column: empty, "id": 2}) == column
+        assert read({column: empty, "id": 2}, whole) == Instruction("a", "b", (), whole)
+        assert read({"talk": empty}, messages="talk") == "talk"
+    pair = {"prompt": "p", "response": "r", column: None}
+    assert read(pair).response == "r", "what is there decides on the form"
+
+
+def test_read__turn_whose_content_is_null__is_a_blank_field_or_no_system_text() -> None:
+    assert read({"messages": [*turns("a"), {"role": "assistant", "content": None}]}) == "messages"
+    assert read({"messages": [{"role": "user", "content": None}, *turns("b", first="assistant")]}) == "messages"
+    head = {"role": "system", "content": None}
+    assert read({"messages": [head, *turns("a", "b")]}).system == ""
+    assert read({"messages": [head, *turns("a", "b")], "system": "head"}).system == "head"
+
+
+# Values that are no text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, "found 3; expected text. Write the value in quotes; in a table, store the column as text."),
+        (["a", "b"], "found a list; expected text. Join what it holds into one text."),
+        ({"a": "b"}, "found an object; expected text. Join what it holds into one text."),
+        (turns("a", "b"), "expected text. If the column holds whole conversations, name it as messages (--columns mes"),
+        (Rendered("2.50"), "found 2.50, which is not stored as text; expected text. Store the column as text."),
+    ],
+)
+def test_read__value_that_is_no_text__is_refused_with_what_to_do_about_it(value: object, expected: str) -> None:
+    for column in ("prompt", "response"):
+        message = fault({"prompt": "a", "response": "b", column: value})
+        assert message.startswith(f", field {column!r}: found ")
+        assert expected in message
+    assert "in quotes" not in fault({"prompt": "a", "response": "b", "history": [["a", None]]})
 
 
 # Real data

@@ -84,7 +84,7 @@ class Critic(nn.Module):
 
     Args:
         num_features: Columns of a row.
-        hidden_dims: Widths of the row's hidden layers, at least one; the last is the width of the mean.
+        hidden_dims: Widths of the row's hidden layers; the last is the width of the mean. None makes V linear.
         activation: What follows each hidden layer.
         generator: The source of the first weights; None is torch's global one, which is left untouched otherwise.
     """
@@ -98,8 +98,11 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         dims = (num_features, *hidden_dims)
-        self.embed = nn.Sequential(mlp(dims, activation, output_gain=_HIDDEN_GAIN, generator=generator), activation())
-        self.head = mlp((hidden_dims[-1], 1), generator=generator)
+        self.embed: nn.Module = nn.Identity()
+        if hidden_dims:
+            layers = mlp(dims, activation, output_gain=_HIDDEN_GAIN, generator=generator)
+            self.embed = nn.Sequential(layers, activation())
+        self.head = mlp((dims[-1], 1), generator=generator)
 
     def forward(self, rows: Tensor, row_mask: Tensor | None = None) -> Tensor:
         """Return the values, shape (...,).

@@ -16,6 +16,7 @@ import numpy as np
 from raise_env import RaiseSelectEnv
 from raise_env.env import Action, StepResult
 from raise_env.errors import SettingError
+from raise_env.wrappers import require_no_wrappers
 
 from .base import Agent, Progress, world_of
 from .credit import Group
@@ -122,23 +123,17 @@ class Placebo:
             progress: As for the agent; the returns that it is told are those of the other rewards.
 
         Raises:
+            SettingError: The environment is in wrappers that would be left out.
             RaiseEnvError: As for the agent.
         """
+        require_no_wrappers(env)
         self._agent.learn(OtherRewards(world_of(env), seed), episodes, seed=seed, progress=progress)
         return self
 
-    def predict(
-        self,
-        observation: np.ndarray,
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = True,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Return the agent's action and state."""
-        chosen: tuple[np.ndarray, tuple[np.ndarray, ...] | None] = self._agent.predict(
-            observation, state, episode_start, deterministic
-        )
-        return chosen
+    @property
+    def predict(self) -> Any:
+        """The agent's own, which says by its signature what it wants to be told."""
+        return self._agent.predict
 
     def __getattr__(self, name: str) -> Any:
         """Return what else the agent has, such as `begin`, `save` and `action_space`."""

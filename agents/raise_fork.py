@@ -26,6 +26,7 @@ from raise_env.errors import SettingError, suggestion
 from raise_env.features import BLOCKS, NUM_FEATURES, frame
 from raise_env.files import replaced_folder
 from raise_env.rewards import DIVERGENCE_PENALTY
+from raise_env.wrappers import require_no_wrappers
 
 from .base import Progress, world_of
 from .credit import Group, batch_group, row_group
@@ -166,15 +167,17 @@ class RaiseFork(Selector):
         """Learn for so many episodes; called again, it goes on with what it knows.
 
         Args:
-            env: A RaiseSelect environment; it is left as it is.
+            env: A RaiseSelect environment; it is left as it is, and others like it are made.
             episodes: Episodes, each left after the last of its `settings.num_states` states.
             seed: What candidates, forks and networks are drawn from.
             progress: Called after each episode with its number and return.
 
         Raises:
             SettingError: The reward does not go with the credit; no fork of any episode differed from its siblings, or
-                all diverged, so that there is nothing to learn from; or it has learned on another pool before.
+                all diverged, so that there is nothing to learn from; it has learned on another pool before; or a
+                wrapper would be left out.
         """
+        require_no_wrappers(env)
         world = self._learning_world(world_of(env))
         self.batch_size = None
         self._note_training(world, seed)

@@ -46,7 +46,7 @@ from raise_env import RaiseSelectEnv
 from raise_env.errors import SettingError, suggestion
 from raise_env.features import BLOCKS, NUM_FEATURES
 from raise_env.files import replaced_folder
-from raise_env.wrappers import top_of_each_class
+from raise_env.wrappers import require_no_wrappers, top_of_each_class
 
 from .base import Progress, world_of
 from .class_law import BatchLaw
@@ -263,14 +263,15 @@ class RaisePpo(Selector):
         """Learn for so many rounds of one episode; called again, it goes on with what it knows.
 
         Args:
-            env: A RaiseSelect environment; it is left as it is.
+            env: A RaiseSelect environment; it is left as it is, and others like it are made.
             episodes: Rounds.
             seed: What candidates, draws and first weights are drawn from.
             progress: Called after each episode with its number and return.
 
         Raises:
-            SettingError: It has learned on another pool before.
+            SettingError: It has learned on another pool before, or a wrapper would be left out.
         """
+        require_no_wrappers(env)
         world = world_of(env).variant()  # the given one is left as it is
         self._note_training(world, seed)
         self._make_learners(seed)

@@ -15,6 +15,7 @@ from gymnasium import spaces
 from raise_env import PickOne, TopKScores
 from raise_env.errors import ActionError, AgentError, MemoryShortageError, RaiseEnvError, SettingError, lacks_memory
 from raise_env.record import EpisodeRecord
+from raise_env.wrappers import require_no_form
 
 from .base import Agent, world_of
 
@@ -48,6 +49,7 @@ def run_episode(
 
     Raises:
         AgentError: The agent's own code failed, or it returned something that is no action here.
+        SettingError: The environment's wrappers do not fit the agent, or one cut the episode short.
         RaiseEnvError: The environment's own errors, as they are.
     """
     env = fit_wrapper(env, agent)
@@ -66,9 +68,14 @@ def run_episode(
             answer = agent.predict(observation, state=state, episode_start=start, deterministic=deterministic, **masks)
         action, state = _checked(answer, env.action_space, where)
         try:
-            observation, _, over, _, info = env.step(action)
+            observation, _, over, truncated, info = env.step(action)
         except ActionError as error:
             raise AgentError(f"{where}: predict returned {_shown(action)}: {error}") from error
+        if truncated and not over:
+            raise SettingError(
+                f"{where}: a wrapper such as TimeLimit (max_episode_steps) cut the episode short, and a record of a "
+                "part could not be replayed: set horizon instead, which the learning rate follows."
+            )
         start = np.zeros(1, dtype=bool)
         if on_step is not None:
             on_step(world.num_steps)
@@ -85,11 +92,13 @@ def fit_wrapper(env: gym.Env[Any, Any], agent: object) -> gym.Env[Any, Any]:
         agent: Anything with `predict`; without an `action_space` it acts in the environment as it is.
 
     Raises:
-        SettingError: The agent's action space is none of MultiBinary, Box and Discrete.
+        SettingError: The agent's action space is none of MultiBinary, Box and Discrete, or the environment is wrapped
+            to fit another one.
     """
     space = getattr(agent, "action_space", None)
     if space is None or isinstance(env.action_space, type(space)):
         return env
+    require_no_form(env, f"the agent acts in {space}")
     if isinstance(space, spaces.Box):
         return TopKScores(env)
     if isinstance(space, spaces.Discrete):

@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, SupportsFloat
+from typing import Any, ClassVar, NoReturn, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import BernoulliDistribution, DiagGaussianDistribution
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -45,6 +46,7 @@ from raise_env.errors import OutputError, RecordError, SettingError, suggestion
 from raise_env.files import replaced_folder, write_json
 from raise_env.foreign_files import read_json
 from raise_env.vector import RaiseSelectVectorEnv
+from raise_env.wrappers import require_no_form, require_no_wrappers
 
 from .base import DEFAULT_BATCH_SIZE, Progress, world_of
 from .feature_view import FeatureView, Translation, as_it_is
@@ -154,15 +156,30 @@ class SubsetDistribution(BernoulliDistribution):
         """Return the most probable 0/1 actions, shape (batch, N)."""
         return self.law.mode()
 
+    @property
+    def distribution(self) -> NoReturn:  # type: ignore[override]  # there is no torch distribution
+        """What TRPO takes its divergence of, after the first rollout: no earlier can it be told from PPO.
+
+        Raises:
+            SettingError: Always.
+        """
+        raise SettingError(
+            "TRPO needs a divergence between two subset laws, which SubsetPolicy does not have: take PPO or A2C."
+        )
+
 
 class RowExtractor(BaseFeaturesExtractor):
     """Hands observations on as rows, shape (batch, N, num_features); SB3's default would flatten them.
 
     Args:
         observation_space: A Box of shape (N, num_features).
+
+    Raises:
+        SettingError: It has another number of dimensions.
     """
 
     def __init__(self, observation_space: spaces.Box) -> None:
+        _require_rows(len(observation_space.shape or ()) == 2, observation_space)
         super().__init__(observation_space, features_dim=observation_space.shape[-1])
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -181,7 +198,8 @@ class _ValueNet(Critic):
 class _RowWise(BasePolicy):
     """What the policies below share, to be mixed in before SB3's actor-critic policy of choice.
 
-    `net_arch` keeps SB3's form, {"pi": widths, "vf": widths}: the actor's and the critic's hidden layers.
+    `net_arch` keeps SB3's form, {"pi": widths, "vf": widths}: the actor's and the critic's hidden layers, none where it
+    does not name them.
     """
 
     net_arch: list[int] | dict[str, list[int]]
@@ -232,11 +250,14 @@ class _RowWise(BasePolicy):
         return (rows, True) if rows.dim() == 3 else (rows.unsqueeze(0), False)
 
     def _build(self, lr_schedule: Schedule) -> None:
+        if isinstance(self.features_extractor, RowExtractor):  # a stack of flattened observations has two sides as well
+            num_rows, _ = self.observation_space.shape or (0, 0)
+            _require_rows(num_rows == spaces.flatdim(self.action_space), self.observation_space)
         dims = self.net_arch if isinstance(self.net_arch, dict) else {"pi": self.net_arch, "vf": self.net_arch}
         # Without layers this is the identity: the networks below get the rows themselves.
         self.mlp_extractor = MlpExtractor(self.features_dim, net_arch=[], activation_fn=self.activation_fn)
-        self.action_net = self._actor(AcquisitionFunction(self.features_dim, dims["pi"], self.activation_fn))
-        self.value_net = _ValueNet(self.features_dim, dims["vf"], self.activation_fn)
+        self.action_net = self._actor(AcquisitionFunction(self.features_dim, dims.get("pi", []), self.activation_fn))
+        self.value_net = _ValueNet(self.features_dim, dims.get("vf", []), self.activation_fn)
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]  # every optimiser has a learning rate
 
     def _actor(self, acquisition: AcquisitionFunction) -> nn.Module:
@@ -328,8 +349,9 @@ class Sb3Agent:
 
     How an algorithm acts is its action form. "subset" draws batches of exactly the environment's batch size;
     "multibinary" decides on each row for itself; "scores" ranks the rows, through `TopKScores`; "pick" names one row
-    after another, through `PickOne`. PPO, A2C, TRPO and MaskablePPO get policies over rows, the others SB3's own
-    networks over the flattened observation, which fit one number of candidates only.
+    after another, through `PickOne`: when it acts, the best that is still free; while it learns, but for MaskablePPO,
+    any, and one that is picked already uses up a pick. PPO, A2C, TRPO and MaskablePPO get policies over rows, the
+    others SB3's own networks over the flattened observation, which fit one number of candidates only.
 
     Args:
         algorithm: Name of the class, such as "PPO"; a leading "sb3:" may stay.
@@ -337,8 +359,11 @@ class Sb3Agent:
         policy: Name of one of SB3's own policies, such as "MlpPolicy", in place of one over rows; None: what the loaded
             model was made with, or the best.
         load: A file that SB3's `model.save` wrote, to act and to go on learning with its weights.
-        num_envs: Environments to learn from at once, over one base model. Between two updates there are as many steps
-            as with one, unless `n_steps` or `train_freq` is given, which are SB3's, steps of each environment.
+        num_envs: Environments to learn from at once, over one base model; ARS takes one only. Between two updates,
+            algorithms that learn from rollouts make as many steps as with one environment, unless `n_steps` is given;
+            those with a replay buffer step each environment once, and then make as many updates as there are
+            environments, unless `train_freq` or `gradient_steps` is given. `n_steps` and `train_freq` are SB3's, steps
+            of each environment.
         hyperparameters: The class's own arguments, as plain data, over those in `PRESETS`; `action_noise` is the
             deviation of Gaussian noise.
 
@@ -368,6 +393,11 @@ class Sb3Agent:
         self.name = f"sb3:{self._class.__name__}"
         if not isinstance(num_envs, int) or isinstance(num_envs, bool) or num_envs < 1:
             raise SettingError(f"{self.name}: num_envs is {num_envs!r}; expected a whole number of at least 1.")
+        if num_envs > 1 and self._class.__name__ == "ARS":
+            raise SettingError(
+                f"{self.name}: num_envs is {num_envs}; expected 1: ARS scores each variant in one episode, and those "
+                "of the other environments would be run for nothing."
+            )
         self.num_envs = num_envs
         _check_hyperparameters(self._class, hyperparameters)
         self.hyperparameters = hyperparameters
@@ -386,7 +416,11 @@ class Sb3Agent:
             self._take_over(saved, load)
 
     def wrap(self, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-        """Return the environment with the action space of this agent's action form."""
+        """Return the environment with the action space of this agent's action form.
+
+        Raises:
+            SettingError: It is wrapped for another form already.
+        """
         return _wrap(env, self.action_form)
 
     def learn(
@@ -403,7 +437,7 @@ class Sb3Agent:
 
         Args:
             env: The environment as `gym.make` returns it; its `config` tells horizon and batch size. With `num_envs`
-                above 1 it is left as it is, and others like it are made.
+                above 1 it is left as it is, and others like it are made, without the wrappers around it.
             episodes: How many episodes of `config.horizon` steps. Algorithms that learn from whole rollouts may take
                 a few steps more.
             seed: Seed of the environment, of the first weights and of exploration.
@@ -413,7 +447,7 @@ class Sb3Agent:
             This agent.
 
         Raises:
-            SettingError: The weights that there are do not fit the environment.
+            SettingError: The weights that there are, or its wrappers, do not fit the environment.
         """
         config = env.get_wrapper_attr("config")
         before = self.model
@@ -438,6 +472,7 @@ class Sb3Agent:
     def _to_learn_in(self, env: gym.Env[Any, Any], progress: Progress | None) -> gym.Env[Any, Any] | VecEnv:
         if self.num_envs == 1:
             return _Learning(self.wrap(env), progress)
+        require_no_wrappers(env, ", or learn in one environment, num_envs=1")
         envs = [self.wrap(world_of(env).variant()) for _ in range(self.num_envs)]
         stacked = StackedVecEnv(RaiseSelectVectorEnv.over(envs))
         return stacked if progress is None else ReportingVecEnv(stacked, progress)
@@ -472,15 +507,18 @@ class Sb3Agent:
             observation: Shape (N, num_features), or with a batch dimension before.
             state: What the last call returned, for algorithms with a memory.
             episode_start: Whether an episode has just begun, shape (batch,), for algorithms with a memory.
-            deterministic: Whether to take the best action rather than to draw one (from torch's global generator).
-            action_masks: What may be picked, shape (N,); heeded by MaskablePPO only.
+            deterministic: Whether to take the best action rather than to draw one (from torch's global generator), for
+                algorithms that draw from a law of their own.
+            action_masks: What may be picked, shape (N,), as `PickOne` tells it; the other forms need none. Without it a
+                row may be picked again.
 
         Raises:
             SettingError: The agent has not learned yet.
         """
-        model = self._trained()
-        masks = {"action_masks": action_masks} if "action_masks" in _parameters(model.predict) else {}
-        return model.predict(self._translate(observation), state, episode_start, deterministic, **masks)
+        policy = self._trained().policy
+        with _free_rows_alone(policy, action_masks if self.action_form == "pick" else None):
+            # Past the model's own method: DQN's would now and then explore, and name any row at all.
+            return policy.predict(self._translate(observation), state, episode_start, deterministic)
 
     @property
     def action_space(self) -> spaces.Space[Any]:
@@ -659,9 +697,11 @@ class Sb3Agent:
 
 
 def _wrap(env: gym.Env[Any, Any], action_form: str) -> gym.Env[Any, Any]:
-    if action_form == "scores":
-        return TopKScores(env)
-    return PickOne(env) if action_form == "pick" else env
+    form = {"scores": TopKScores, "pick": PickOne}.get(action_form)
+    if form is not None and is_wrapped(env, form):
+        return env
+    require_no_form(env, f"action_form is {action_form!r}")
+    return env if form is None else form(env)
 
 
 class _Learning(gym.Wrapper[Any, Any, Any, Any]):
@@ -830,6 +870,37 @@ def _parameters(function: Callable[..., Any]) -> set[str]:
 def _is_real(rows: Tensor) -> Tensor:
     """Return which rows are not padding, shape (..., N), of rows of shape (..., N, num_features)."""
     return (rows != 0).any(-1)
+
+
+def _require_rows(are_rows: bool, observation_space: spaces.Space[Any]) -> None:
+    if not are_rows:
+        raise SettingError(
+            f"a policy over rows got observations of shape {observation_space.shape}; expected (candidates, features): "
+            'leave out wrappers that flatten or stack them, or take one of SB3\'s own policies, such as "MlpPolicy".'
+        )
+
+
+@contextlib.contextmanager
+def _free_rows_alone(policy: BasePolicy, mask: np.ndarray | None) -> Iterator[None]:
+    """Let a policy over Discrete actions say -inf of each row that the mask forbids; None forbids none.
+
+    What it says is what one of its modules returns, whatever the algorithm: logits, shape (batch, N), of actors and of
+    ARS; values, shape (batch, N), of DQN; their quantiles, shape (batch, any, N), of QRDQN.
+
+    Args:
+        policy: A policy of any algorithm that picks.
+        mask: What may be picked, shape (N,).
+    """
+    if mask is None:
+        yield
+        return
+    forbidden = ~torch.as_tensor(mask, dtype=torch.bool, device=policy.device)
+    (module,) = (getattr(policy, name) for name in ("action_net", "q_net", "quantile_net") if hasattr(policy, name))
+    hook = module.register_forward_hook(lambda _module, _rows, said: said.masked_fill(forbidden, -math.inf))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

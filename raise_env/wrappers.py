@@ -13,9 +13,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, RecordEpisodeStatistics
 
 from .env import RaiseSelectEnv, StepResult, action_array
-from .errors import ActionError
+from .errors import ActionError, SettingError
 from .features import CLIP
 
 __all__ = ["ActionForm", "PickOne", "TopKScores"]
@@ -109,16 +110,32 @@ class PickOne(ActionForm):
     """Takes one candidate at a time; the update is made when B are picked.
 
     Until then the reward is 0 and the observation stays, but for the count of the picked rows, which shows one
-    more. A candidate that is picked already, or is padding, is forbidden by `action_masks()`; picked all the same,
-    it counts as a pick that adds nothing, so that every action is legal and episodes end. Picks belong to the moment
-    that they were made in: after the environment's `restore`, and over a fork, a batch begins with nothing picked.
+    more unless availability is hidden. A candidate that is picked already, or is padding, is forbidden by
+    `action_masks()`; picked all the same, it counts as a pick that adds nothing, so that every action is legal and
+    episodes end. Picks belong to the moment that they were made in: after the environment's `restore`, and over a fork,
+    a batch begins with nothing picked.
+
+    Without the masks repeats use up picks. A pick changes one number of the observation, so that a policy which always
+    takes its best, as `model.predict(observation, deterministic=True)` of Stable-Baselines3 does, mostly names the same
+    row B times and trains on that row alone. MaskablePPO takes `action_masks=env.action_masks()`; with any other class,
+    this package's `Sb3Agent` acts by the best row that is still free.
 
     Args:
-        env: A `RaiseSelectEnv`, wrapped or not.
+        env: A `RaiseSelectEnv`, wrapped or not; wrappers that change the observation belong around this one.
+
+    Raises:
+        SettingError: There is one within.
     """
 
     def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:
         super().__init__(env)
+        for layer in reversed(wrappers_of(env)):
+            # Some change what is observed and not its space.
+            if isinstance(layer, gym.ObservationWrapper) or layer.observation_space != _world(env).observation_space:
+                raise SettingError(
+                    f"{type(layer).__name__} changes the observation, and PickOne shows the environment's own with the "
+                    "picks in it: put observation wrappers outside PickOne."
+                )
         self.action_space = spaces.Discrete(self._size)
         self._taken = np.zeros(self._size, dtype=np.int8)  # (num_candidates,)
         self._num_picks = 0
@@ -194,8 +211,10 @@ class PickOne(ActionForm):
         assert self._last is not None
         observation, info = self._last
         shown = observation.copy()
-        picked = (self._taken == 1) & _world(self.env).action_masks()
-        shown[picked, -1] = np.log1p(np.expm1(shown[picked, -1]) + 1).clip(max=CLIP)
+        world = _world(self.env)
+        picked = (self._taken == 1) & world.action_masks()
+        if "availability" not in world.config.hide:
+            shown[picked, -1] = np.log1p(np.expm1(shown[picked, -1]) + 1).clip(max=CLIP)
         fresh = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in info.items()}
         fresh.pop("train_loss", None)
         fresh.update(num_selected=0, num_dropped=0, action_mask=self.action_masks())
@@ -219,6 +238,56 @@ def top_of_each_class(
     rest = order[choice[order] == 0]
     choice[rest[: batch_size - int(choice.sum())]] = 1
     return choice
+
+
+def wrappers_of(env: gym.Env[Any, Any]) -> list[gym.Wrapper[Any, Any, Any, Any]]:
+    """Return the wrappers around an environment, the outermost first."""
+    found = []
+    while isinstance(env, gym.Wrapper):
+        found.append(env)
+        env = env.env
+    return found
+
+
+def require_no_form(env: gym.Env[Any, Any], needed: str) -> None:
+    """Refuse an environment whose action has another form already.
+
+    Args:
+        env: The environment.
+        needed: What takes actions of which kind, for the message.
+
+    Raises:
+        SettingError: It is in a wrapper such as `TopKScores`.
+    """
+    for layer in wrappers_of(env):
+        if isinstance(layer, ActionForm):
+            name = type(layer).__name__
+            raise SettingError(
+                f"the environment is in {name} already, and {needed}: hand over the environment without {name}."
+            )
+
+
+def require_no_wrappers(env: gym.Env[Any, Any], or_else: str = "") -> None:
+    """Refuse wrappers that whoever learns in environments like the given one would silently leave out.
+
+    Those of `gym.make`, one that only counts, and another form of the action may be there: they change nothing that is
+    learned from.
+
+    Args:
+        env: The environment.
+        or_else: What else the user can do, for the end of the message.
+
+    Raises:
+        SettingError: There is another wrapper.
+    """
+    for layer in wrappers_of(env):
+        if not isinstance(layer, ActionForm | OrderEnforcing | PassiveEnvChecker | RecordEpisodeStatistics):
+            name = type(layer).__name__
+            raise SettingError(
+                f"{name} would have no effect: what learns makes environments of its own, like the given one but "
+                f"without its wrappers. Hand over the environment without {name}, and set what it does by the "
+                f'environment\'s keywords, such as reward="module:function" or horizon{or_else}.'
+            )
 
 
 def _world(env: gym.Env[Any, Any]) -> RaiseSelectEnv:

@@ -49,6 +49,16 @@ def test_critic__permuted_or_repeated_rows__has_the_same_value() -> None:
     torch.testing.assert_close(critic(torch.cat([offered, offered])), critic(offered))
 
 
+def test_critic__no_hidden_layers__is_linear_in_the_mean_of_the_rows() -> None:
+    critic = Critic(4, (), generator=generator())
+    offered = rows(2, 10, 4)
+    mask = torch.arange(10).expand(2, 10) < 6
+
+    torch.testing.assert_close(critic(offered), critic.head(offered.mean(-2)).squeeze(-1))
+    torch.testing.assert_close(critic(offered, mask), critic(offered[:, :6]))
+    assert [tuple(parameter.shape) for parameter in critic.parameters()] == [(1, 4), (1,)]
+
+
 def test_critic__row_mask__leaves_padding_out() -> None:
     critic = Critic(4, generator=generator())
     offered = rows(2, 10, 4)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -159,3 +160,17 @@ def test_placebo__of_an_agent_that_keeps_its_progress__does_not():
     assert hasattr(make_agent("raise_ppo"), "load_progress")
     assert not hasattr(placebo, "load_progress"), "the rewards that are handed out are no part of it"
     assert hasattr(placebo, "save")
+
+
+def test_placebo__of_an_agent_that_picks__takes_full_batches():
+    env = toy_env(horizon=3)
+    placebo = make_agent("placebo:sb3:DQN")
+    placebo.learn(env, 1)
+    assert [len(step) for step in run_episode(env, placebo, seed=0, name="placebo").actions] == [
+        env.config.batch_size
+    ] * 3
+
+
+def test_placebo__environment_in_a_wrapper_of_ones_own__is_refused():
+    with pytest.raises(SettingError, match="ClipReward would have no effect"):
+        make_agent("placebo:sb3:PPO").learn(gym.wrappers.ClipReward(toy_env(), 0.0, 1.0), 1)

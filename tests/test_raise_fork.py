@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import random
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from raise_env import RaiseSelectEnv
+from raise_env import RaiseSelectEnv, TopKScores
 from raise_env.agents import RaiseFork, RandomAgent, run_episode
 from raise_env.agents.credit import Group
 from raise_env.agents.networks import AcquisitionFunction
@@ -405,6 +406,12 @@ def test_load__another_config__an_error_that_names_the_file(tmp_path, change):
     spoil(tmp_path / "s" / "config.json", change)
     with pytest.raises(RaiseEnvError, match=r"config\.json|model\.safetensors|unheard_of"):
         RaiseFork.load(tmp_path / "s")
+
+
+def test_learn__wrappers_that_would_be_left_out__are_refused_by_name():
+    shaped = gym.wrappers.TransformReward(TopKScores(toy_env(horizon=2)), lambda reward: -reward)
+    with pytest.raises(SettingError, match="TransformReward would have no effect"):
+        RaiseFork(**SMALL).learn(shaped, 1)
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn", "empty"])

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -274,6 +275,12 @@ def test_learn__toy_world__beats_random_rows(settings):
         random_rows = run_episode(toy_env(), RandomAgent(), seed=seed, name="random")
         gains.append(ours.dev_scores[-1] - random_rows.dev_scores[-1])
     assert min(gains) > 0.1
+
+
+def test_learn__wrappers_that_would_be_left_out__are_refused_by_name():
+    shaped = gym.wrappers.TransformReward(TopKScores(toy_env(horizon=2)), lambda reward: -reward)
+    with pytest.raises(SettingError, match="TransformReward would have no effect"):
+        RaisePpo().learn(shaped, 1)
 
 
 def test_learn__rounds_not_named__are_the_papers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -80,6 +81,18 @@ def test_run_episode__on_step__every_step_from_one():
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("agent", [TakesFirst(), PicksFirstAllowed()])
+def test_run_episode__cut_short_by_a_wrapper__is_refused_after_as_many_steps(agent):
+    steps = []
+    env = gym.wrappers.TimeLimit(toy_env(horizon=5), 2)
+    with pytest.raises(SettingError, match=r"'mine', episode seed 0, step 2: .*TimeLimit.* set horizon instead"):
+        run_episode(env, agent, seed=0, name="mine", on_step=steps.append)
+    assert set(steps) <= {0, 1}
+    assert env.unwrapped.num_steps == 2
+    whole = gym.wrappers.TimeLimit(toy_env(horizon=5), 5)  # which cuts nothing
+    assert len(run_episode(whole, TakesFirst(), seed=0, name="mine").actions) == 5
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_run_episode__predict__gets_state_start_and_determinism(deterministic):
     agent = Remembers()
@@ -125,6 +138,22 @@ def test_fit_wrapper__no_action_space_or_the_environments__stays_as_it_is():
 def test_fit_wrapper__wrapped_already__is_not_wrapped_twice():
     env = TopKScores(toy_env())
     assert fit_wrapper(env, ScoresEarlierRowsHigher()) is env
+
+
+@pytest.mark.parametrize(
+    ("there", "space"),
+    [
+        (TopKScores, spaces.MultiBinary(32)),
+        (TopKScores, spaces.Discrete(32)),
+        (PickOne, spaces.MultiBinary(32)),
+        (PickOne, spaces.Box(-1, 1, (32,))),
+    ],
+)
+def test_fit_wrapper__wrapped_for_another_form__says_which_wrapper_to_leave_out(there, space):
+    agent = TakesFirst()
+    agent.action_space = space
+    with pytest.raises(SettingError, match=f"the environment without {there.__name__}"):
+        fit_wrapper(there(toy_env()), agent)
 
 
 def test_fit_wrapper__another_action_space__says_which_fit():

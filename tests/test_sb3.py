@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation, FrameStackObservation
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 
+from raise_env import PickOne, TopKScores
 from raise_env.agents import sb3
 from raise_env.agents.rollout import fit_wrapper, run_episode
 from raise_env.agents.sb3 import PRESETS, RowPolicy, Sb3Agent, SubsetPolicy
@@ -238,6 +240,51 @@ def test_subset_policy__net_arch__sets_the_hidden_layers() -> None:
     assert list(widths.values()) == [(7, NUM_FEATURES), (1, 7), (9, NUM_FEATURES), (11, 9), (1, 11)]
 
 
+@pytest.mark.parametrize(
+    ("net_arch", "actor", "critic"),
+    [
+        ({"pi": [7]}, [(7, NUM_FEATURES), (1, 7)], [(1, NUM_FEATURES)]),
+        ({"vf": [9]}, [(1, NUM_FEATURES)], [(9, NUM_FEATURES), (1, 9)]),
+        ({"pi": [], "vf": []}, [(1, NUM_FEATURES)], [(1, NUM_FEATURES)]),
+        ([], [(1, NUM_FEATURES)], [(1, NUM_FEATURES)]),
+    ],
+)
+def test_row_policy__net_arch_without_layers__is_linear_there(net_arch: Any, actor: Any, critic: Any) -> None:
+    model = trained(RowPolicy, boxed(), 16, n_steps=8, batch_size=8, policy_kwargs={"net_arch": net_arch})
+    found = [
+        [tuple(tensor.shape) for name, tensor in network.state_dict().items() if name.endswith("weight")]
+        for network in (model.policy.action_net, model.policy.value_net)
+    ]
+
+    assert found == [actor, critic]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "shape"),
+    [
+        (FlattenObservation, r"\(60,\)"),
+        (lambda env: FrameStackObservation(env, 4), r"\(4, 12, 5\)"),
+        (lambda env: FrameStackObservation(FlattenObservation(env), 4), r"\(4, 60\)"),
+    ],
+    ids=["flattened", "stacked", "flattened and stacked"],
+)
+@pytest.mark.parametrize(
+    ("policy", "algorithm", "make"),
+    [(RowPolicy, PPO, boxed), (RowPolicy, PPO, discrete), (MaskableRowPolicy, sb3_contrib.MaskablePPO, discrete)],
+)
+def test_row_wise_policy__observations_that_are_no_rows__are_refused_before_anything_is_built(
+    wrap: Any, shape: str, policy: Any, algorithm: Any, make: Any
+) -> None:
+    with pytest.raises(SettingError, match=rf"shape {shape}; expected \(candidates, features\): leave out wrappers"):
+        fresh(policy, wrap(make()), algorithm)
+
+
+def test_subset_policy__with_trpo__says_what_is_missing() -> None:
+    settings = {"n_steps": 8, "batch_size": 8, "policy_kwargs": {"subset_size": SIZE}}
+    with pytest.raises(SettingError, match=r"a divergence between two subset laws.* take PPO or A2C"):
+        trained(SubsetPolicy, multibinary(), 8, sb3_contrib.TRPO, **settings)
+
+
 def test_subset_policy__box_actions__is_refused() -> None:
     with pytest.raises(SettingError, match="needs a MultiBinary action space"):
         fresh(SubsetPolicy, boxed(), policy_kwargs={"subset_size": SIZE})
@@ -342,6 +389,43 @@ def test_sb3_agent__no_action_form__takes_the_best_that_fits(name: str, forms: t
     for form in {"subset", "scores", "pick", "multibinary"} - set(forms):
         with pytest.raises(SettingError, match=f"cannot act in the form '{form}'"):
             Sb3Agent(name, action_form=form)
+
+
+def crowded() -> gym.Env[np.ndarray, np.ndarray]:
+    """Ten rows and two places of padding, of which a batch takes eight: whoever picks blindly repeats itself."""
+    return toy_env(num_rows=10, num_candidates=NUM_ROWS, num_classes=SIZE, batch_size=8, horizon=HORIZON)
+
+
+@pytest.mark.parametrize("name", [name for name, forms in ALL_CLASSES.items() if "pick" in forms])
+def test_sb3_agent__that_picks__acts_on_full_batches_of_rows_that_are_free(name: str) -> None:
+    agent = Sb3Agent(name, action_form="pick").learn(crowded(), 1, seed=0)
+
+    for deterministic in (True, False):
+        record = run_episode(crowded(), agent, seed=0, name=name, deterministic=deterministic)
+        assert [len(set(chosen)) for chosen in record.actions] == [8] * HORIZON
+
+
+@pytest.mark.parametrize("name", ["A2C", "QRDQN"])
+def test_predict__masks__count_for_one_call(name: str) -> None:
+    agent = Sb3Agent(name, action_form="pick").learn(crowded(), 1, seed=0)
+    observation, _ = crowded().reset(seed=0)
+    best = int(agent.predict(observation)[0])
+    mask = np.arange(NUM_ROWS) != best
+
+    assert int(agent.predict(observation, action_masks=mask)[0]) != best
+    assert int(agent.predict(observation)[0]) == best
+
+
+@pytest.mark.parametrize(("form", "there"), [("scores", TopKScores), ("pick", PickOne)])
+def test_wrap__environment_in_a_form__is_left_in_its_own_and_refused_in_another(form: str, there: Any) -> None:
+    env = there(toy())
+
+    assert Sb3Agent("PPO", action_form=form).wrap(env) is env
+    for other in {"subset", "multibinary", "scores", "pick"} - {form}:
+        with pytest.raises(
+            SettingError, match=f"action_form is '{other}': .* the environment without {there.__name__}"
+        ):
+            Sb3Agent("PPO", action_form=other).wrap(env)
 
 
 def test_sb3_agent__learned__chooses_well_from_any_number_of_rows() -> None:

@@ -159,5 +159,19 @@ def test_sb3_agent__no_number_of_environments__is_refused(num_envs: Any) -> None
         Sb3Agent("PPO", num_envs=num_envs)
 
 
+def test_sb3_agent__many_environments_with_ars__are_refused() -> None:
+    pytest.importorskip("sb3_contrib")
+    with pytest.raises(SettingError, match="num_envs is 2; expected 1: ARS"):
+        Sb3Agent("ARS", num_envs=2)
+
+
+def test_sb3_agent__many_environments__refuses_wrappers_that_would_be_left_out() -> None:
+    shaped = gym.wrappers.TransformReward(PickOne(toy_env(horizon=2)), lambda reward: -reward)
+    with pytest.raises(SettingError, match=r"TransformReward would have no effect: .* num_envs=1\.$"):
+        Sb3Agent("PPO", num_envs=2).learn(shaped, 1)
+    looked_on = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.OrderEnforcing(toy_env(horizon=2)))
+    assert Sb3Agent("PPO", num_envs=2).learn(looked_on, 2).model is not None
+
+
 def _toys(count: int, wrap: Any = lambda env: env, **settings: Any) -> RaiseSelectVectorEnv:
     return RaiseSelectVectorEnv.over([wrap(toy_env(**settings)) for _ in range(count)])

@@ -4,9 +4,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
+from gymnasium.wrappers import FlattenObservation, NormalizeObservation, RescaleObservation, TransformObservation
 
 from raise_env import PickOne, TopKScores
-from raise_env.errors import ActionError
+from raise_env.errors import ActionError, SettingError
 from raise_env.features import CLIP
 from raise_env.testing import toy_env
 from raise_env.wrappers import top_of_each_class
@@ -244,3 +245,27 @@ def test_pick_one__over_a_fork__waits_for_a_full_batch():
     assert info["action_mask"].tolist() == [place != 5 for place in range(32)]
     np.testing.assert_array_equal(observation[:, :-1], world.observation()[:, :-1])
     assert env.step(6)[4]["num_selected"] == 2
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        FlattenObservation,
+        NormalizeObservation,
+        lambda env: RescaleObservation(env, np.float32(-1), np.float32(1)),
+        lambda env: TransformObservation(env, np.negative, env.observation_space),
+    ],
+    ids=["flattened", "normalized", "rescaled", "in the same space"],
+)
+def test_pick_one__observation_wrapper_within__is_refused_by_its_name(wrap):
+    within = wrap(toy_env())
+    with pytest.raises(SettingError, match=f"{type(within).__name__} .* put observation wrappers outside PickOne"):
+        PickOne(gym.wrappers.OrderEnforcing(within))
+
+
+def test_pick_one__availability_hidden__shows_no_picks():
+    env = PickOne(toy_env(hide=["availability"]))
+    before, _ = env.reset(seed=0)
+    observation, _, _, _, info = env.step(4)
+    assert not info["action_mask"][4]
+    np.testing.assert_array_equal(observation, before)

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 from raise_env import RaiseSelectEnv
+from raise_env.env import StepRecord
 from raise_env.errors import SettingError
 from raise_env.features import FEATURE_NAMES, NUM_SEMANTIC, StaticFeatures
 
@@ -39,14 +40,13 @@ class DiversityAgent(BatchAgent):
         super().__init__(batch_size)
         self._points = np.zeros((0, NUM_SEMANTIC))  # (pool, 32)
         self._distances = np.zeros(0)  # (pool,), squared, to the nearest row trained on
-        self._num_seen = 0  # steps whose rows are among the centres
+        self._seen: list[StepRecord] = []  # steps whose rows are among the centres
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Forget all centres."""
         super().begin(env, seed)
         self._points = _embeddings(self._require_begun().assets.features)
-        self._distances = np.full(len(self._points), np.inf)
-        self._num_seen = 0
+        self._forget_centres()
 
     def scores(self, observation: np.ndarray) -> np.ndarray:
         """Return 1 for the batch's rows, 0 for the others.
@@ -69,10 +69,16 @@ class DiversityAgent(BatchAgent):
     def _add_centres(self, world: RaiseSelectEnv) -> None:
         # One pass over the pool for each row trained on since the last step, and none for those before.
         history = world.history
-        for step in history[self._num_seen :]:
+        if history[: len(self._seen)] != self._seen:  # some were undone: their rows are centres no longer
+            self._forget_centres()
+        for step in history[len(self._seen) :]:
             for row in step.selected:
                 self._distances = np.minimum(self._distances, _squared_distances(self._points, self._points[row]))
-        self._num_seen = len(history)
+        self._seen = history
+
+    def _forget_centres(self) -> None:
+        self._distances = np.full(len(self._points), np.inf)
+        self._seen = []
 
 
 class DeitaAgent(PoolScoreAgent):

@@ -13,12 +13,13 @@ import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from .adapter_files import auxiliary_form, content_hash, first_adapter, starting_form
 from .auxiliary import FEATURE_SEED, Auxiliary, adapter_of, classes_of, features_of, identity_of
-from .base_model import BaseModel
+from .base_model import BaseModel, own_modes
 from .config import EnvConfig, LoraSettings
 from .encoding import EncodedRows, Encoder
 from .errors import DataError, ModelError, SettingError
@@ -106,6 +107,14 @@ class Assets:
     counts: dict[str, dict[str, int]]
     save_auxiliary: Callable[[Path], None]
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled: a model in use is of its process, and pools may be larger than its memory."""
+        raise TypeError(
+            "an environment that has loaded its model cannot be pickled. Pickle env.config.to_kwargs() and "
+            "env.snapshot() instead: RaiseSelectEnv(**kwargs), after restore(snapshot), goes on from there in any "
+            "process. In this one env.fork(n) and copy.deepcopy(env) copy it."
+        )
+
     @functools.cached_property
     def members(self) -> tuple[np.ndarray, ...]:
         """The pool ids of each class.
@@ -185,6 +194,7 @@ class _Watcher:
             self.show(what, done, total)
 
 
+@own_modes()
 def load_assets(config: EnvConfig, progress: LoadingProgress | None = None) -> Assets:
     """Return the assets that a configuration asks for; the last few are kept.
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .adapter_files import content_hash, first_adapter, read_adapter
-from .base_model import BaseModel
+from .base_model import BaseModel, own_modes
 from .config import EnvConfig
 from .encoding import Batch, EncodedRows, Encoder, collate, token_batches
 from .errors import ModelError
@@ -143,6 +143,7 @@ class Auxiliary:
         self.model.save_adapter(self.warmed_up[0], folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, with nothing filled in
 
+    @own_modes()
     def raw_rows(self, rows: np.ndarray, num_before: int = 0, total: int = 0) -> tuple[np.ndarray, int]:
         """Return the raw columns of some rows, computed together, and the token forwards that they took.
 

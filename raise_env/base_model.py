@@ -53,7 +53,16 @@ from .lora_layers import lora_linear
 from .model_files import check_model_folder, check_room
 from .packing import Layout, PackedBatch, pack
 
-__all__ = ["BaseModel", "load_config", "load_tokenizer", "model_folder", "quiet", "resolve_device", "shapes_of"]
+__all__ = [
+    "BaseModel",
+    "load_config",
+    "load_tokenizer",
+    "model_folder",
+    "own_modes",
+    "quiet",
+    "resolve_device",
+    "shapes_of",
+]
 
 _ADAPTER = "default"
 
@@ -82,6 +91,51 @@ _GENERATOR_LOCK = threading.RLock()
 _LOADING_LOCK = threading.RLock()
 
 
+class _Float32ByDefault:
+    """Makes float32 torch's default, from the first thread that enters until the last one has left.
+
+    The default is of the process: a thread that put it back by itself would take it from those still at work.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._found = torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._found = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self._num_inside += 1
+
+    def __exit__(self, *_error: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                torch.set_default_dtype(self._found)
+
+
+_FLOAT32_BY_DEFAULT = _Float32ByDefault()
+
+
+@contextlib.contextmanager
+def own_modes() -> Iterator[None]:
+    """Compute as a fresh torch does, in this block or in a function so decorated, whatever modes the caller is in.
+
+    Autocast would change rewards, and features in a cache that is not told of it; updates need gradients, and states
+    that are no tensors of inference mode. Threads begin without any of these modes, but for the default dtype.
+    """
+    with (
+        _FLOAT32_BY_DEFAULT,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
 class _PassState(threading.local):
     """What the layers are told for a forward pass; each thread has its own, so that several can use one model."""
 
@@ -108,6 +162,7 @@ class BaseModel:
             checkpointing.
     """
 
+    @own_modes()
     def __init__(
         self,
         source: str,
@@ -198,6 +253,7 @@ class BaseModel:
         """Tokens that the model can take at most, where it says so."""
         return getattr(self.peft_model.config.get_text_config(), "max_position_embeddings", None)
 
+    @own_modes()
     def initial_parameters(self, seed: int) -> Tensor:
         """Return a new adapter as PEFT would start it, shape (P,), float32.
 

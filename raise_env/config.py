@@ -1,6 +1,6 @@
 """Every setting of the environment with its default: the only home of both, and of their checks.
 
-Nothing here reads a file or loads a library: values are checked against each other and that is all.
+Nothing here reads a file: values are checked against each other and that is all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from .errors import SettingError, suggestion
 
@@ -110,6 +112,7 @@ class LoraSettings:
     bias: Literal["none"] = "none"
 
     def __post_init__(self) -> None:
+        _take_scalars_out(self)
         modules: Any = self.target_modules
         expected = '"all-linear", a list of names of modules, or a regular expression of whole names: ".*(q|v)_proj"'
         _require(_names_modules(modules), "lora target_modules", modules, expected)
@@ -252,6 +255,7 @@ class EnvConfig:
             object.__setattr__(
                 self, "columns", _part(ColumnSettings, "columns", {} if columns is None else columns, expected)
             )
+        _take_scalars_out(self)
         self._check_kinds()
         object.__setattr__(self, "hide", _hidden_blocks(self.hide))
         self._check_sizes()
@@ -422,6 +426,14 @@ def _part(kind: type[Part], name: str, value: Any, expected: str) -> Part:
         if key not in known:
             raise SettingError(f"unknown {name} setting {key!r}: {suggestion(str(key), known)}")
     return kind(**value)
+
+
+def _take_scalars_out(settings: LoraSettings | EnvConfig) -> None:
+    """Put Python's own numbers in the place of NumPy's, which are settings as well: JSON knows no others."""
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(settings, entry.name, value.item())
 
 
 def _hidden_blocks(value: Any) -> tuple[str, ...]:

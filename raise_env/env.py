@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,10 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """A moment of an episode: with the same actions, what follows it is the same to the bit."""
+    """A moment of an episode: with the same actions, what follows it is the same to the bit.
+
+    `form` is what environments have in common that can go back to it.
+    """
 
     learner_state: object
     generator_state: Mapping[str, Any]
@@ -111,6 +115,7 @@ class Snapshot:
     history: tuple[StepRecord, ...]
     is_over: bool
     is_scored: bool
+    form: Mapping[str, int | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -527,13 +532,18 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             history=tuple(self._history),
             is_over=self._is_over,
             is_scored=self._is_scored,
+            form=self._form,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a moment of this environment's, or of one with the same settings.
 
         The observation of that moment is the one that was returned then; `observation()` gives it again.
+
+        Raises:
+            SettingError: It is a moment of an environment whose episodes have another form.
         """
+        self._require_like(snapshot)
         if self._learner is None:
             self._learner = self._new_learner()
         self._learner.state = snapshot.learner_state
@@ -579,6 +589,20 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             own = {name: value for name, value in own.items() if name not in OF_TASK}
         kwargs = {"render_mode": self.render_mode, **own, **settings}
         return RaiseSelectEnv(assets=self.assets if OWN_SETTINGS.issuperset(settings) else None, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaiseSelectEnv:
+        """Return an environment that goes on from here by itself, over the same base model, as `fork` does.
+
+        Wrappers that are copied with it are where they were, between two picks too.
+        """
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        # What is shared stays so; states are never changed in place, and a learner's copy holds the same.
+        memo[id(self._assets)] = self._assets
+        if self._learner is not None:
+            memo[id(self._learner)] = self._learner.copy()
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     @memory_explained(_LESS_MEMORY)
     def probe(self, actions: np.ndarray, num_dev: int | None = None) -> np.ndarray:
@@ -743,6 +767,30 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         assert config.pool is not None
         settings: dict[str, Any] = {"columns": config.columns, "choice_form": config.choice_form}
         return len(read_pool(config.pool, skip_empty=config.skip_empty, **settings))
+
+    @property
+    def _form(self) -> dict[str, int | str]:
+        """What an environment has in common with those whose moments it can go back to, in the words of a message."""
+        config, content = self.config, self.assets.content
+        return {
+            "num_candidates": self._num_candidates,
+            "pool rows": len(self.assets.pool),
+            "horizon": config.horizon,
+            "budget": config.total_budget,
+            "reward": config.reward,
+            **{f"{name} hash": content.get(name, "")[:12] for name in ("model", "pool", "dev")},
+        }
+
+    def _require_like(self, snapshot: Snapshot) -> None:
+        own = self._form
+        # What was pickled before snapshots told their form tells no more of it than this.
+        shapes = {"num_candidates": len(snapshot.round.candidates), "pool rows": len(snapshot.counts)}
+        for name, found in getattr(snapshot, "form", shapes).items():
+            if found != own[name]:
+                raise SettingError(
+                    f"the snapshot is of an environment with {name} {found!r}, and this one has {own[name]!r}; "
+                    "expected one of this environment, or of another with the same settings."
+                )
 
     def _require_reset(self) -> None:
         if self._learner is None or self._round is None:

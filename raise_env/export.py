@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .adapter_files import adapter_settings
-from .base_model import BaseModel
+from .base_model import BaseModel, own_modes
 from .config import EnvConfig
 
 __all__ = ["save_merged"]
@@ -21,6 +21,7 @@ __all__ = ["save_merged"]
 _MERGED_DTYPES = {"nf4": "bfloat16"}
 
 
+@own_modes()
 def save_merged(config: EnvConfig, adapter: str | Path, folder: str | Path) -> None:
     """Write a model with an adapter merged in, and its tokenizer: plain transformers loads it, without PEFT.
 

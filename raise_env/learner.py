@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base_model import BaseModel
+from .base_model import BaseModel, own_modes
 from .config import EnvConfig
 from .encoding import EncodedRows, collate, token_batches
 from .evaluation import EVALUATION_BATCH_TOKENS, EvaluationSet, evaluate, score_rows
@@ -139,6 +139,7 @@ class LoraLearner:
         (loss,) = self.update_together([self], [rows], [progress], [seed])
         return loss
 
+    @own_modes()
     def update_together(
         self,
         learners: Sequence[LoraLearner],
@@ -165,6 +166,7 @@ class LoraLearner:
             learner.state = state
         return losses
 
+    @own_modes()
     def evaluate(self, split: Split, subset: np.ndarray | None = None) -> Evaluation:
         """Score the model on dev or test rows, all of them or a subset of row numbers.
 
@@ -177,6 +179,7 @@ class LoraLearner:
         self._note(split, evaluation, subset)
         return evaluation
 
+    @own_modes()
     def probe(self, batches: Sequence[np.ndarray], progress: float, seed: int, subset: np.ndarray) -> list[Evaluation]:
         """Score what one update on each batch would give; the learner's own state stays as it is.
 
@@ -199,6 +202,7 @@ class LoraLearner:
             self.ledger.forward_tokens += dev.num_tokens(subset) + evaluation.num_generating_tokens
         return evaluations
 
+    @own_modes()
     def evaluate_together(self, learners: Sequence[LoraLearner], split: Split) -> None:
         """Score several copies of this learner on all rows, side by side; `evaluate` of each then has it at once.
 
@@ -212,6 +216,7 @@ class LoraLearner:
         for learner, evaluation in zip(due, found, strict=True):
             learner._note(split, evaluation)
 
+    @own_modes()
     def row_losses(self, rows: np.ndarray) -> np.ndarray:
         """Return the mean loss of each pool row as the model is, nats per response token, shape (rows,), float64.
 
@@ -224,7 +229,7 @@ class LoraLearner:
         counts = self.pool.label_counts[rows]
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
-    @torch.enable_grad()  # whoever acts may have turned gradients off for itself
+    @own_modes()
     def row_gradients(self, rows: np.ndarray, split: Split | None = None, *, adam: bool = False) -> np.ndarray:
         """Return the gradient of each row's mean loss in the adapter as it is, shape (rows, P), float32.
 
@@ -251,6 +256,7 @@ class LoraLearner:
             gradients[torch.from_numpy(places)] = (self._adam_directions(gradient) if adam else gradient).cpu()
         return gradients.numpy()
 
+    @own_modes()
     def dev_direction(self, num_updates: int, batch_size: int, progress: float, seed: int) -> np.ndarray:
         """Return which way a fork goes that is trained on dev rows, shape (P,), float32; the state stays as it is.
 
@@ -384,7 +390,6 @@ class LoraLearner:
         losses = [loss for _, own in found for loss in own]
         return gradients, [losses[place] for place in order]
 
-    @torch.enable_grad()  # which is of the thread
     def _backward(self, adapters: Tensor, batches: list[np.ndarray], seed: int) -> tuple[Tensor, list[float]]:
         """Return the gradient of each adapter's loss on its batch, shape (k, P), and the losses."""
         adapters.requires_grad_()

@@ -6,6 +6,7 @@ reward of a step is P(M_t) - P(M_{t-1}), so that the undiscounted return of an e
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -159,7 +160,7 @@ def load_reward(reward: str) -> RewardFunction:
         RewardError: The module or the function cannot be found.
     """
     if reward in _MEASURES:
-        return _measured(reward, _MEASURES[reward])
+        return functools.partial(_measured, reward)  # which can be pickled, where a function in a function cannot
     module, _, name = reward.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -169,7 +170,7 @@ def load_reward(reward: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise RewardError(f"reward {reward!r} is a {type(function).__name__}; expected a function of an Evaluation.")
-    return _checked(reward, function)
+    return functools.partial(_checked, reward, function)
 
 
 def needs_generation(reward: str) -> bool:
@@ -276,14 +277,12 @@ _MEASURES = {
 }
 
 
-def _measured(reward: str, measure: _Measure) -> RewardFunction:
-    def score(evaluation: Evaluation) -> float:
-        value = measure.score(evaluation)
-        if value is None:
-            raise _lacking(reward, "dev")
-        return value
-
-    return score
+def _measured(reward: str, evaluation: Evaluation) -> float:
+    """Return the dev score of a name that `_MEASURES` has."""
+    value = _MEASURES[reward].score(evaluation)
+    if value is None:
+        raise _lacking(reward, "dev")
+    return value
 
 
 def _lacking(reward: str, what: str, lacking: str = "has none") -> RewardError:
@@ -294,19 +293,16 @@ def _lacking(reward: str, what: str, lacking: str = "has none") -> RewardError:
     )
 
 
-def _checked(reward: str, function: Callable[[Evaluation], object]) -> RewardFunction:
-    def score(evaluation: Evaluation) -> float:
-        value = function(evaluation)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-            raise RewardError(f"reward {reward!r} returned {value!r}; expected one number, higher is better.")
-        if not math.isfinite(value):
-            raise RewardError(
-                f"reward {reward!r} returned {value!r} for a dev loss of {evaluation.loss:.4g}; expected a finite "
-                "number. Losses that are not finite never reach it: look for a division by zero or a logarithm in it."
-            )
-        return float(value)
-
-    return score
+def _checked(reward: str, function: Callable[[Evaluation], object], evaluation: Evaluation) -> float:
+    value = function(evaluation)
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise RewardError(f"reward {reward!r} returned {value!r}; expected one number, higher is better.")
+    if not math.isfinite(value):
+        raise RewardError(
+            f"reward {reward!r} returned {value!r} for a dev loss of {evaluation.loss:.4g}; expected a finite "
+            "number. Losses that are not finite never reach it: look for a division by zero or a logarithm in it."
+        )
+    return float(value)
 
 
 def _mean_of_known(values: np.ndarray) -> float | None:

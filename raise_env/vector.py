@@ -19,7 +19,7 @@ from gymnasium.vector.utils import iterate
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
 from .env import RaiseSelectEnv, StepResult, step_together
-from .errors import SettingError
+from .errors import ActionError, SettingError
 from .wrappers import ActionForm
 
 __all__ = ["RaiseSelectVectorEnv"]
@@ -95,7 +95,8 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
             Observations, rewards (float64), terminated, truncated, stacked, and infos as `SyncVectorEnv` stacks them.
 
         Raises:
-            ActionError: As for `RaiseSelectEnv.step`; no environment has made an update then.
+            ActionError: As for `RaiseSelectEnv.step`, or there are more or fewer actions than environments; no
+                environment has made an update then.
             ResetNeeded: As for `RaiseSelectEnv.step`.
             RewardError: As for `RaiseSelectEnv.step`.
         """
@@ -104,7 +105,7 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
         # One that was put back to an earlier moment goes on from there.
         ended = [ended and _world(env).is_over for env, ended in zip(self.envs, self._autoreset_envs, strict=True)]
         running = np.flatnonzero(~np.array(ended, dtype=bool)).tolist()
-        all_actions = list(iterate(self.action_space, actions))
+        all_actions = self._one_each(actions)
         results = _steps([self.envs[place] for place in running], [all_actions[place] for place in running])
         answers = dict(zip(running, results, strict=True))
         infos: dict[str, Any] = {}
@@ -117,6 +118,19 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
             infos = self._add_info(infos, info, place)
         self._autoreset_envs = terminated | truncated
         return np.stack(self._env_obs), rewards, terminated, truncated, infos
+
+    def _one_each(self, actions: Any) -> list[Any]:
+        """Return the action of each environment."""
+        try:
+            found = list(iterate(self.action_space, actions))
+        except TypeError as error:
+            raise ActionError(f"{error}; expected {self.num_envs} actions, one for each environment.") from error
+        if len(found) != self.num_envs:
+            raise ActionError(
+                f"there are {len(found)} actions for {self.num_envs} environments; expected one for each, also for "
+                "those whose episode has ended."
+            )
+        return found
 
 
 def _steps(envs: Sequence[gym.Env[Any, Any]], actions: Sequence[Any]) -> list[StepResult]:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from raise_env import base_model
-from raise_env.base_model import BaseModel, load_tokenizer, model_folder, resolve_device
+from raise_env.base_model import BaseModel, load_tokenizer, model_folder, own_modes, resolve_device
 from raise_env.config import LoraSettings
 from raise_env.encoding import Batch, Encoder
 from raise_env.errors import ModelError, SettingError
@@ -285,3 +285,24 @@ def test_base_model__checkpointing_of_layers_that_read_their_own_dropout__drops_
 def test_base_model__loading_and_new_adapters__seed_no_generator_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("each GPU's generator was seeded"))
     BaseModel("tiny", LoraSettings(r=2), device="cpu").initial_parameters(3)
+
+
+def test_own_modes__two_that_overlap__float32_until_the_last_has_left():
+    torch.set_default_dtype(torch.float64)
+    try:
+        one, other = own_modes(), own_modes()  # as in two threads, for the default is of the process
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float32
+        other.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_base_model__made_in_inference_mode__can_be_trained_outside():
+    with torch.inference_mode():
+        model = BaseModel("tiny", LoraSettings())
+        adapter = model.initial_parameters(seed=0)
+    assert not any(value.is_inference() for value in (adapter, *model.peft_model.parameters()))

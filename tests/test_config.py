@@ -3,8 +3,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -241,6 +243,34 @@ def test_hide__all_that_tells_rows_apart__is_refused(more):
 def test_from_kwargs__path_objects__become_plain_text():
     config = EnvConfig(model=Path("model"), pool=Path("pool.jsonl"), dev=Path("dev.jsonl"))
     assert config.to_kwargs() == {"model": "model", "pool": "pool.jsonl", "dev": "dev.jsonl"}
+
+
+NUMPY_SCALARS = {
+    "horizon": np.int64(3),
+    "budget": np.uint8(9),
+    "num_candidates": np.int32(8),
+    "learning_rate": np.float32(0.5),
+    "skip_empty": np.bool_(True),
+    "reward": np.str_("accuracy"),
+    "lora": {"r": np.int64(4), "lora_dropout": np.float64(0.25), "use_dora": np.bool_(True)},
+}
+
+
+@pytest.mark.parametrize("name", NUMPY_SCALARS)
+def test_from_kwargs__numpy_scalars__become_pythons_own(name):
+    value = NUMPY_SCALARS[name]
+    plain = {key: own.item() for key, own in value.items()} if name == "lora" else value.item()
+    config = EnvConfig.from_kwargs({name: value})
+    assert repr(config) == repr(EnvConfig.from_kwargs({name: plain}))
+    assert json.loads(json.dumps(config.to_kwargs())) == {name: plain}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("horizon", np.int64(0)), ("horizon", np.float64(3)), ("budget", np.True_)]
+)
+def test_from_kwargs__numpy_scalar_that_is_no_such_number__is_named(name, value):
+    with pytest.raises(SettingError, match=rf"{name} is {re.escape(repr(value.item()))}; expected"):
+        EnvConfig.from_kwargs({name: value})
 
 
 def test_lora_settings__fields__are_pefts_own():

@@ -100,6 +100,19 @@ def test_diversity__new_episode__begins_without_centres():
     assert episode(env, agent, seed=1) == once
 
 
+def test_diversity__steps_undone__are_centres_no_longer():
+    env, agent = toy_env(80, num_candidates="all", batch_size=4, horizon=4), DiversityAgent()
+    observation, _ = env.reset(seed=0)
+    agent.begin(env, 0)
+    observation, *_ = env.step(agent.predict(observation)[0])
+    moment, wanted = env.snapshot(), agent.predict(observation)[0]
+    for _ in range(2):
+        env.step(np.arange(80) // 20 == 3)  # rows that the agent would not have taken
+        agent.predict(env.observation())
+        env.restore(moment)
+        np.testing.assert_array_equal(agent.predict(env.observation())[0], wanted)
+
+
 def test_diversity__long_episode__measures_each_centre_against_the_pool_once(monkeypatch):
     num_rows, calls = 80, []
     measure = coverage._squared_distances

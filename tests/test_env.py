@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import copy
 import dataclasses
 import inspect
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -26,7 +30,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 import raise_env
 from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores, assets
 from raise_env.config import ENV_IDS
-from raise_env.env import StepOutcome, step_together
+from raise_env.env import Snapshot, StepOutcome, step_together
 from raise_env.errors import ActionError, MemoryShortageError, ModelError, SettingError
 from raise_env.features import CLIP, FEATURE_NAMES
 from raise_env.record import EpisodeRecord
@@ -677,6 +681,65 @@ def played(env):
     return seen
 
 
+@contextlib.contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+        assert torch.get_default_dtype() == torch.float64, "it is put back"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+TORCH_MODES = {
+    "autocast": lambda: torch.autocast("cpu"),
+    "inference": torch.inference_mode,
+    "float64": float64_by_default,
+}
+
+
+@pytest.fixture
+def looked_at(embedded_env, tmp_path, monkeypatch):
+    """A function that returns, to the bit, all that an environment shows whose model and features are made anew."""
+
+    def look(name, **settings):
+        assets._cached_assets.cache_clear()
+        monkeypatch.setattr(assets, "_BASES", weakref.WeakValueDictionary())
+        env = embedded_env(cache_dir=str(tmp_path / name), **settings)
+        shown = [env.reset(seed=1)[0].tobytes(), env.dev_scores]
+        actions, rows = np.array(numbers(env, 2)), np.arange(3)
+        shown += [env.probe(actions).tolist(), env.row_losses(rows).tolist(), env.row_gradients(rows).tobytes()]
+        shown += [env.dev_direction(num_updates).tobytes() for num_updates in (0, 1)]
+        shown += [trace(env, actions), env.evaluate("test").row_losses.tolist()]
+        for folder, save in (("adapter", env.save_adapter), ("auxiliary", env.assets.save_auxiliary)):
+            (tmp_path / name / folder).mkdir()
+            save(tmp_path / name / folder)
+            shown.append((tmp_path / name / folder / "adapter_model.safetensors").read_bytes())
+        return shown
+
+    yield look
+    assets._cached_assets.cache_clear()
+
+
+@pytest.mark.parametrize("mode", TORCH_MODES)
+@pytest.mark.parametrize("settings", [{}, {"lazy_features": True}], ids=str)
+def test_episode__caller_in_a_mode_of_torch__is_the_same_to_the_bit(looked_at, mode, settings):
+    wanted = looked_at("plain", **settings)
+    with TORCH_MODES[mode]():
+        assert looked_at("in a mode", **settings) == wanted
+
+
+def test_step__caller_in_a_mode_of_torch__states_can_be_gone_on_with_outside(embedded_env):
+    env = embedded_env()
+    env.reset(seed=1)
+    actions = numbers(env, 2)
+    with torch.inference_mode():
+        (fork,) = env.fork(1)
+        fork.step(actions[0])
+    wanted = trace(env, actions)[1:]
+    assert trace(fork, actions[1:]) == wanted
+
+
 @pytest.fixture
 def neighbours(embedded_env, tmp_path):
     """A function that makes such environments, with nothing loaded and nothing in the cache."""
@@ -772,6 +835,93 @@ def test_restore__end_of_an_episode__is_still_its_end():
     env.restore(moment)
     with pytest.raises(ResetNeeded):
         env.step(np.ones(32))
+
+
+OTHER_FORMS = {
+    "num_candidates": ({"num_candidates": 16}, "num_candidates 32, and this one has 16"),
+    "pool": ({"num_rows": 100}, "pool rows 200, and this one has 100"),
+    "horizon": ({"horizon": 5, "budget": 80}, "horizon 10, and this one has 5"),
+    "budget": ({"budget": 40}, "budget 80, and this one has 40"),
+    "reward": ({"reward": "exact_match"}, "reward 'loss', and this one has 'exact_match'"),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), OTHER_FORMS.values(), ids=OTHER_FORMS)
+def test_restore__moment_of_another_form__is_refused_and_nothing_moves(settings, words):
+    env, other = toy_env(), toy_env(**settings)
+    env.reset(seed=0)
+    other.reset(seed=1)
+    before = moment_of(other)
+    with pytest.raises(SettingError, match=words):
+        other.restore(env.snapshot())
+    assert moment_of(other) == before
+
+
+def test_restore__other_rows_as_many__is_refused(embedded_env):
+    env = embedded_env()
+    env.reset(seed=0)
+    with pytest.raises(SettingError, match=r"pool hash '\w{12}', and this one has '\w{12}'"):
+        embedded_env(task_seed=1).restore(env.snapshot())
+
+
+def test_restore__moment_pickled_before_it_told_its_form__is_known_by_its_arrays():
+    env = toy_env()
+    env.reset(seed=0)
+    names = [entry.name for entry in dataclasses.fields(Snapshot) if entry.name != "form"]
+    old = object.__new__(Snapshot)
+    old.__setstate__([getattr(env.snapshot(), name) for name in names])
+    other = toy_env()
+    other.restore(old)
+    np.testing.assert_array_equal(other.observation(), env.observation())
+    for settings in ({"num_candidates": 16}, {"num_rows": 100}):
+        with pytest.raises(SettingError, match="the snapshot is of an environment with"):
+            toy_env(**settings).restore(old)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_deepcopy__embedded_model_in_an_episode__goes_on_as_the_original_does(wrapper, small_settings):
+    env = WRAPPERS[wrapper](gym.make("RaiseSelect-v0", **small_settings))
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    env.step(env.action_space.sample())  # of PickOne a first pick of four
+    copied = copy.deepcopy(env)
+    assert copied.unwrapped.assets is env.unwrapped.assets
+    assert copied.spec == env.spec
+    actions = [env.action_space.sample() for _ in range(4 if wrapper == "pick one" else 2)]
+    wanted = trace(env, actions)
+    assert copied.unwrapped.num_steps < env.unwrapped.num_steps
+    assert trace(copied, actions) == wanted
+
+
+def test_deepcopy__loaded_and_never_reset__begins_as_the_original_does(embedded_env):
+    env = embedded_env()
+    env.load()
+    copied = copy.deepcopy(env)
+    assert copied.assets is env.assets
+    assert copied.reset(seed=3)[0].tobytes() == env.reset(seed=3)[0].tobytes()
+
+
+def test_pickle__toy_in_an_episode__goes_on_to_the_bit(env):
+    env.step(numbers(env)[0])
+    sent = pickle.loads(pickle.dumps(env))
+    assert trace(sent, numbers(env, 3)) == trace(env, numbers(env, 3))
+
+
+def test_pickle__reward_of_ones_own__goes_with_it():
+    sent = pickle.loads(pickle.dumps(toy_env(reward="math:fsum")))
+    assert sent.config.reward == "math:fsum"
+
+
+def test_pickle__model_in_use__says_what_to_pickle_instead(embedded_env):
+    env = embedded_env()
+    env.reset(seed=2)
+    with pytest.raises(TypeError, match=r"Pickle env\.config\.to_kwargs\(\) and env\.snapshot\(\) instead") as caught:
+        pickle.dumps(env)
+    assert "env.fork(n)" in str(caught.value)
+    kwargs, moment = pickle.loads(pickle.dumps((env.config.to_kwargs(), env.snapshot())))
+    sent = RaiseSelectEnv(**kwargs)
+    sent.restore(moment)
+    assert trace(sent, numbers(env, 2)) == trace(env, numbers(env, 2))
 
 
 def test_fork__several_that_act_differently__do_not_disturb_each_other(env):

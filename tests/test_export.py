@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raise_env import EnvConfig
@@ -35,6 +36,14 @@ def test_save_merged__plain_transformers__says_what_model_and_adapter_say(adapte
     torch.testing.assert_close(whole, apart, atol=1e-4, rtol=1e-4)
     assert (apart - bare).abs().max() > 0.1
     assert not any("lora" in name for name in merged.state_dict())
+
+
+def test_save_merged__caller_in_autocast__writes_the_same_weights(adapter, tmp_path):
+    save_merged(EnvConfig(), adapter, tmp_path / "plain")
+    with torch.autocast("cpu"):
+        save_merged(EnvConfig(), adapter, tmp_path / "autocast")
+    plain, autocast = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "autocast"))
+    assert all(torch.equal(tensor, autocast[name]) for name, tensor in plain.items())
 
 
 def test_save_merged__no_such_model__model_error(adapter, tmp_path):

@@ -185,6 +185,15 @@ def test_step__a_bad_action__moves_no_environment():
     assert [env._learner.state for env in vector.envs] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("actions", [np.ones((1, 32)), np.ones((3, 32)), np.ones((0, 32)), 1], ids=np.shape)
+def test_step__more_or_fewer_actions_than_environments__moves_none(actions):
+    vector = RaiseSelectVectorEnv.over([toy_env(), toy_env()])
+    vector.reset(seed=0)
+    with pytest.raises(ActionError, match=r"expected (one for each|2 actions)"):
+        vector.step(actions)
+    assert [env.num_steps for env in vector.envs] == [0, 0]
+
+
 def test_make_vec__by_default__costs_adapters_alone(small_settings):
     env = gym.make_vec("RaiseSelect-v0", num_envs=3, **small_settings)
     assert all(single._assets is None for single in env.envs), "nothing is loaded before the first reset"

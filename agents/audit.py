@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from raise_env.rewards import Evaluation
 from raise_env.side_by_side import one_thread
 
 from .base import world_of
-from .benchmark import BenchPlan, bench, selector_folder
+from .benchmark import BenchPlan, carry_out, ready, selector_folder
+from .catalogue import make_agent
 from .findings import ADAPTER, ORDER, ROWS, draws_of, findings_of, length_of, placebo_of
 from .job import Entry, Job
 from .run_folder import RunFolder, whole_lines, whole_records
@@ -151,36 +153,84 @@ class AuditPlan:
             ROWS: Entry(here, {"rows_seed": None}, settings=own),
         }
         entries |= {draws_of(name): replace(entry, episodes=0) for name, entry in self.audited.items()}
-        return NoisePlan(self.settings, entries, self.tasks, self.num_noise)
+        return NoisePlan(self.settings, entries, self.tasks, self.num_noise, learners=tuple(self.learners))
+
+    def check(self) -> None:
+        """Find what cannot be done before anything is begun.
+
+        Raises:
+            SettingError: Agents learn that cannot save what they learned; or as for `BenchPlan.check`.
+            RaiseEnvError: A model or data file cannot be used.
+        """
+        self.runs().check()
+        self.noise().check()
+        made = {name: make_agent(self.agents[name].agent, self.agents[name].arguments) for name in self.learners}
+        unable = [name for name, agent in made.items() if not hasattr(agent, "save")]
+        if unable:
+            raise SettingError(
+                f"an audit lets agents act again with what they learned, which {', '.join(unable)} has no save(folder) "
+                "to write: add one whose folder selector:DIR reads, such as that of RaiseFork, or leave the agent out."
+            )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as run.json keeps it."""
+        """Return the plan as run.json keeps it; the benchmarks within tell of agents' own code, and hold it."""
         agents = {name: entry.to_json() for name, entry in self.agents.items()}
+        for plain in agents.values():
+            plain.pop("source", None)
         return dict(json.loads(json.dumps({**asdict(self), "agents": agents})))
 
     def with_additions(self, before: dict[str, Any]) -> dict[str, Any]:
-        """Return an earlier plan, as `to_json` gave it, with what this one has beyond it."""
+        """Return an earlier plan, as `to_json` gave it, with what this one has beyond it.
+
+        Raises:
+            SettingError: That one had numbers of episodes that this one has not.
+        """
         now = self.to_json()
+        self._check_lengths(before)
         grown = {name: max(now[name], before.get(name, 0)) for name in ("num_seeds", "num_noise")}
         return {**before, **grown, "agents": {**now["agents"], **before.get("agents", {})}, "lengths": now["lengths"]}
+
+    def _check_lengths(self, before: Mapping[str, Any]) -> None:
+        lengths = before.get("lengths")
+        earlier = replace(self, lengths=tuple(lengths) if isinstance(lengths, list) else None)
+        had, have = (
+            dict.fromkeys(
+                episodes
+                for name, entry in self.agents.items()
+                if entry.episodes and name in before.get("agents", {})
+                for episodes in plan._other_lengths(entry)
+            )
+            for plan in (earlier, self)
+        )
+        if had.keys() - have.keys():
+            wanted = ",".join(map(str, {**had, **have}))
+            raise SettingError(
+                f"the audit was begun with further numbers of episodes, {', '.join(map(str, had))}, and what is there "
+                f"is kept: name them too, --episodes {wanted}."
+            )
 
     def _other_lengths(self, entry: Entry) -> list[int]:
         lengths = (2 * entry.episodes,) if self.lengths is None else self.lengths
         return [episodes for episodes in dict.fromkeys(lengths) if episodes != entry.episodes]
 
 
+@dataclass(frozen=True, slots=True)
 class NoisePlan(BenchPlan):
     """A benchmark whose runs differ in one thing: all but those of the adapter begin from the adapter of seed 0.
 
-    Learned agents are those that learned with seed 0 in the benchmark of agents beside it.
+    Attributes:
+        learners: Agents that act with what they learned with seed 0 in the benchmark of agents beside it.
     """
 
-    __slots__ = ()
+    learners: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as run.json keeps it; who learns is said in that of the audit."""
+        return {name: value for name, value in BenchPlan.to_json(self).items() if name != "learners"}
 
     def jobs(self, folder: Path) -> list[Job]:
         """Return all runs; only their candidates, rows or order differ, or only their adapter."""
-        agents = {label: entry for label, entry in self.entries.items() if label not in (ADAPTER, ORDER, ROWS)}
-        named = {label.removeprefix(draws_of("")): entry for label, entry in agents.items()}
+        named = {name: self.entries[draws_of(name)] for name in self.learners}
         learned = {
             (job.task, draws_of(job.label)): selector_folder(folder.parent / RUNS, job)
             for job in BenchPlan(self.settings, named, self.tasks, 1).jobs(folder)
@@ -192,7 +242,7 @@ def _from_one_adapter(job: Job, selector: Path | None) -> Job:
     if job.label == ADAPTER:
         return job
     entry = job.entry
-    if selector is not None and selector.is_dir():
+    if selector is not None:  # where it is missing, as learning failed, this run fails too
         entry = replace(entry, agent=f"selector:{selector}", arguments={})
     return replace(job, entry=entry, settings={**job.settings, "seed_model": 0})
 
@@ -221,16 +271,21 @@ def audit(
         RaiseEnvError: The plan cannot be carried out, or the folder cannot be written.
     """
     folder, reporter = Path(out), reporter or Silent()
-    plan.runs().check()
-    plan.noise().check()
-    with held(folder), RunFolder.open(folder, "audit", plan.to_json(), resume, grown=plan.with_additions):
-        for part, its_plan in ((RUNS, plan.runs()), (NOISE, plan.noise())):
-            # The folder above has said whether it may be gone on with.
-            bench(folder / part, its_plan, command="audit", resume=True, workers=workers, reporter=reporter)
-        runs, noise = _results(folder / RUNS), _results(folder / NOISE)
-        probes = _probe_all(folder, plan, runs, reporter)
-        found = findings_of(runs, noise, probes, plan.tasks, list(plan.audited), plan.learners, plan.num_seeds)
-        write_json(folder / "audit.json", found)
+    plan.check()
+    with held(folder), ExitStack() as stack:
+        run = RunFolder.open(folder, "audit", plan.to_json(), resume, grown=plan.with_additions)
+        # The folder above says whether they may be gone on with, each of them with what; nothing is written before.
+        parts = [
+            stack.enter_context(ready(folder / part, its_plan, "audit", True, workers, None, reporter))
+            for part, its_plan in ((RUNS, plan.runs()), (NOISE, plan.noise()))
+        ]
+        with run:
+            for part in parts:
+                carry_out(part, workers, None, reporter)
+            runs, noise = _results(folder / RUNS), _results(folder / NOISE)
+            probes = _probe_all(folder, plan, runs, reporter)
+            found = findings_of(runs, noise, probes, plan.tasks, list(plan.audited), plan.learners, plan.num_seeds)
+            write_json(folder / "audit.json", found)
     return found
 
 

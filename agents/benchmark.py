@@ -11,7 +11,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from .catalogue import make_agent
 from .job import OWN_TASK, Entry, Job, Outcome, check_line, failed, run_job
 from .run_folder import RunFolder, whole_lines, whole_records
 from .runs import Reporter, Silent, as_learned, check_inputs, check_selectors
-from .spread import spread
+from .spread import check_cluster, spread
 from .summary import RANDOM, summarise
 from .validation import Recorded
 
-__all__ = ["ALL_FEATURES", "SUITE", "BenchPlan", "ablation", "bench", "selector_folder"]
+__all__ = ["ALL_FEATURES", "SUITE", "BenchPlan", "Ready", "ablation", "bench", "carry_out", "ready", "selector_folder"]
 
 #: The row of an ablation that the others are compared with.
 ALL_FEATURES = "all features"
@@ -74,10 +75,18 @@ class BenchPlan:
         plain = {**asdict(self), "entries": entries, "tasks": list(self.tasks)}
         return dict(json.loads(json.dumps(plain)))  # tuples become lists, as they will be when it is read again
 
-    def with_additions(self, before: dict[str, Any]) -> dict[str, Any]:
-        """Return an earlier plan, as `to_json` gave it, with the seeds and entries that this one has beyond it."""
+    def with_additions(self, before: dict[str, Any], done: Collection[str]) -> dict[str, Any]:
+        """Return an earlier plan, as `to_json` gave it, with the seeds and entries that this one has beyond it.
+
+        Args:
+            before: The earlier plan.
+            done: Entries with runs that are done: only their code has to be what it was. Others may have been mended.
+        """
         now = self.to_json()
         entries = {**now["entries"], **before.get("entries", {})}
+        for label in now["entries"].keys() - set(done):
+            if isinstance(entries[label], dict) and "source" in entries[label]:
+                entries[label] = {**entries[label], "source": now["entries"][label].get("source")}
         num_seeds = max(self.num_seeds, before.get("num_seeds", 0))
         return {**before, "entries": entries, "num_seeds": num_seeds}
 
@@ -208,51 +217,115 @@ def bench(
     Raises:
         RaiseEnvError: The plan cannot be carried out, the folder cannot be written, or workers died again and again.
     """
-    folder = Path(out)
     reporter = reporter or Silent()
     plan.check()
+    with ready(Path(out), plan, command, resume, workers, cluster, reporter) as begun:
+        return carry_out(begun, workers, cluster, reporter)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A benchmark that nothing speaks against.
+
+    Attributes:
+        run: Its folder, which is held, and in which nothing was written yet.
+        plan: What to do.
+        pairs: Line and record of each run that is done.
+        content: Each task's content hashes; None where no run is missing.
+    """
+
+    run: RunFolder
+    plan: BenchPlan
+    pairs: list[tuple[dict[str, Any], EpisodeRecord]]
+    content: dict[str, dict[str, str]] | None
+
+
+@contextmanager
+def ready(
+    folder: Path,
+    plan: BenchPlan,
+    command: str,
+    resume: bool,
+    workers: int | None,
+    cluster: str | None,
+    reporter: Reporter,
+) -> Iterator[Ready]:
+    """Hold a benchmark's folder, and refuse what may not be begun or gone on with before anything is written in it.
+
+    Args: As for `bench`.
+
+    Raises:
+        RaiseEnvError: The folder holds another run, or one that was begun with other versions, data or code; or no
+            cluster answers.
+    """
     with held(folder):
-        run = RunFolder.open(folder, command, plan.to_json(), resume, grown=plan.with_additions)
+        run = RunFolder.open(
+            folder, command, plan.to_json(), resume, lambda before: plan.with_additions(before, _agents_done(folder))
+        )
         pairs = _finished(folder) if resume else []
-        done = [line for line, _ in pairs]
-        jobs = [job for job in plan.jobs(folder) if job.key not in {_key(line) for line in done}]
-        with run:
-            if jobs:
-                _make_runs(run, plan, jobs, pairs, done, workers, cluster, reporter)
-            summary = summarise(done, plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
-            write_json(folder / "summary.json", summary)
-            write_bench_report(folder, summary, done, _by_task(folder / "episodes.jsonl"), run.state)
+        content = None
+        if _missing(plan, folder, [line for line, _ in pairs]):
+            run.check_versions()
+            if cluster is not None:
+                check_cluster(cluster)
+            with reporter.task("loading models, data and features", len(plan.tasks)) as show:
+                content = _contents(plan, workers, show)
+            run.check_content(content)
+        yield Ready(run, plan, pairs, content)
+
+
+def carry_out(begun: Ready, workers: int | None, cluster: str | None, reporter: Reporter) -> dict[str, Any]:
+    """Make the runs that are missing, write the folder, and return what summary.json holds.
+
+    Args: As for `bench`.
+
+    Raises:
+        RaiseEnvError: The folder cannot be written, or workers died again and again.
+    """
+    run, plan, folder = begun.run, begun.plan, begun.run.folder
+    done = [line for line, _ in begun.pairs]
+    with run:
+        if begun.content is not None:
+            run.note(content=begun.content)
+            _write_whole(folder, begun.pairs)
+            _make_runs(run, plan, done, workers, cluster, reporter)
+        run.note(seconds={**run.state.get("seconds", {}), "runs": _seconds(done)})
+        summary = summarise(done, plan.tasks, list(plan.entries), range(plan.num_seeds), plan.reference)
+        write_json(folder / "summary.json", summary)
+        write_bench_report(folder, summary, done, _by_task(folder / "episodes.jsonl"), run.state)
     return summary
+
+
+def _missing(plan: BenchPlan, folder: Path, done: Iterable[Mapping[str, Any]]) -> list[Job]:
+    """Return the runs that are not done."""
+    keys = {_key(line) for line in done}
+    return [job for job in plan.jobs(folder) if job.key not in keys]
 
 
 def _make_runs(
     run: RunFolder,
     plan: BenchPlan,
-    jobs: list[Job],
-    pairs: list[tuple[dict[str, Any], EpisodeRecord]],
     done: list[dict[str, Any]],
     workers: int | None,
     cluster: str | None,
     reporter: Reporter,
 ) -> None:
-    """Make runs, and add each to the folder and its line to those that are done."""
-    with reporter.task("loading models, data and features", len(plan.tasks)) as show:
-        content = _contents(plan, workers, show)
-    run.check_content(content)
-    run.note(content=content)
-    _write_whole(run.folder, pairs)
-    begun, in_runs = time.perf_counter(), 0.0
-    try:
-        with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
-            for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster, _lost_run), start=1):
-                outcome = _same_world(job, outcome, run.state["content"])
-                _write(run.folder, job, outcome)
-                done.append(outcome.line)
-                in_runs += outcome.elapsed_s
-                show(number)
-    finally:  # what is on disk is not made again: its time would be nowhere
-        _add_time(run, in_runs, time.perf_counter() - begun)
-    run.note()  # the page that is written next tells of it, killed and written anew too
+    """Make the runs that are missing, and add each to the folder and its line to those that are done."""
+    jobs = _missing(plan, run.folder, done)
+    begun, before = time.perf_counter(), run.state.get("seconds", {}).get("elapsed", 0.0)
+    with reporter.task(f"{len(plan.entries)} agents, {len(jobs)} runs", len(jobs)) as show:
+        for number, (job, outcome) in enumerate(spread(_named_run, jobs, workers, cluster, _lost_run), start=1):
+            outcome = _same_world(job, outcome, run.state["content"])
+            _write(run.folder, job, outcome)
+            done.append(outcome.line)
+            # Each time: a process that is killed notes nothing at its end.
+            run.note(seconds={"runs": _seconds(done), "elapsed": before + time.perf_counter() - begun})
+            show(number)
+
+
+def _seconds(lines: Iterable[Mapping[str, Any]]) -> float:
+    """Return what runs took together, as their lines say; those that failed say nothing."""
+    return sum(sum((line["seconds"] or {}).values()) for line in lines)
 
 
 def _contents(plan: BenchPlan, workers: int | None, show: Callable[[int], None]) -> dict[str, dict[str, str]]:
@@ -269,14 +342,6 @@ def _content(task: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
     name, settings = task
     with one_thread():
         return name, dict(RaiseSelectEnv(**settings).assets.content)
-
-
-def _add_time(run: RunFolder, in_runs: float, elapsed: float) -> None:
-    """Note the time of all workers in runs, and the time that passed, with what earlier parts of this bench took."""
-    before = run.state.get("seconds", {})
-    run.state.update(
-        seconds={"runs": before.get("runs", 0.0) + in_runs, "elapsed": before.get("elapsed", 0.0) + elapsed}
-    )
 
 
 def _named_run(job: Job) -> tuple[Job, Outcome]:
@@ -335,6 +400,11 @@ def _write_whole(folder: Path, pairs: Sequence[tuple[dict[str, Any], EpisodeReco
     if (folder / "results.jsonl").exists() or (folder / "episodes.jsonl").exists():
         write_text(folder / "results.jsonl", "".join(json.dumps(line) + "\n" for line, _ in pairs))
         write_text(folder / "episodes.jsonl", "".join(record.to_json() + "\n" for _, record in pairs))
+
+
+def _agents_done(folder: Path) -> set[str]:
+    """Return who has runs that are done, as far as can be read."""
+    return {str(line.get("agent")) for line in whole_lines(folder / "results.jsonl") if line.get("error") is None}
 
 
 def _finished(folder: Path) -> list[tuple[dict[str, Any], EpisodeRecord]]:

@@ -7,7 +7,8 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,11 +25,13 @@ __all__ = [
     "AGENTS",
     "FunctionAgent",
     "agent_name",
+    "files_digest",
     "learning_episodes",
     "load_selector",
     "make_agent",
     "selector_digest",
     "selector_folder",
+    "source_digest",
 ]
 
 #: The agents that have a name of their own, and where they live.
@@ -57,6 +60,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_EPISODES = 8
 
 _FORMS = ("placebo:AGENT", "selector:DIR", "my_module:name")
+
+#: What stands before a colon and is no module.
+_KINDS = ("selector", "sb3", "placebo", "quality")
 
 #: What an agent that does not learn may have.
 _ACTING = ("predict", "action_space", "begin", "prepare", "run_settings")
@@ -197,14 +203,45 @@ def selector_digest(name: str) -> str | None:
     kind, _, rest = name.partition(":")
     if kind != "selector":
         return None
-    folder, digest = selector_folder(rest), hashlib.sha256()
+    folder = selector_folder(rest)
     try:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            with path.open("rb") as file:
-                digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return files_digest((path.relative_to(folder).as_posix(), path) for path in files)
     except OSError as error:
         raise RecordError(f"{folder}: cannot be read ({error}); expected a selector.") from error
+
+
+def source_digest(name: str) -> str | None:
+    """Return a short digest of the code of an agent of one's own, "my_module:name"; None for all others.
+
+    It is of the file of the module, and of that which defines the class or function, where it is another. What these
+    import is not in it.
+
+    Raises:
+        RaiseEnvError: As `make_agent`, where there is no such agent.
+    """
+    own = name.removeprefix("placebo:")
+    module, _, entry = own.partition(":")
+    is_ours = own in AGENTS or module in _KINDS or module.partition(".")[0] == __name__.partition(".")[0]
+    if is_ours or not (module and entry):
+        return None
+    found = _imported(own)
+    kind = found if isinstance(found, type) or inspect.isfunction(found) else type(found)
+    files = dict.fromkeys(path for thing in (sys.modules[module], kind) if (path := _source_file(thing)) is not None)
+    return files_digest((path.name, path) for path in files) if files else None
+
+
+def files_digest(files: Iterable[tuple[str, Path]]) -> str:
+    """Return a short digest of some files, each with the name that it counts under.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, path in files:
+        with path.open("rb") as file:
+            digest.update(f"{name}\0".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -279,6 +316,15 @@ def _imported(name: str) -> Any:
         names = [known for known in vars(found) if not known.startswith("_")]
         raise SettingError(f"agent {name!r}: the module {module!r} has no {entry!r}: {suggestion(entry, names)}")
     return getattr(found, entry)
+
+
+def _source_file(thing: Any) -> Path | None:
+    """Return the file that a module, class or function is written in; None where there is none to read."""
+    try:
+        path = inspect.getsourcefile(thing)
+    except TypeError:  # it is built in
+        return None
+    return Path(path) if path is not None and Path(path).is_file() else None
 
 
 def _build(factory: Callable[..., object], name: str, arguments: Mapping[str, Any]) -> Agent:

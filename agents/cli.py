@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # folder may be a stranger's, and what libraries look for in vain must not be found there.
         sys.path.append(os.getcwd())
     try:
-        code = app(args=arguments, standalone_mode=False)
+        with _ended_as_by_ctrl_c():
+            code = app(args=arguments, standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
             raise KeyboardInterrupt
     except RaiseEnvError as error:
@@ -121,6 +124,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = f" See `{context.command_path} --help`." if context is not None else ""
         _fail(f"{error.format_message()}{hint}", EXIT_USAGE)
     sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let what schedulers and `timeout` send end this block as Ctrl-C does: it is noted, and told how to go on."""
+    # Whoever hosts this process may have said otherwise, and only its main thread is told of signals.
+    is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not is_free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _echo(text: object, *, err: bool = False) -> None:
@@ -486,18 +504,11 @@ def bench(
     """Compare agents: every task, agent and seed is a run, then statistics over all."""
     from .benchmark import BenchPlan
     from .job import OWN_TASK, Entry
-    from .run_folder import read_json
-    from .summary import markdown_tables
 
     if table:
-        path = out / "summary.json"
-        summary = read_json(path)
-        try:
-            _echo(markdown_tables(summary))
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise RecordError(f"{path}: not what `bench` wrote ({error!r}); make it anew with --resume.") from error
+        _show_table(out)
         return
-    named = dict(_named(name) for name in _names(agents))
+    named = _named_agents(agents)
     arguments, numbers = _agent_arguments(agent_args or [], list(named)), _episodes(episodes or [], list(named))
     entries = {}
     for name, agent in named.items():
@@ -505,8 +516,8 @@ def bench(
         entries[name] = Entry(agent, own, numbers[name] if name in numbers else _own_episodes(agent, own))
     if tasks and "task" in settings:
         raise SettingError("--task and --tasks both name tasks: give one of them.")
-    default = OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task)
-    _bench(out, BenchPlan(settings, entries, _tasks(tasks) or (default,), seeds), "bench", resume, workers, cluster)
+    asked = _tasks(tasks) if tasks else (OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task),)
+    _bench(out, BenchPlan(settings, entries, asked, seeds), "bench", resume, workers, cluster)
 
 
 @app.command()
@@ -559,13 +570,13 @@ def audit(
 
     if tasks and "task" in settings:
         raise SettingError("--task and --tasks both name tasks: give one of them.")
-    default = OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task)
-    named = dict(_named(name) for name in _names(agents))
+    asked = _tasks(tasks) if tasks else (OWN_TASK if "pool" in settings else settings.pop("task", EnvConfig().task),)
+    named = _named_agents(agents)
     entries = {name: Entry(agent, {}, _own_episodes(agent, {})) for name, agent in named.items()}
     lengths = [int(_number("episodes", text, int, "whole numbers with commas between")) for text in _names(episodes)]
     if any(number < 1 for number in lengths):
         raise SettingError(f"--episodes is {episodes!r}; expected numbers of at least 1.")
-    plan = AuditPlan(settings, entries, tuple(lengths) if lengths else None, _tasks(tasks) or (default,), seeds)
+    plan = AuditPlan(settings, entries, tuple(lengths) if lengths else None, asked, seeds)
     if noise_runs is not None:
         plan = dataclasses.replace(plan, num_noise=noise_runs)
     found = run_audit(out, plan, resume=resume, workers=workers, reporter=TerminalReporter())
@@ -598,10 +609,36 @@ def _bench(out: Path, plan: Any, command: str, resume: bool, workers: int | None
         raise typer.Exit(EXIT_NO)
 
 
+def _show_table(folder: Path) -> None:
+    """Print the table of a benchmark's folder as Markdown.
+
+    Raises:
+        RecordError: It is not finished, or its summary.json cannot be read.
+    """
+    from .run_folder import read_json
+    from .summary import markdown_tables
+
+    path = folder / "summary.json"
+    if not path.exists():
+        found = "the benchmark is not finished" if (folder / "run.json").exists() else "there is no benchmark"
+        raise RecordError(f"{path} is not there: {found}. Go on with it with --resume, or name a finished folder.")
+    summary = read_json(path)
+    try:
+        _echo(markdown_tables(summary))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecordError(f"{path}: not what `bench` wrote ({error!r}); make it anew with --resume.") from error
+
+
 def _tasks(text: str) -> tuple[str, ...]:
-    """Return the tasks that are named, each once."""
+    """Return the tasks that are named, each once.
+
+    Raises:
+        SettingError: None is.
+    """
     from .benchmark import SUITE
 
+    if not _names(text):
+        raise SettingError(f"--tasks is {text!r}; expected names of embedded tasks, with commas between.")
     named = [SUITE if name == SUITE_NAME else (name,) for name in _names(text)]
     return tuple(dict.fromkeys(task for tasks in named for task in tasks))
 
@@ -619,10 +656,23 @@ def _agent_arguments(texts: Sequence[str], names: Sequence[str]) -> dict[str, di
     return arguments
 
 
-def _named(text: str) -> tuple[str, str]:
-    """Return the name in the results and the agent: NAME=AGENT, or AGENT for both."""
-    name, equals, agent = text.partition("=")
-    return (name, agent) if equals else (text, text)
+def _named_agents(text: str) -> dict[str, str]:
+    """Return agents by their names in the results, of NAME=AGENT, or AGENT for both, with commas between.
+
+    Raises:
+        SettingError: There are none, or two have one name.
+    """
+    named: dict[str, str] = {}
+    for part in _names(text):
+        name, equals, agent = part.partition("=")
+        agent = agent if equals else part
+        if named.setdefault(name, agent) != agent:
+            raise SettingError(
+                f"--agents names {named[name]} and {agent} both {name!r}: give one of them another name."
+            )
+    if not named:
+        raise SettingError(f"--agents is {text!r}; expected names of agents, with commas between.")
+    return named
 
 
 def _episodes(texts: Sequence[str], names: Sequence[str]) -> dict[str, int]:
@@ -728,6 +778,8 @@ def split(
     config = EnvConfig.from_kwargs({"pool": data, "dev": data, "columns": _columns(columns)})
     rows = read_pool(data, skip_empty=skip_empty, columns=config.columns)
     check_columns(config.columns, rows)
+    if rows.num_skipped:
+        _echo(f"Rows skipped, as they have an empty prompt or response: {rows.num_skipped:,}.")
     for path, count in write_split(rows, {"dev": dev, "test": test}, seed, out).values():
         _echo(f"{path}: {count:,} rows")
 
@@ -758,9 +810,10 @@ def validate(
     """
     from raise_env.record import TOLERANCE
 
-    from .validation import check_results, read_bench, read_recorded, replay_all
+    from .validation import by_record, check_cost, check_results, read_bench, read_recorded, replay_all
 
     recorded, num_lines = [], 0
+    lines_of: dict[str, Mapping[str, Any]] = {}
     for path in files:
         if not path.is_dir():
             recorded += read_recorded(path)
@@ -770,6 +823,7 @@ def validate(
             _echo(f"{path / 'results.jsonl'}, {task}, {agent}, seed {seed}: {fault}")
             raise typer.Exit(EXIT_NO)
         recorded, num_lines = recorded + own, num_lines + len(lines)
+        lines_of |= by_record(lines, own)
     limit = TOLERANCE if tolerance is None else tolerance
     largest, of_bench = 0.0, any(path.is_dir() for path in files)
     replays = replay_all(
@@ -783,8 +837,10 @@ def validate(
     )
     with TerminalReporter().task("replaying", len(recorded)) as show:
         for done, replayed in enumerate(replays, start=1):
-            if replayed.difference is not None:
-                _echo(f"{replayed.recorded}: {replayed.difference}")
+            line = lines_of.get(replayed.recorded.where)
+            wrong = replayed.difference or (None if line is None else check_cost(line, replayed))
+            if wrong is not None:
+                _echo(f"{replayed.recorded}: {wrong}")
                 raise typer.Exit(EXIT_NO)
             largest = max(largest, replayed.distance)
             show(done)
@@ -818,7 +874,7 @@ def leaderboard(
         folders, _tasks(tasks), seeds, replays=replays, seed=seed, workers=workers, reporter=TerminalReporter()
     )
     _echo(markdown_board(board))
-    if any(entrant.faults for entrant in board.unranked):
+    if board.unranked:
         raise typer.Exit(EXIT_NO)
 
 

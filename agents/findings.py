@@ -192,24 +192,29 @@ class _Task:
 
     def _replayed(self, agents: Sequence[str]) -> dict[str, Any]:
         """Return the rank correlation between the rewards that the same rows get in different runs at the same step."""
-        at_step: dict[int, list[np.ndarray]] = {}
-        for state in (state for line in self._probes for state in line["states"]):
-            own = [reward for agent in agents for reward in state["rewards"][agent]]
-            at_step.setdefault(state["step"], []).append(np.array(own))
-        by_step = {}
-        for step, rewards in sorted(at_step.items()):  # a run that ended early has other steps than the rest
-            ranks = [correlation(one, other, ranks=True).value for one, other in itertools.combinations(rewards, 2)]
-            known = [value for value in ranks if np.isfinite(value)]
-            if known:
-                by_step[step] = float(np.mean(known))
-        mean = mean_interval(np.array(list(by_step.values())))
-        return {**_interval(mean, "correlation"), "by_step": {str(step): value for step, value in by_step.items()}}
+        rewards = [
+            {
+                state["step"]: [reward for agent in agents for reward in state["rewards"][agent]]
+                for state in line["states"]
+            }
+            for line in self._probes
+        ]
+        steps = sorted(set().union(*rewards))  # a run that ended early has other steps than the rest
+        ranks = np.full((len(steps), len(rewards), len(rewards)), np.nan)
+        for place, step in enumerate(steps):
+            there = [run for run, own in enumerate(rewards) if step in own]
+            for one, other in itertools.combinations(there, 2):
+                found = correlation(np.array(rewards[one][step]), np.array(rewards[other][step]), ranks=True).value
+                ranks[place, one, other] = ranks[place, other, one] = found
+        by_step = {str(step): mean for step, own in zip(steps, ranks, strict=True) if np.isfinite(mean := _mean(own))}
+        pairs = np.array([[_mean(of_pair) for of_pair in row] for row in ranks.transpose(1, 2, 0)])
+        return {**_interval(_over_pairs(pairs), "correlation"), "by_step": by_step}
 
     def _halves(self, name: str) -> dict[str, float | int | None]:
         """Return how far halves of the dev set agree, and what share of a reward's spread is the choice of dev rows."""
         found = [[state["halves"][name] for state in line["states"]] for line in self._probes]
         known = [[value for value in values if value is not None] for values in found]
-        interval = mean_interval(np.array([np.mean(values) for values in known if values]))
+        interval = _of_correlations(mean_interval(np.array([np.mean(values) for values in known if values])))
         # Spearman and Brown: what the whole set would agree on with another one of its size.
         whole = 2 * interval.value / (1 + interval.value) if interval.value > -1 else float("nan")
         return {**_interval(interval, "correlation"), "dev_share": number_or_none(1 - whole)}
@@ -230,6 +235,37 @@ def _spread(values: Sequence[float | None], num_seeds: int) -> dict[str, float |
     single = std * float(np.sqrt(2) * stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
     means = single / float(np.sqrt(num_seeds))
     return {"std": std, "low": float(low), "high": float(high), "single": single, "means": means, **count}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of what is finite, NaN of nothing."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def _over_pairs(pairs: np.ndarray) -> Interval:
+    """Return the mean correlation over pairs of runs, with its 95% interval over runs: pairs share them.
+
+    It is the jackknife's. Leaving one of n runs out moves the mean of all pairs so far that its pseudo-value is as far
+    from that mean as the mean of its own pairs is, times 2 (n - 1) / (n - 2).
+
+    Args:
+        pairs: Shape (num_runs, num_runs), symmetric; NaN where there is none.
+    """
+    of_runs = np.array([mean for row in pairs if np.isfinite(mean := _mean(row))])
+    count, mean = len(of_runs), _mean(pairs)
+    if count < 3:
+        return Interval(mean, np.nan, np.nan)
+    return _of_correlations(mean_interval(mean + 2 * (count - 1) / (count - 2) * (of_runs - of_runs.mean())))
+
+
+def _of_correlations(interval: Interval) -> Interval:
+    """Return a mean of correlations with ends that are correlations too: as long as they were on Fisher's scale."""
+    if not interval.has_ends or abs(interval.value) == 1:
+        return interval
+    reach = interval.half_width / (1 - interval.value**2)  # the scale's slope
+    low, high = np.tanh(np.arctanh(interval.value) + np.array([-reach, reach]))
+    return Interval(interval.value, float(low), float(high), interval.num_missing)
 
 
 def _interval(interval: Interval, name: str = "mean") -> dict[str, float | int | None]:

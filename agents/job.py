@@ -7,10 +7,9 @@ are the same. What it leaves goes back to whoever asked for it as plain data, fo
 from __future__ import annotations
 
 import math
-import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -22,7 +21,7 @@ from raise_env.lazy import FeatureUse
 from raise_env.record import EpisodeRecord
 from raise_env.side_by_side import one_thread
 
-from .catalogue import make_agent, selector_digest
+from .catalogue import make_agent, selector_digest, source_digest
 from .rollout import run_episode
 from .runs import FINAL_SEED, Clock, final_environment, final_scores, hardware_name, phi_tokens
 from .summary import PARTS, SHARES
@@ -83,13 +82,13 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as run.json keeps it; of a learned selector also which one it is.
+        """Return the entry as run.json keeps it; of a learned selector, and of one's own code, also which it is.
 
         Raises:
-            RecordError: The selector cannot be read.
+            RaiseEnvError: The selector cannot be read, or there is no such agent.
         """
-        plain, digest = asdict(self), selector_digest(self.agent)
-        return plain if digest is None else {**plain, "selector": digest}
+        digests = {"selector": selector_digest(self.agent), "source": source_digest(self.agent)}
+        return {**asdict(self), **{name: digest for name, digest in digests.items() if digest is not None}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,26 +123,23 @@ class Outcome:
         line: Its line of results.jsonl.
         record: Its final run; None where it failed.
         selector: What was learned: the files of its folder, by name.
-        elapsed_s: Time that the run took where it was made, loading included.
     """
 
     line: dict[str, Any]
     record: EpisodeRecord | None = None
     selector: dict[str, bytes] = field(default_factory=dict)
-    elapsed_s: float = 0.0
 
 
 def run_job(job: Job) -> Outcome:
     """Make one run and return what it leaves; of one that failed, the reason."""
-    begun = time.perf_counter()
     try:
         with one_thread():
             outcome = _run(job)
             _check_writable(outcome)
     except Exception as error:
         # An agent may be anyone's code, and one that fails is a result like any other: the rest goes on.
-        outcome = failed(job, _reason(error))
-    return replace(outcome, elapsed_s=time.perf_counter() - begun)
+        return failed(job, _reason(error))
+    return outcome
 
 
 def failed(job: Job, reason: str) -> Outcome:

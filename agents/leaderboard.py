@@ -1,12 +1,14 @@
 """The leaderboard: folders of `bench`, held against their records, and what stands put together into one table.
 
 Only runs whose episodes were recorded count, each with the settings of its task alone, all tasks and all seeds of an
-agent, or none of it. What a final run scored is checked by replaying it; what learning cost is as the folder claims.
+agent, or none of it. What a final run scored, and took at least, is checked by replaying it; what learning cost is as
+the folder claims.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from raise_env.config import EnvConfig
-from raise_env.errors import SettingError
+from raise_env.errors import SettingError, suggestion
+from raise_env.tiny.task import TASKS
 
+from .markdown import escaped
 from .runs import Reporter, Silent
 from .summary import ORACLE, RANDOM, markdown_table, summarise
-from .validation import Recorded, check_results, read_bench, replay_all
+from .validation import Recorded, by_record, check_cost, check_results, read_bench, replay_all
 
 __all__ = ["Board", "Entrant", "leaderboard", "markdown_board"]
 
@@ -36,7 +40,8 @@ class Entrant:
         folder: Where its runs are.
         lines: Its lines of results.jsonl.
         recorded: Its records.
-        faults: Why it is not ranked; empty if it is.
+        settings: Settings in which its runs differ from their task; where there are any, it is a reference.
+        faults: What is wrong with its runs.
         num_replayed: Records that were made again, and came out as recorded.
     """
 
@@ -45,17 +50,33 @@ class Entrant:
     folder: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
     recorded: list[Recorded] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     num_replayed: int = 0
+
+    @property
+    def hindrances(self) -> list[str]:
+        """Why it is not ranked; empty if it is."""
+        return [*self.faults, *([f"settings of its own: {', '.join(self.settings)}"] if self.settings else [])]
 
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """Who is ranked, with what summary.json would hold of them, and who is not."""
+    """Who is ranked, with what summary.json would hold of them, and who is not.
+
+    Attributes:
+        ranked: The best first.
+        references: Runs that stand, in settings of their own.
+        unranked: With runs at fault.
+        summary: Of the ranked.
+        notes: What else is to be told.
+    """
 
     ranked: list[Entrant]
+    references: list[Entrant]
     unranked: list[Entrant]
     summary: dict[str, Any]
+    notes: list[str]
 
 
 def leaderboard(
@@ -81,17 +102,20 @@ def leaderboard(
         reporter: Where progress is shown.
 
     Raises:
-        SettingError: A folder is named twice, none has valid runs of random and of the oracle, or the two cannot be
-            told apart.
+        SettingError: A task is unknown, or a folder named twice; none has valid runs of random and of the oracle, or
+            the two cannot be told apart.
         RecordError: A folder lacks results or records, or they cannot be read.
     """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise SettingError("\n".join(f"unknown task {task!r}: {suggestion(task, TASKS)}" for task in unknown))
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise SettingError("a folder is named twice: name each once.")
     entrants = list(_entrants(folders, tasks, num_seeds))
     _require_marks(entrants, tasks, num_seeds)
     _replay(entrants, replays, np.random.default_rng(seed), workers, reporter or Silent())
     _require_marks(entrants, tasks, num_seeds)
-    ranked = [entrant for entrant in entrants if not entrant.faults]
+    ranked = [entrant for entrant in entrants if not entrant.hindrances]
     lines = [{**line, "agent": entrant.label} for entrant in ranked for line in entrant.lines]
     labels = [entrant.label for entrant in ranked]
     summary = summarise(lines, tasks, labels, range(num_seeds), RANDOM)
@@ -102,7 +126,8 @@ def leaderboard(
             "rank by. Take other tasks, or more seeds."
         )
     ranked.sort(key=lambda entrant: -scores[entrant.label]["iqm"])
-    return Board(ranked, [entrant for entrant in entrants if entrant.faults], summary)
+    references = [entrant for entrant in entrants if entrant.settings and not entrant.faults]
+    return Board(ranked, references, [own for own in entrants if own.faults], summary, _alike(ranked))
 
 
 def _entrants(folders: Iterable[Path], tasks: Sequence[str], num_seeds: int) -> Iterable[Entrant]:
@@ -121,6 +146,7 @@ def _entrants(folders: Iterable[Path], tasks: Sequence[str], num_seeds: int) -> 
             ]
             keys = {(line["task"], line["agent"], line["seed"]) for line in entrant.lines}
             entrant.recorded = [own for own in recorded if own.key in keys]
+            entrant.settings = sorted({name for own in entrant.recorded for name in _own_settings(own)})
             entrant.faults = _faults(entrant, wanted, faults)
             yield entrant
 
@@ -129,13 +155,13 @@ def _require_marks(entrants: Sequence[Entrant], tasks: Sequence[str], num_seeds:
     """Name random and the oracle, the marks of the scale, in the first folder that has them; SettingError without."""
     for mark in (RANDOM, ORACLE):
         of_mark = [entrant for entrant in entrants if entrant.agent == mark]
-        whole = next((entrant for entrant in of_mark if not entrant.faults), None)
+        whole = next((entrant for entrant in of_mark if not entrant.hindrances), None)
         named = next((entrant for entrant in of_mark if entrant.label == mark), None)
         if whole is not None and named is not None:
             named.label, whole.label = whole.label, mark
-    missing = {RANDOM, ORACLE} - {entrant.label for entrant in entrants if not entrant.faults}
+    missing = {RANDOM, ORACLE} - {entrant.label for entrant in entrants if not entrant.hindrances}
     if missing:
-        reasons = "; ".join(f"{entrant.label}: {entrant.faults[0]}" for entrant in entrants if entrant.label in missing)
+        reasons = "; ".join(f"{own.label}: {own.hindrances[0]}" for own in entrants if own.label in missing)
         raise SettingError(
             f"no folder has valid runs of {' and '.join(sorted(missing))}, between which the scale is"
             f"{f' ({reasons})' if reasons else ''}. Add a folder that has them on {', '.join(tasks)}, with {num_seeds} "
@@ -144,7 +170,7 @@ def _require_marks(entrants: Sequence[Entrant], tasks: Sequence[str], num_seeds:
 
 
 def _faults(entrant: Entrant, wanted: set[tuple[str, int]], faults: Mapping[tuple[str, str, int], str]) -> list[str]:
-    """Return why an agent's runs cannot be ranked, as far as that is seen without replaying them."""
+    """Return what is wrong with an agent's runs, as far as that is seen without replaying them."""
     found = []
     done = {
         (line["task"], line["seed"])
@@ -159,9 +185,6 @@ def _faults(entrant: Entrant, wanted: set[tuple[str, int]], faults: Mapping[tupl
         key = line["task"], line["agent"], line["seed"]
         if key in faults:
             found.append(f"{key[0]}, seed {key[2]}: {faults[key]}")
-    own = sorted({name for recorded in entrant.recorded for name in _own_settings(recorded)})
-    if own:
-        found.append(f"settings of its own: {', '.join(own)}")
     return found
 
 
@@ -176,9 +199,11 @@ def _replay(
 ) -> None:
     """Make records again, and note what does not come out as recorded."""
     owners, drawn = {}, []
+    lines: dict[str, Mapping[str, Any]] = {}
     for entrant in entrants:
-        if entrant.faults:
+        if entrant.hindrances:
             continue
+        lines |= by_record(entrant.lines, entrant.recorded)
         count = len(entrant.recorded) if replays is None else min(replays, len(entrant.recorded))
         for place in rng.choice(len(entrant.recorded), count, replace=False):
             own = entrant.recorded[place]
@@ -186,12 +211,33 @@ def _replay(
             drawn.append(own)
     with reporter.task("replaying", len(drawn)) as show:
         for done, replayed in enumerate(replay_all(drawn, workers=workers, in_one_thread=True), start=1):
-            entrant = owners[replayed.recorded.where]
-            if replayed.difference is None:
-                entrant.num_replayed += 1
+            where = replayed.recorded.where
+            fault = replayed.difference or check_cost(lines[where], replayed)
+            if fault is None:
+                owners[where].num_replayed += 1
             else:
-                entrant.faults.append(f"{replayed.recorded.where}: {replayed.difference}")
+                owners[where].faults.append(f"{where}: {fault}")
             show(done)
+
+
+def _alike(entrants: Sequence[Entrant]) -> list[str]:
+    """Return who took the same rows as another agent, step by step: it may be that one under another name."""
+    takers: dict[Any, list[Entrant]] = {}
+    for entrant in entrants:
+        for own in entrant.recorded:
+            rows = tuple(tuple(sorted(step)) for step in own.record.actions)
+            takers.setdefault((own.key[0], own.key[2], rows), []).append(entrant)
+    together = Counter(
+        (one.label, other.label)
+        for group in takers.values()
+        for one, other in itertools.combinations(group, 2)
+        if one.agent != other.agent
+    )
+    sizes = {entrant.label: len(entrant.recorded) for entrant in entrants}
+    return [
+        f"{one} and {other} took the same rows at each step in {count} of {sizes[one]} runs."
+        for (one, other), count in together.items()
+    ]
 
 
 def markdown_board(board: Board) -> str:
@@ -215,9 +261,15 @@ def markdown_board(board: Board) -> str:
         )
     header = ["", "agent", "normalised IQM", "P(better than random)", "Phi before", "Phi final", "seconds", "replayed"]
     parts = [markdown_table(header, rows)]
+    if board.references:
+        own = [[entrant.label, entrant.folder.name, ", ".join(entrant.settings)] for entrant in board.references]
+        parts.append("References, not ranked:\n\n" + markdown_table(["agent", "folder", "settings of its own"], own))
     if board.unranked:
-        reasons = [[entrant.label, entrant.folder.name, "; ".join(entrant.faults[:3])] for entrant in board.unranked]
+        reasons = [
+            [entrant.label, entrant.folder.name, "; ".join(entrant.hindrances[:3])] for entrant in board.unranked
+        ]
         parts.append("Not ranked:\n\n" + markdown_table(["agent", "folder", "why"], reasons))
+    parts += map(escaped, board.notes)
     return "\n\n".join(parts)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import raise_env
 from raise_env.errors import DataError, OutputError, RecordError, SettingError
 from raise_env.files import clear_unfinished, clear_unfinished_beside, write_json
 from raise_env.foreign_files import check_inside, check_regular, numbered_lines, parse_json
 from raise_env.foreign_files import read_json as read_any_json
 from raise_env.record import EpisodeRecord, versions
+
+from .catalogue import files_digest
 
 __all__ = ["RunFolder", "read_json", "whole_lines", "whole_records"]
 
@@ -28,7 +32,12 @@ _OF_ONE = ("episodes.jsonl", "learning/steps.jsonl", "learning/episode-*")
 _OF_MANY = ("results.jsonl", "episodes.jsonl", "rewards.jsonl")
 
 #: What plans of old do not say, by the last part of its name.
-_NOT_SAID_OF_OLD = ("selector", "selectors")
+_NOT_SAID_OF_OLD = ("selector", "selectors", "source", "sources")
+
+#: What is said where one of those differs that are digests of code.
+_CODE_HAS_CHANGED = " A source is a digest of an agent's code: put that back as it was, or start anew elsewhere."
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -83,7 +92,7 @@ class RunFolder:
             state |= {"status": "running", "plan": dict(plan)}
         else:
             clear_unfinished_beside(path)  # nothing else is written before it
-            begun = {"command": command, "plan": dict(plan), "versions": versions()}
+            begun = {"command": command, "plan": dict(plan), "versions": versions(), "code": _own_code()}
             state = {"schema_version": RUN_VERSION, "status": "running", "start": _now(), **begun}
         return cls(folder, state)
 
@@ -98,12 +107,11 @@ class RunFolder:
         with contextlib.nullcontext() if kind is None else contextlib.suppress(OutputError):
             self.note(status="interrupted" if interrupted else ended, end=_now())
 
-    def check_content(self, content: Mapping[str, Any]) -> None:
-        """Refuse to go on with other data, another model or other versions than the run was begun with.
+    def check_versions(self) -> None:
+        """Refuse to go on with other versions than the run was begun with, and warn of other code of the same version.
 
         Raises:
-            DataError: The content hashes differ from those noted.
-            SettingError: The versions do.
+            SettingError: The versions differ from those noted.
         """
         versions_then, versions_now = self.state["versions"], versions()
         changed = [f"{name} {then}, now {now}" for name, then, now in _differences(versions_then, versions_now)]
@@ -112,6 +120,19 @@ class RunFolder:
                 f"{self.folder / 'run.json'}: the run was begun with {'; '.join(changed)}: what is added to it would "
                 "not be what it would have been. Install those versions, or start anew in another folder."
             )
+        if self.state.get("code", (code := _own_code())) != code:  # of old it was not noted
+            logger.warning(
+                "%s: the code of raise-env has changed since the run was begun, its version has not: what is added may "
+                "not be what it would have been",
+                self.folder / "run.json",
+            )
+
+    def check_content(self, content: Mapping[str, Any]) -> None:
+        """Refuse to go on with other data or another model than the run was begun with.
+
+        Raises:
+            DataError: The content hashes differ from those noted.
+        """
         before = self.state.get("content", content)
         different = [name for name in {**before, **content} if before.get(name) != content.get(name)]
         if different:
@@ -238,15 +259,24 @@ def _refuse_results_alone(folder: Path, command: str) -> None:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    different = [
-        f"{name}: then {then!r}, now {this!r}"
+    different = {
+        name: f"{name}: then {then!r}, now {this!r}"
         for name, then, this in _differences(before, now)
         if then is not None or name.rpartition(".")[2] not in _NOT_SAID_OF_OLD
-    ]
+    }
     if different:
+        is_of_code = any({"source", "sources"} & set(name.split(".")) for name in different)
         raise SettingError(
-            f"{path}: the run was begun with other settings ({'; '.join(different)}). Resume it with those."
+            f"{path}: the run was begun with other settings ({'; '.join(different.values())}). Resume it with those."
+            f"{_CODE_HAS_CHANGED if is_of_code else ''}"
         )
+
+
+def _own_code() -> str:
+    """Return a short digest of this package's sources, which a version in development does not tell apart."""
+    roots = {"": Path(raise_env.__file__).parent, "agents/": Path(__file__).parent}  # the second may lie in the first
+    files = {f"{at}{path.relative_to(root)}": path for at, root in roots.items() for path in root.rglob("*.py")}
+    return files_digest(sorted(files.items()))
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

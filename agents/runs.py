@@ -29,7 +29,15 @@ from raise_env.rewards import needs_generation
 
 from . import contrast
 from .base import Agent
-from .catalogue import agent_name, learning_episodes, load_selector, make_agent, selector_digest, selector_folder
+from .catalogue import (
+    agent_name,
+    learning_episodes,
+    load_selector,
+    make_agent,
+    selector_digest,
+    selector_folder,
+    source_digest,
+)
 from .checkpoints import Checkpoints
 from .feature_view import AUXILIARY, FeatureView
 from .journal import Journal, JournaledEnv
@@ -125,14 +133,16 @@ class Plan:
             object.__setattr__(self, "episodes", learning_episodes(self.agent, self.agent_settings))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as run.json keeps it; of learned selectors also which they are.
+        """Return the plan as run.json keeps it; of learned selectors, and of one's own code, also which they are.
 
         Raises:
-            RecordError: A selector cannot be read.
+            RaiseEnvError: A selector cannot be read, or there is no such agent.
         """
         selectors = {name: digest for name in self.names if (digest := selector_digest(name)) is not None}
+        sources = {name: digest for name in self.names if (digest := source_digest(name)) is not None}
         return {
             **({"selectors": selectors} if selectors else {}),
+            **({"sources": sources} if sources else {}),
             "settings": self.settings,
             "agent": self.agent,
             "agent_settings": self.agent_settings,
@@ -180,6 +190,7 @@ def train(
     check_selectors(env.config, agents.values())
     with held(folder):
         run = RunFolder.open(folder, command, plan.to_json(), resume)
+        run.check_versions()
         with reporter.task("loading model, data and features", 1) as show, parts_shown(reporter) as progress:
             env.load(progress)
             use = FeatureUse(env.assets.features)

@@ -11,8 +11,10 @@ import itertools
 import logging
 import os
 import platform
+import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, TypeVar
 
 from raise_env.errors import DataError, RaiseEnvError, SettingError
 
-__all__ = ["MAX_DEATHS", "spread"]
+__all__ = ["MAX_DEATHS", "check_cluster", "spread"]
 
 #: Deaths of workers with nothing done between them: then it is not chance, but lack of memory, or a piece that kills.
 MAX_DEATHS = 3
@@ -129,6 +131,16 @@ def _numbered(work: Callable[[_Item], _Outcome], number: int, item: _Item) -> tu
     return number, work(item)
 
 
+def check_cluster(address: str) -> None:
+    """Find out whether a cluster answers, before anything is done for it.
+
+    Raises:
+        SettingError: Ray is not installed, or no cluster answers.
+    """
+    with _connected(address):
+        pass
+
+
 # A cluster. joblib's own back end for Ray cannot hand out results as they come, and does not survive the death of a
 # worker; Ray's tasks do both.
 
@@ -170,6 +182,7 @@ def _connected(address: str) -> Iterator[Any]:
     Raises:
         SettingError: Ray is not installed, or no cluster answers.
     """
+    ends_by = signal.getsignal(signal.SIGTERM)
     try:
         import ray
     except ImportError as error:
@@ -177,6 +190,8 @@ def _connected(address: str) -> Iterator[Any]:
             f"--cluster {address} needs Ray, which is not installed: pip install ray, here and on each "
             "machine of the cluster."
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ends_by)  # importing Ray takes the place of what was there
     was_connected = ray.is_initialized()
     if not was_connected:
         _connect(ray, address)

@@ -8,7 +8,9 @@ line that was taken out by the record that is left.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,28 @@ from typing import Any
 from raise_env.config import EnvConfig
 from raise_env.errors import RaiseEnvError, RecordError
 from raise_env.foreign_files import check_inside, numbered_lines, parse_json
-from raise_env.record import TOLERANCE, Difference, EpisodeRecord, read_records, replay
+from raise_env.record import TOLERANCE, Difference, EpisodeRecord, made_again, read_records
 from raise_env.side_by_side import one_thread
 
 from .job import OWN_TASK, check_line
-from .runs import FINAL_SEED
+from .runs import FINAL_SEED, PHI_EPOCHS
 from .spread import spread
+from .summary import PARTS
 
-__all__ = ["Recorded", "Replayed", "check_results", "read_bench", "read_recorded", "replay_all"]
+__all__ = [
+    "Recorded",
+    "Replayed",
+    "by_record",
+    "check_cost",
+    "check_results",
+    "read_bench",
+    "read_recorded",
+    "replay_all",
+]
+
+
+#: How far one number may be from another, as a share, that is the same but for the order of sums.
+_SAME_SHARE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +62,21 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What came of making an episode again: the first difference, or None, and the largest distance of any number."""
+    """What came of making an episode again.
+
+    Attributes:
+        recorded: Which.
+        difference: The first thing that was not as recorded, or None.
+        distance: The largest of any number from the recorded one.
+        tokens: Token forwards of its steps; whoever chose them may have taken more.
+        tokens_per_phi: Those of one Phi there.
+    """
 
     recorded: Recorded
     difference: Difference | None
     distance: float
+    tokens: int
+    tokens_per_phi: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +132,9 @@ def replay_all(
 
 def _replay(piece: _Replay) -> Replayed:
     own = piece.recorded
-    if not piece.in_one_thread:
-        return Replayed(own, *replay(own.record, piece.tolerance, **piece.overrides))
-    with one_thread():
-        return Replayed(own, *replay(own.record, piece.tolerance, **piece.overrides))
+    with one_thread() if piece.in_one_thread else nullcontext():
+        again = made_again(own.record, piece.tolerance, **piece.overrides)
+    return Replayed(own, again.difference, again.distance, again.tokens, PHI_EPOCHS * 3 * again.pool_tokens)
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
@@ -185,6 +210,31 @@ def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorde
                 "was interrupted, --resume makes that run again"
             )
     return faults
+
+
+def by_record(lines: Iterable[Mapping[str, Any]], recorded: Iterable[Recorded]) -> dict[str, Mapping[str, Any]]:
+    """Return the line of results of each record that has one, by where the record stands."""
+    by_key = {(line["task"], line["agent"], line["seed"]): line for line in lines if line.get("error") is None}
+    return {own.where: by_key[own.key] for own in recorded if own.key in by_key}
+
+
+def check_cost(line: Mapping[str, Any], replayed: Replayed) -> str | None:
+    """Return what is wrong with the cost that a line of results claims, or None: it is at least that of the replay.
+
+    What learning and preparation cost, and what anything cost in seconds, no record tells.
+    """
+    for name in ("phi_parts", "tokens", "seconds"):
+        unknown = sorted(set(line.get(name) or {}) - set(PARTS))
+        if unknown:
+            return f"{name} has the part {unknown[0]!r}; expected {', '.join(PARTS)}"
+    tokens = line.get("tokens") or {part: phi * replayed.tokens_per_phi for part, phi in line["phi_parts"].items()}
+    for part, phi in line["phi_parts"].items():
+        expected = tokens[part] / replayed.tokens_per_phi
+        if not math.isclose(phi, expected, rel_tol=_SAME_SHARE):
+            return f"phi of {part} is {phi}; its tokens make {expected}"
+    if tokens["final"] < replayed.tokens * (1 - _SAME_SHARE):
+        return f"tokens of the final run are {tokens['final']:.0f}; making its steps again took {replayed.tokens}"
+    return None
 
 
 def _disagreement(line: Mapping[str, Any], record: EpisodeRecord) -> str | None:

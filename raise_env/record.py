@@ -36,6 +36,8 @@ __all__ = [
     "TOLERANCE",
     "Difference",
     "EpisodeRecord",
+    "Replay",
+    "made_again",
     "read_records",
     "replay",
     "versions",
@@ -165,6 +167,23 @@ class Difference:
         return f"{self.what}: recorded {self.recorded}, replayed {self.replayed}"
 
 
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What came of making a recorded episode again.
+
+    Attributes:
+        difference: The first thing that was not as recorded, or None.
+        distance: The largest of any number from the recorded one.
+        tokens: Token forwards of its steps, as a ledger counts them: the least that the episode took whoever acted.
+        pool_tokens: Those of the whole pool.
+    """
+
+    difference: Difference | None
+    distance: float
+    tokens: int = 0
+    pool_tokens: int = 0
+
+
 #: Settings that say where and how a run is made, not what it computes.
 _PRIVATE = ("cache_dir", "render_mode", "device")
 
@@ -227,14 +246,27 @@ def replay(
             `allowed` does not have, or a size beyond `FOREIGN_LIMITS`.
         RaiseEnvError: The environment that the record names cannot be made here.
     """
+    again = made_again(record, tolerance, allowed=allowed, **overrides)
+    return again.difference, again.distance
+
+
+def made_again(
+    record: EpisodeRecord, tolerance: float = TOLERANCE, *, allowed: Collection[str] = (), **overrides: Any
+) -> Replay:
+    """Make a recorded episode again, as `replay` does, and return also what it took.
+
+    Raises:
+        RaiseEnvError: As `replay`.
+    """
     kwargs = {name: value for name, value in record.env["kwargs"].items() if name not in _PRIVATE}
     _check_allowed(kwargs, allowed, overrides)
     env = RaiseSelectEnv(**{**kwargs, **overrides})
     for what, digest in record.content.items():
         found = env.assets.content.get(what)
         if found != digest:
-            return Difference(f"content of {what}", digest, found), math.inf
+            return Replay(Difference(f"content of {what}", digest, found), math.inf)
     env.reset(seed=record.seed)
+    before = env.ledger.token_forwards
     check = _Comparison(tolerance)
     measure = env.config.reward
     base = env.assets.base_answers if needs_generation(measure) else env.assets.base_evaluation
@@ -258,7 +290,7 @@ def replay(
             check.fail("length of the episode", len(record.actions), "ends" if over else "goes on")
     if check.first is None:
         _compare_end(check, record, env, info)
-    return check.first, check.largest
+    return Replay(check.first, check.largest, env.ledger.token_forwards - before, env.assets.pool_tokens)
 
 
 def _check_allowed(kwargs: Mapping[str, Any], allowed: Collection[str], overrides: Mapping[str, Any]) -> None:

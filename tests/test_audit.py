@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from raise_env.agents.audit import AuditPlan, FixedRows, audit, probe_rewards
 from raise_env.agents.findings import ADAPTER, ORDER, ROWS, audit_tables
 from raise_env.agents.job import Entry
 from raise_env.errors import OutputError, SettingError
+from raise_env.record import versions
 from raise_env.testing import toy_env
 
 LEARNER = Entry(
@@ -145,6 +147,77 @@ def test_audit__resumed_with_more_seeds__tries_the_steps_of_all_runs_as_at_once(
     audit(tmp_path / "out", plan_of(small_settings, num_seeds=1))
     assert audit(tmp_path / "out", plan_of(small_settings), resume=True) == found
     assert (tmp_path / "out" / "rewards.jsonl").read_text() == (folder / "rewards.jsonl").read_text()
+
+
+def bytes_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_audit__resumed_with_other_versions__is_refused_and_nothing_is_written(folder, small_settings, monkeypatch):
+    before = bytes_of(folder)
+    monkeypatch.setattr("raise_env.agents.run_folder.versions", lambda: {**versions(), "peft": "9.9"})
+    with pytest.raises(SettingError, match=r"runs/run\.json: .*peft .*, now 9\.9"):
+        audit(folder, plan_of(small_settings, num_seeds=3), resume=True)
+    with pytest.raises(SettingError, match=r"noise/run\.json: .*peft .*, now 9\.9"):
+        audit(folder, plan_of(small_settings, num_noise=3), resume=True)
+    assert bytes_of(folder) == before
+
+
+def test_audit__resumed_without_lengths_that_are_there__says_which_to_name(folder, small_settings):
+    before = bytes_of(folder)
+    with pytest.raises(SettingError, match=r"further numbers of episodes, 2, .*: name them too, --episodes 2,3\."):
+        audit(folder, plan_of(small_settings, lengths=(3,)), resume=True)
+    assert bytes_of(folder) == before
+
+
+OWN = """
+from raise_env.agents.baselines import RandomAgent
+
+class Forgets(RandomAgent):
+    def learn(self, env, episodes, seed=0, progress=None):
+        return self
+
+class Fails(Forgets):
+    def learn(self, env, episodes, seed=0, progress=None):
+        raise KeyError("lost")
+
+    def save(self, folder):
+        pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module with agents of one's own."""
+    (tmp_path / "audited_agents.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "audited_agents", raising=False)
+
+
+def test_audit__agent_that_cannot_save_what_it_learned__is_refused_before_anything_is_run(
+    own, tmp_path, small_settings
+):
+    plan = AuditPlan(small_settings, {"mine": Entry("audited_agents:Forgets", {}, 1), "fork": LEARNER})
+    with pytest.raises(SettingError, match=r"which mine has no save\(folder\) to write"):
+        audit(tmp_path / "out", plan)
+    assert not (tmp_path / "out").exists()
+
+
+def test_audit__agent_whose_learning_failed__does_not_act_unlearned_under_its_name(own, tmp_path, small_settings):
+    agents = {"mine": Entry("audited_agents:Fails", {}, 1)}
+    found = audit(tmp_path / "out", AuditPlan(small_settings, agents, (), num_seeds=2, num_noise=2))
+    assert found["noise"]["default"]["candidates offered to mine"]["num_runs"] == 0
+    assert "candidates offered to mine" in {run["agent"] for run in found["missing"]}
+
+
+def test_audit__changed_code_of_ones_own__is_refused_and_nothing_is_written(own, tmp_path, small_settings):
+    agents = {"mine": Entry("audited_agents:Forgets")}
+    audit(tmp_path / "out", AuditPlan(small_settings, agents, num_seeds=2, num_noise=2))
+    (tmp_path / "audited_agents.py").write_text(OWN + "# changed")
+    before = bytes_of(tmp_path / "out")
+    with pytest.raises(SettingError, match=r"runs/run\.json: .*entries\.mine\.source"):
+        audit(tmp_path / "out", AuditPlan(small_settings, agents, num_seeds=3, num_noise=2), resume=True)
+    assert bytes_of(tmp_path / "out") == before
 
 
 def test_audit__other_settings__are_refused(folder, small_settings):

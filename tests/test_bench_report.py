@@ -162,3 +162,11 @@ def test_bench__a_learner__has_its_curves_on_the_page(tmp_path, small_settings):
     with (tmp_path / "plots" / "curves_default.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 3 * 2 * (small_settings["horizon"] + 1)
     assert "Dev score after each step" in (tmp_path / "report.html").read_text()
+
+
+def test_page__ends_of_intervals__stay_where_a_phone_has_no_room_for_units(page):
+    assert re.search(r'<td class="number">[\d.]+<span class="ends">[\d.]+ to [\d.]+</span></td>', page)
+    phone = page.partition("@media (max-width: 640px)")[2].partition("@media print")[0]
+    hidden = re.findall(r"([^{}]+)\{ display: none; \}", phone)
+    assert any(".unit" in names for names in hidden)
+    assert not any(".ends" in names for names in hidden)

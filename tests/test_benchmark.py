@@ -285,7 +285,6 @@ def test_bench__summary__is_that_of_the_lines(finished, plan):
     lines = read_lines(finished / "results.jsonl")
     assert summary == summarise(lines, ("default",), list(plan.entries), range(2), "random")
     assert summary["missing"] == []
-    assert set(summary["normalised"]) == set(plan.entries)
 
 
 def test_bench__run_json__says_what_was_asked_for(finished, plan):
@@ -344,10 +343,26 @@ def test_bench__interrupted_then_resumed__equals_an_undisturbed_one(tmp_path, pl
     assert read_json(folder / "run.json")["status"] == "interrupted"
     assert len(read_lines(folder / "results.jsonl")) == done
     before = read_json(folder / "run.json")["seconds"]
-    assert 0 < before["runs"] < before["elapsed"], "what is on disk took its time"
+    assert before["runs"] == seconds_told(folder)
+    assert min(before.values()) > 0
     bench(folder, plan, resume=True)
     assert all(value > before[kind] for kind, value in read_json(folder / "run.json")["seconds"].items())
     assert numbers(folder) == numbers(finished)
+
+
+def seconds_told(folder):
+    """What the lines of results say of time, all together."""
+    lines = read_lines(folder / "results.jsonl")
+    return pytest.approx(sum(seconds for line in lines for seconds in (line["seconds"] or {}).values()))
+
+
+def test_bench__time_of_processes_that_were_killed__is_that_of_their_lines(tmp_path, plan, finished):
+    folder = copy_of(finished, tmp_path / "bench")
+    state = read_json(folder / "run.json")
+    state["seconds"] = {"runs": 0.001, "elapsed": 0.001}  # as it was when another process went on
+    (folder / "run.json").write_text(json.dumps(state))
+    bench(folder, plan, resume=True)
+    assert read_json(folder / "run.json")["seconds"]["runs"] == seconds_told(folder)
 
 
 def copy_of(finished, folder):
@@ -441,11 +456,84 @@ def test_bench__resume_with_other_settings__all_are_named(finished, plan):
 
 def test_bench__more_seeds_with_other_versions__is_refused_and_nothing_is_run(tmp_path, plan, finished, monkeypatch):
     folder = copy_of(finished, tmp_path / "bench")
-    before = (folder / "results.jsonl").read_bytes()
+    before = bytes_of(folder)
     monkeypatch.setattr("raise_env.agents.run_folder.versions", lambda: {**versions(), "peft": "9.9"})
+    monkeypatch.setattr("raise_env.agents.benchmark._contents", lambda *_: pytest.fail("that would take long"))
     with pytest.raises(SettingError, match=rf"peft {re.escape(versions()['peft'])}, now 9\.9"):
         bench(folder, dataclasses.replace(plan, num_seeds=3), resume=True)
-    assert (folder / "results.jsonl").read_bytes() == before
+    assert bytes_of(folder) == before
+
+
+def bytes_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_bench__no_cluster_answers__is_refused_before_anything_is_written(tmp_path, plan, finished, monkeypatch):
+    folder = copy_of(finished, tmp_path / "bench")
+    before = bytes_of(folder)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SettingError, match="pip install ray"):
+        bench(folder, dataclasses.replace(plan, num_seeds=3), resume=True, cluster="auto")
+    assert bytes_of(folder) == before
+
+
+def test_bench__other_code_of_the_package__is_warned_of_where_something_is_added(tmp_path, plan, finished, caplog):
+    folder = copy_of(finished, tmp_path / "bench")
+    state = read_json(folder / "run.json")
+    (folder / "run.json").write_text(json.dumps({**state, "code": "0123456789abcdef"}))
+    bench(folder, plan, resume=True)
+    assert caplog.text == ""
+    more = dataclasses.replace(plan, entries={**plan.entries, "again": Entry("random")})
+    bench(folder, more, resume=True)
+    assert "the code of raise-env has changed since the run was begun" in caplog.text
+
+
+def test_bench__begun_when_run_json_had_no_code__is_gone_on_with(tmp_path, plan, finished, caplog):
+    folder = copy_of(finished, tmp_path / "bench")
+    state = read_json(folder / "run.json")
+    (folder / "run.json").write_text(json.dumps({name: value for name, value in state.items() if name != "code"}))
+    (folder / "results.jsonl").unlink()
+    (folder / "episodes.jsonl").unlink()
+    entries = {"random": Entry("random")}
+    with pytest.raises(SettingError, match="entries"):
+        bench(folder, dataclasses.replace(plan, entries=entries), resume=True)
+    bench(folder, plan, resume=True)
+    assert caplog.text == ""
+
+
+def write_own(folder, text):
+    """Write a module of one's own with an agent that is random's but for its name."""
+    source = f"from raise_env.agents.baselines import RandomAgent\n\nclass Mine(RandomAgent):\n    {text}\n"
+    (folder / "coded_agents.py").write_text(source)
+
+
+@pytest.mark.parametrize("agent", ["coded_agents:Mine", "placebo:coded_agents:Learns"])
+def test_bench__resumed_with_changed_code_of_ones_own__is_refused_by_name(tmp_path, small_settings, monkeypatch, agent):
+    learns = "\nclass Learns(Mine):\n    def learn(self, env, episodes, seed=0, progress=None):\n        return self\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "coded_agents", raising=False)
+    write_own(tmp_path, f"size = 1\n{learns}")
+    plan = BenchPlan(small_settings, {"mine": Entry(agent)}, num_seeds=1)
+    bench(tmp_path / "bench", plan)
+    bench(tmp_path / "bench", plan, resume=True)
+    write_own(tmp_path, f"size = 2\n{learns}")
+    before = bytes_of(tmp_path / "bench")
+    with pytest.raises(
+        SettingError, match=r"entries\.mine\.source: then '[0-9a-f]+', now .* digest of an agent's code"
+    ):
+        bench(tmp_path / "bench", dataclasses.replace(plan, num_seeds=2), resume=True)
+    assert bytes_of(tmp_path / "bench") == before
+
+
+def test_bench__code_of_an_agent_that_always_failed__may_be_mended(tmp_path, small_settings, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "coded_agents", raising=False)
+    write_own(tmp_path, "def begin(self, env, seed):\n        raise KeyError('lost')")
+    plan = BenchPlan(small_settings, {"mine": Entry("coded_agents:Mine"), "random": Entry("random")}, num_seeds=1)
+    assert len(bench(tmp_path / "bench", plan)["missing"]) == 1
+    write_own(tmp_path, "pass")
+    monkeypatch.delitem(sys.modules, "coded_agents")
+    assert bench(tmp_path / "bench", plan, resume=True)["missing"] == []
 
 
 def test_bench__finished_with_other_versions__is_summed_up_anew(tmp_path, plan, finished, monkeypatch):
@@ -586,8 +674,10 @@ def test_bench__data_changed_since__is_refused(tmp_path, small_settings):
     path = tmp_path / "pool.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[::-1]))
     os.utime(path, ns=(1, 1))
+    before = bytes_of(tmp_path / "bench")
     with pytest.raises(DataError, match="own"):
-        bench(tmp_path / "bench", plan, resume=True)
+        bench(tmp_path / "bench", dataclasses.replace(plan, num_seeds=3), resume=True)
+    assert bytes_of(tmp_path / "bench") == before
 
 
 # Ablation

@@ -12,7 +12,7 @@ from stable_baselines3 import PPO
 from raise_env import RaiseSelectEnv, TopKScores
 from raise_env.agents import RaiseFork, cli, load_selector, make_agent, run_episode
 from raise_env.agents.base import Agent
-from raise_env.agents.catalogue import AGENTS, FunctionAgent, agent_name, selector_digest
+from raise_env.agents.catalogue import AGENTS, FunctionAgent, agent_name, selector_digest, source_digest
 from raise_env.agents.sb3 import PRESETS
 from raise_env.errors import AgentError, RecordError, SettingError
 from raise_env.testing import toy_env
@@ -291,3 +291,39 @@ def test_train__function_that_fails__two_and_its_lines_on_stderr(small, tmp_path
     assert message.startswith("agent 'mine:choose', episode seed 1000, step 1: the agent's own code failed.")
     assert 'mine.py", line 2, in choose' in message
     assert message.rstrip().endswith("IndexError: index 99 is out of bounds for axis 0 with size 16")
+
+
+# Which code it was
+
+
+@pytest.mark.parametrize("name", ["random", "quality:rating", "sb3:PPO", "selector:somewhere", "placebo:raise_fork"])
+def test_source_digest__agent_of_this_package__none(name):
+    assert source_digest(name) is None
+
+
+def test_source_digest__class_of_this_package_by_its_module__none():
+    assert source_digest("raise_env.agents.audit:FixedRows") is None
+
+
+@pytest.mark.parametrize("name", ["mine:Mine", "mine:choose", "mine:model"])
+def test_source_digest__code_of_ones_own__changes_with_its_file_alone(my_module, name):
+    my_module(TAKES_FIRST)
+    before = source_digest(name)
+    assert before == source_digest(name)
+    assert before is not None
+    my_module(TAKES_FIRST.replace("size=8", "size=7"))
+    assert source_digest(name) != before
+
+
+def test_source_digest__placebo_of_ones_own__is_that_of_its_agent(my_module):
+    my_module(TAKES_FIRST)
+    assert source_digest("placebo:mine:Mine") == source_digest("mine:Mine")
+
+
+def test_source_digest__class_that_another_file_defines__changes_with_that_too(my_module, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mine_too", raising=False)
+    (tmp_path / "mine_too.py").write_text(TAKES_FIRST)
+    my_module("from mine_too import Mine")
+    before = source_digest("mine:Mine")
+    (tmp_path / "mine_too.py").write_text(TAKES_FIRST.replace("size=8", "size=7"))
+    assert source_digest("mine:Mine") != before

@@ -297,7 +297,14 @@ def test_bench__table__prints_a_finished_folder_again(benched):
 
 
 def test_bench__table_of_what_is_no_benchmark__named(tmp_path):
-    assert str(tmp_path / "summary.json") in refused("bench", "--out", tmp_path, "--table")
+    message = refused("bench", "--out", tmp_path, "--table")
+    assert f"{tmp_path / 'summary.json'} is not there: there is no benchmark" in message
+
+
+def test_bench__table_of_an_unfinished_folder__says_how_to_finish_it(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    message = refused("bench", "--out", tmp_path, "--table")
+    assert "the benchmark is not finished. Go on with it with --resume" in message
 
 
 def test_bench__records__can_be_validated(benched):
@@ -414,6 +421,10 @@ def test_bench__tasks__are_the_embedded_ones_or_the_pool(asked_for, arguments, t
         (["--agents", "randon,random,orakle"], ["'randon'", "'orakle'", "did you mean 'random'"]),
         (["--tasks", "defualt,hrad"], ["'defualt'", "'hrad'"]),
         (["--task", "default", "--tasks", "default"], ["--task", "--tasks"]),
+        (["--tasks", ","], ["--tasks is ','", "expected names"]),
+        (["--agents", ""], ["--agents is ''", "expected names"]),
+        (["--agents", "a=less,random,a=ifd"], ["--agents names less and ifd both 'a'", "another name"]),
+        (["--agents", "random,random=ifd"], ["--agents names random and ifd both 'random'"]),
         (["--agent-args", "raise_ppo:gamma=0"], ["--agent-args", "'raise_ppo:gamma=0'", "raise_fork"]),
         (["--agent-args", "raise_fork:forks=0"], ["forks", "num_forks"]),
         (["--episodes", "raise_ppo=3"], ["--episodes", "'raise_ppo'"]),
@@ -427,6 +438,24 @@ def test_bench__bad_input__says_which_and_nothing_is_written(tmp_path, arguments
     message = refused("bench", "--out", tmp_path / "out", *arguments)
     for word in words:
         assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench__one_agent_named_twice__is_there_once(asked_for):
+    plan, *_ = asked_for("bench", "--out", "x", "--agents", "random,ifd,random")
+    assert list(plan.entries) == ["random", "ifd"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--agents", " ,"], "--agents is ' ,'"),
+        (["--agents", "a=less,a=ifd"], "--agents names less and ifd both 'a'"),
+        (["--tasks", ","], "--tasks is ','"),
+    ],
+)
+def test_audit__names_that_are_none_or_given_twice__are_refused(tmp_path, arguments, words):
+    assert words in refused("audit", "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -797,14 +826,14 @@ def test_main__too_little_memory_anywhere__one_message_and_code_2(monkeypatch, e
 # Ctrl-C
 
 
-def interrupt_once_learning_has_begun(command, folder, environment):
-    """Start a command, press Ctrl-C after its first episode, and return the code and what it wrote on stderr."""
+def interrupt_once_learning_has_begun(command, folder, environment, by=signal.SIGINT):
+    """Start a command, interrupt it after its first episode, and return the code and what it wrote on stderr."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     try:
         deadline = time.monotonic() + 300
         while not (folder / "learning").is_dir() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         _, err = process.communicate(timeout=300)
     finally:
         process.kill()
@@ -833,6 +862,40 @@ def test_train__ctrl_c_then_resume__equals_an_undisturbed_run(tmp_path, small):
     assert run("train", "--out", tmp_path / "undisturbed", *arguments).code == 0
     for name in ("episodes.jsonl", "selected.jsonl", "selector/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+def test_train__sigterm__ends_as_by_ctrl_c(tmp_path, small):
+    folder = tmp_path / "run"
+    learner = ["--agent", "sb3:DQN", "--agent-args", "learning_starts=4,batch_size=4", "--episodes", "400"]
+    command = [*ENTRY, "train", "--out", str(folder), *small, "--runs", "1", *learner]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code, err = interrupt_once_learning_has_begun(command, folder, environment, by=signal.SIGTERM)
+    assert code == 130, err
+    assert "Go on with: raise-env train" in err
+    assert "Traceback" not in err
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_main__sigterm_meanwhile_and_afterwards__is_put_back(monkeypatch):
+    def ended(**_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(cli, "app", ended)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert run("validate", "x").code == 130
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_main__whoever_hosts_it_handles_sigterm__is_left_to(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda **_: handlers.append(signal.getsignal(signal.SIGTERM)))
+    handlers = []
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert run("validate", "x").code == 0
+        assert handlers == [signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_main__ctrl_c_elsewhere__130_without_a_resume_command(monkeypatch):
@@ -890,6 +953,17 @@ def test_split__columns_by_name__rows_as_they_were(tmp_path):
     assert all(json.loads(line) in rows for line in lines)
 
 
+def test_split__rows_without_text__are_counted(tmp_path):
+    rows = [*question_rows(range(10)), {"question": "What is left?", "answer": " "}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    common = ("split", "--data", data, "--dev", "2", "--test", "3", "--out")
+    outcome = run(*common, tmp_path / "out", "--skip-empty")
+    assert outcome.code == 0
+    assert outcome.out.startswith("Rows skipped, as they have an empty prompt or response: 1.\n")
+    write_jsonl(data, rows[:-1])
+    assert "skipped" not in run(*common, tmp_path / "whole", "--skip-empty").out
+
+
 def test_split__columns_that_the_file_has_not__two_and_nothing_is_written(tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", question_rows(range(10)))
     common = ("split", "--data", data, "--dev", "2", "--test", "3", "--out", tmp_path / "out")
@@ -908,13 +982,36 @@ def test_tasks__suite__stands_for_its_tasks_each_once():
 
     assert _tasks("target,suite,large") == ("target", *(task for task in SUITE if task != "target"), "large")
     assert "large" not in SUITE
-    assert _tasks("") == ()
 
 
 def test_leaderboard__runs_with_settings_of_their_own__nobody_to_rank_between(benched):
     message = refused("leaderboard", benched[0], "--tasks", "default", "--seeds", "2", "--replays", "0")
     assert "settings of its own" in message
     assert "horizon" in message
+
+
+@pytest.mark.parametrize("is_at_fault", [False, True])
+def test_leaderboard__references__are_no_fault(monkeypatch, is_at_fault):
+    from raise_env.agents import leaderboard as module
+
+    def ranked(*_, **__):
+        reference = module.Entrant("full", "full", Path("suite"), settings=["horizon"])
+        unranked = [module.Entrant("mine", "mine", Path("mine"), faults=["runs are missing"])] if is_at_fault else []
+        summary = {"normalised": {}, "against_random": {}, "cost": {}}
+        return module.Board([], [reference], unranked, summary, [])
+
+    monkeypatch.setattr(module, "leaderboard", ranked)
+    outcome = run("leaderboard", "suite")
+    assert outcome.code == is_at_fault
+    assert "| full | suite | horizon |" in outcome.out
+
+
+def test_leaderboard__no_tasks__two_and_what_was_expected():
+    assert "--tasks is ','; expected names" in refused("leaderboard", "suite", "--tasks", ",")
+
+
+def test_leaderboard__unknown_task__two_and_the_nearest():
+    assert "unknown task 'defualt': did you mean 'default'" in refused("leaderboard", "suite", "--tasks", "defualt")
 
 
 def test_leaderboard__no_benchmark__is_named(tmp_path):
@@ -935,3 +1032,13 @@ def test_validate__a_line_that_its_record_does_not_bear__one_and_its_name(benche
     outcome = run("validate", folder)
     assert outcome.code == 1
     assert re.search(r"results\.jsonl, default, \w+, seed \d: test_loss is 0\.0; its record says", outcome.out)
+
+
+def test_validate__a_cost_that_its_record_disproves__one_and_its_name(benched, tmp_path):
+    folder = shutil.copytree(benched[0], tmp_path / "bench")
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    nothing = {name: dict.fromkeys(lines[2][name], 0) for name in ("phi_parts", "tokens", "seconds")}
+    write_jsonl(folder / "results.jsonl", [*lines[:2], {**lines[2], "phi": 0.0, **nothing}, *lines[3:]])
+    outcome = run("validate", folder)
+    assert outcome.code == 1
+    assert re.search(r"record 3 \(\w+, seed \d+\): tokens of the final run are 0; making its steps again", outcome.out)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from raise_env.agents.findings import ADAPTER, audit_tables, findings_of
 from raise_env.record import EpisodeRecord
@@ -89,6 +91,40 @@ def test_rewards__replayed__a_run_that_ended_early_counts_where_it_has_steps_in_
     assert replayed["random"]["by_step"] == {"0": pytest.approx(1.0)}
     early = {**second, "states": second["states"][:1]}
     assert found(probes=[first, early])["rewards"]["a"]["replayed"] == replayed
+
+
+def probe_of(seed, *by_step):
+    states = [{"step": step, "rewards": {"random": own, "mine": []}, "halves": {}} for step, own in enumerate(by_step)]
+    halves = {"random": None, "mine": None, "all": None}
+    return {**PROBES[0], "seed": seed, "states": [{**state, "halves": halves} for state in states]}
+
+
+def test_rewards__replayed__interval_is_over_runs_and_of_correlations():
+    up, down, mixed = [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 4.0, 3.0]
+    # Two runs at each of many steps: however many, they are one pair.
+    two = found(probes=[probe_of(0, *[up] * 6), probe_of(1, *[up, mixed] * 3)])["rewards"]["a"]["replayed"]["random"]
+    assert (two["correlation"], two["low"], two["high"]) == (pytest.approx(0.9), None, None)
+    four = found(probes=[probe_of(0, up), probe_of(1, up), probe_of(2, mixed), probe_of(3, down)])
+    replayed = four["rewards"]["a"]["replayed"]["random"]
+    # Pairs: 1, 0.8, -1, 0.8, -1, -0.8; of each run 0.8 / 3, 0.8 / 3, 0.8 / 3, -2.8 / 3.
+    mean = -0.2 / 6
+    assert replayed["correlation"] == pytest.approx(mean)
+    # Leaving one out leaves three pairs: 2.6 / 3 without the last, -1 / 3 without any other.
+    left_out = np.array([-1.0, -1.0, -1.0, 2.6]) / 3
+    half = stats.sem(4 * mean - 3 * left_out) * stats.t.ppf(0.975, 3)
+    reach = half / (1 - mean**2)
+    ends = np.tanh(np.arctanh(mean) + np.array([-reach, reach]))
+    assert (replayed["low"], replayed["high"]) == pytest.approx(tuple(ends))
+    assert -1 < replayed["low"] < replayed["high"] < 1
+
+
+def test_rewards__halves__ends_are_correlations():
+    probes = [{**PROBES[0], "seed": seed} for seed in range(3)]
+    for probe, value in zip(probes, (0.99, 0.9, 0.6), strict=True):
+        probe["states"] = [{**state, "halves": {**HALVES, "random": value}} for state in PROBES[0]["states"]]
+    halves = found(probes=probes)["rewards"]["a"]["halves"]["random"]
+    assert halves["correlation"] == pytest.approx(0.83)
+    assert -1 < halves["low"] < 0.83 < halves["high"] < 1
 
 
 def test_rewards__halves__share_of_the_dev_sample_by_hand():

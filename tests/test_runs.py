@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from raise_env import RaiseSelectEnv
 from raise_env.agents import load_selector
 from raise_env.agents.runs import Plan, finetune, train
 from raise_env.assets import _cached_assets, load_data
@@ -490,8 +491,19 @@ def test_train__resume_with_other_data__refuses(tmp_path, small_settings, plan):
         train(tmp_path / "run", own, resume=True)
 
 
+def test_train__resume_with_changed_code_of_ones_own__refuses_and_names_it(own_agent, tmp_path, plan):
+    own = Plan(plan.settings, agent="own_agent:Prepares", episodes=0, compare=(), num_runs=1)
+    train(tmp_path / "run", own)
+    train(tmp_path / "run", own, resume=True)
+    source = tmp_path / "own_agent.py"
+    source.write_text(source.read_text() + "\n# changed\n")
+    with pytest.raises(SettingError, match=r"\(sources\.own_agent:Prepares: then '[0-9a-f]+', now '[0-9a-f]+'\)"):
+        train(tmp_path / "run", own, resume=True)
+
+
 def test_train__resume_with_other_versions__refuses_and_names_them(finished, plan, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(RaiseSelectEnv, "load", lambda *_: pytest.fail("that would take long"))
     monkeypatch.setattr("raise_env.agents.run_folder.versions", lambda: {**versions(), "torch": "9.9"})
     with pytest.raises(SettingError, match=rf"run\.json.*torch {re.escape(versions()['torch'])}, now 9\.9"):
         train(tmp_path / "run", plan, resume=True)

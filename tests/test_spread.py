@@ -16,7 +16,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from raise_env.agents.benchmark import BenchPlan, bench
 from raise_env.agents.job import Entry
-from raise_env.agents.spread import MAX_DEATHS, spread
+from raise_env.agents.spread import MAX_DEATHS, check_cluster, spread
 from raise_env.errors import DataError, RaiseEnvError, SettingError
 
 #: What is spread: square a number; kill this worker the first `deaths` times that the piece is 3.
@@ -92,6 +92,29 @@ def test_spread__no_ray__says_what_to_install(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SettingError, match="pip install ray"):
         list(spread(work.here, [1], cluster="auto"))
+
+
+#: As Ray does when it is imported.
+RAY = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: None)
+
+def is_initialized():
+    return True
+"""
+
+
+def test_check_cluster__importing_ray__leaves_what_sigterm_does(tmp_path, monkeypatch):
+    (tmp_path / "ray.py").write_text(RAY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        check_cluster("auto")
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.modules.pop("ray", None)
 
 
 # A cluster of two machines, both of them this one.

@@ -11,7 +11,7 @@ import pytest
 from raise_env.agents.benchmark import BenchPlan, bench
 from raise_env.agents.job import Entry
 from raise_env.agents.leaderboard import leaderboard, markdown_board
-from raise_env.agents.validation import check_results, read_bench, replay_all
+from raise_env.agents.validation import by_record, check_cost, check_results, read_bench, replay_all
 from raise_env.errors import RecordError, SettingError
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -33,6 +33,7 @@ def standard(monkeypatch, small_settings):
 
     own = module._own_settings
     monkeypatch.setattr(module, "_own_settings", lambda recorded: own(recorded) - set(small_settings))
+    monkeypatch.setattr("raise_env.agents.summary.CLEAR_WAY", 0.5)  # two seeds are few to be ahead by
 
 
 @pytest.fixture
@@ -180,6 +181,90 @@ def test_leaderboard__settings_of_its_own__are_not_ranked(finished):
         leaderboard([finished], ["default"], 2)
 
 
+def test_leaderboard__settings_of_its_own__make_a_reference(finished, theirs, standard):
+    for place, line in enumerate((theirs / "episodes.jsonl").read_text().splitlines()):
+        record = json.loads(line)
+        if record["agent"] == "loss_low":
+            record["env"]["kwargs"]["learning_rate"] = 1e-3
+            change(theirs / "episodes.jsonl", place, env=record["env"])
+    board = leaderboard([finished, theirs], ["default"], 2, replays=0)
+    assert [(own.label, own.settings) for own in board.references] == [("loss_low (theirs)", ["learning_rate"])]
+    assert board.unranked == []
+    assert "loss_low (theirs)" not in {own.label for own in board.ranked}
+    assert "References, not ranked:" in markdown_board(board)
+    assert "| loss_low (theirs) | theirs | learning_rate |" in markdown_board(board)
+
+
+def test_leaderboard__unknown_tasks__all_are_named(finished):
+    with pytest.raises(SettingError) as caught:
+        leaderboard([finished], ["defualt", "nosuch"], 2)
+    assert "unknown task 'defualt': did you mean 'default'" in str(caught.value)
+    assert "unknown task 'nosuch'" in str(caught.value)
+
+
+def costs_of(line, **final):
+    """Return the costs of a line, but for those of its final run."""
+    return {name: {**line[name], "final": value} for name, value in final.items()}
+
+
+def without_cost(line):
+    return {
+        "phi": 0.0,
+        **{name: dict.fromkeys(line[name], 0) for name in ("phi_parts", "tokens", "seconds")},
+    }
+
+
+CLAIMS = {
+    "nothing at all": (without_cost, "tokens of the final run are 0; making its steps again took"),
+    "nothing at all, without tokens": (
+        lambda line: {**without_cost(line), "tokens": None},
+        "tokens of the final run are 0; making its steps again took",
+    ),
+    "another Phi": (lambda line: {"phi": 0.0, **costs_of(line, phi_parts=0.0)}, "phi of final is 0.0; its tokens make"),
+    "another part": (
+        lambda line: {"tokens": {**line["tokens"], "luck": 0}},
+        "tokens has the part 'luck'; expected features, preparation, learning, final",
+    ),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_leaderboard__cost_that_the_record_disproves__is_named_and_not_ranked(finished, theirs, standard, claim):
+    cost_of, words = CLAIMS[claim]
+    place = agent_places(theirs, "quality:rating")[0]
+    line = json.loads((theirs / "results.jsonl").read_text().splitlines()[place])
+    change(theirs / "results.jsonl", place, **cost_of(line))
+    board = leaderboard([finished, theirs], ["default"], 2)
+    (entrant,) = board.unranked
+    assert entrant.label == "quality:rating (theirs)"
+    assert words in entrant.faults[0]
+
+
+def test_check_cost__agents_that_take_more_than_their_steps__stand(finished):
+    lines, recorded = read_bench(finished)
+    lines_of, taken = by_record(lines, recorded), {}
+    for replayed in replay_all(recorded, in_one_thread=True):
+        line = lines_of[replayed.recorded.where]
+        assert check_cost(line, replayed) is None
+        taken.setdefault(line["agent"], set()).add(line["tokens"]["final"] - replayed.tokens)
+    assert taken.pop("loss_low") != {0}, "it looks at all that is offered"
+    assert set(map(frozenset, taken.values())) == {frozenset({0})}
+
+
+def test_leaderboard__an_agent_under_another_name__is_named(finished, theirs, standard):
+    for name in ("results.jsonl", "episodes.jsonl"):
+        path = theirs / name
+        path.write_text(path.read_text().replace('"agent": "oracle"', '"agent": "genius"'))
+    board = leaderboard([finished, theirs], ["default"], 2, replays=0)
+    assert "genius" in {entrant.label for entrant in board.ranked}
+    assert board.notes == ["oracle and genius took the same rows at each step in 2 of 2 runs."]
+    assert board.notes[0] in markdown_board(board)
+
+
+def test_leaderboard__the_same_agents_in_two_folders__are_no_copies(finished, theirs, standard):
+    assert leaderboard([finished, theirs], ["default"], 2, replays=0).notes == []
+
+
 def test_leaderboard__runs_missing_or_failed__are_not_ranked(finished, theirs, standard):
     lines = (theirs / "results.jsonl").read_text().splitlines(keepends=True)
     places = [number for number, line in enumerate(lines) if json.loads(line)["agent"] == "loss_low"]
@@ -235,6 +320,6 @@ def test_leaderboard__no_oracle__is_an_error(theirs, standard):
 
 
 def test_leaderboard__oracle_not_clearly_ahead__is_an_error(finished, standard, monkeypatch):
-    monkeypatch.setattr("raise_env.agents.summary.CLEAR_WAY", float("inf"))
+    monkeypatch.setattr("raise_env.agents.summary.CLEAR_WAY", 0.0)
     with pytest.raises(SettingError, match="no scale to rank by"):
         leaderboard([finished], ["default"], 2, replays=0)

@@ -107,7 +107,7 @@ def profile_plot(profiles: Mapping[str, Mapping[str, Sequence[float]]], colours:
         axes.set_xlim(max(axes.get_xlim()[0], _LOWEST), last)
         axes.set_xlabel("normalised score", fontsize=9, color=MUTED)
         # All curves end near 0: names stand in the order of the areas below them, without a value.
-        label_ends(axes, ends, 12 if narrow else 16, with_value=False)
+        label_ends(axes, ends, dashes, 12 if narrow else 16, with_value=False)
 
     text = "Performance profile: the share of all runs above each normalised score, by agent."
     height = max(285.0, 60 + 12 * len(profiles))
@@ -215,7 +215,7 @@ def returns_plot(name: str, returns: Mapping[str, np.ndarray], colours: Mapping[
             axes.plot(share, mean, "o", linestyle=dashes[agent], color=colours[agent], linewidth=1.6, markersize=3)
             ends.append((agent, float(mean[-1]), colours[agent], False))
         axes.set_xlabel("share of its learning", fontsize=9, color=MUTED)
-        label_ends(axes, ends, 12 if narrow else 16)
+        label_ends(axes, ends, dashes, 12 if narrow else 16)
 
     return Plot(name, f"Return of learning episodes for {', '.join(returns)}.", draw, 230, 230)
 

@@ -45,8 +45,8 @@ LineStyle: TypeAlias = str | tuple[float, tuple[float, ...]]
 _ORACLE = "#009e73"
 _OTHERS = ("#0072b2", "#b5538c", "#8c6d31", "#7a5195", "#2f8f9d", "#a8760a", "#b3392f", "#647418", "#3f4fb0")
 
-#: Line styles of the agents that share a colour, in turn.
-_DASHES: tuple[LineStyle, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+#: Line styles of the agents that share a colour, in turn, and what stands behind the name for each.
+_DASHES: dict[LineStyle, str] = {"-": "", (0, (5, 1.5)): " ╌", (0, (1.5, 1.2)): " ┈"}
 
 #: The page's colours: CSS name -> (on white, on black).
 COLOURS: Mapping[str, tuple[str, str]] = {
@@ -155,10 +155,10 @@ def agent_colours(names: Sequence[str], learned: str | None) -> dict[str, str]:
 
 def agent_dashes(colours: Mapping[str, str]) -> dict[str, LineStyle]:
     """Return each agent's line style: where more agents than colours share one, the later ones are dashed."""
-    seen = Counter[str]()
+    seen, in_turn = Counter[str](), list(_DASHES)
     styles: dict[str, LineStyle] = {}
     for name, colour in colours.items():
-        styles[name] = _DASHES[seen[colour] % len(_DASHES)]
+        styles[name] = in_turn[seen[colour] % len(in_turn)]
         seen[colour] += 1
     return styles
 
@@ -198,7 +198,7 @@ def dev_curves_plot(
         axes.set_ylim(*_curve_range(drawn))
         integer_ticks(axes, 4 if narrow else 8)
         axes.set_xlabel("step", fontsize=9, color=MUTED)
-        label_ends(axes, ends, 13 if narrow else 18)
+        label_ends(axes, ends, dashes, 13 if narrow else 18)
 
     names = ", ".join(table)
     return Plot("dev_curves", f"Dev score after each step for {names}.", draw, height=285, narrow_height=250)
@@ -258,7 +258,11 @@ def _curve_range(tables: Sequence[npt.NDArray[np.float64]]) -> tuple[float, floa
 
 
 def label_ends(
-    axes: Axes, ends: Sequence[tuple[str, float, str, bool]], max_chars: int, with_value: bool = True
+    axes: Axes,
+    ends: Sequence[tuple[str, float, str, bool]],
+    dashes: Mapping[str, LineStyle],
+    max_chars: int,
+    with_value: bool = True,
 ) -> None:
     """Write each curve's name, and its last value, beside its end, moved apart where they would touch."""
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
@@ -267,6 +271,7 @@ def label_ends(
     wanted = [min(max((value - low) / (high - low), 0.0), 1.0) * height for _, value, _, _ in shown]
     for (name, value, colour, strong), y in zip(shown, _spread(wanted, _LABEL_GAP_PT, height), strict=True):
         short = name if len(name) <= max_chars else f"{name[: max_chars - 1]}…"
+        short += _DASHES.get(dashes[name], "")
         axes.annotate(
             f"{short}  {value:.2f}" if with_value else short,
             (1, y / height),

@@ -54,5 +54,5 @@ def test_profile_plot__a_colour_that_two_agents_share__lines_differ_and_names_st
     (axes,) = figure.axes
     first, second = axes.get_lines()
     assert first.get_linestyle() != second.get_linestyle()
-    assert {"ours", "less"} < {text.get_text() for text in axes.texts}
+    assert {"ours", "less ╌"} < {text.get_text() for text in axes.texts}
     assert axes.get_xlim()[1] == 1.0

@@ -141,6 +141,7 @@ def test_audit__torn_line_of_rewards__is_made_again(folder, found, small_setting
     assert path.read_text() == whole
 
 
+@pytest.mark.slow
 def test_audit__resumed_with_more_seeds__tries_the_steps_of_all_runs_as_at_once(
     tmp_path, folder, found, small_settings
 ):

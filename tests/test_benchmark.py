@@ -716,6 +716,7 @@ def test_ablation__an_agent_that_learns__learns_without_the_block(own, tmp_path,
 # What lazy features cost
 
 
+@pytest.mark.slow
 def test_bench__lazy_features__cost_the_same_in_any_order_and_after_interruptions(
     tmp_path, small_settings, monkeypatch
 ):

@@ -107,15 +107,12 @@ def test_bootstrap_interval__runs_beside_their_marks__are_drawn_together():
 
 
 def test_interval_of_the_normalised_score__simulated__holds_the_truth():
-    rng, held, held_fixed = np.random.default_rng(1), [], []
+    rng, held = np.random.default_rng(1), []
     for seed in range(300):
-        shared = rng.normal(0.0, 0.15, size=(10, 4))
-        random, oracle, ours = (mean + shared + rng.normal(0.0, 0.15, size=(10, 4)) for mean in (1.0, 0.0, 0.4))
+        ours, random, oracle = (rng.normal(mean, sd, (10, 4)) for mean, sd in ((0.5, 0.1), (1.0, 0.25), (0.0, 0.05)))
         runs = beside_marks(ours, random, oracle)
         drawn = bootstrap_interval(lambda runs: overall_mean(on_scale(runs)), runs, seed=seed)
-        fixed = bootstrap_interval(overall_mean, on_scale(runs), seed=seed)
-        held.append(drawn.low <= 0.6 <= drawn.high)
-        held_fixed.append(fixed.low <= 0.6 <= fixed.high)
+        held.append(drawn.low <= 0.5 <= drawn.high)  # with the marks as they are, 80 of 100 do
     assert np.mean(held) == pytest.approx(0.95, abs=0.03)
 
 

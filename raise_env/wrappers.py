@@ -19,7 +19,7 @@ from .env import RaiseSelectEnv, StepResult, action_array
 from .errors import ActionError, SettingError
 from .features import CLIP
 
-__all__ = ["ActionForm", "PickOne", "TopKScores"]
+__all__ = ["ActionForm", "PickOne", "TopKScores", "require_no_form", "require_no_wrappers", "wrappers_of"]
 
 
 # Any for the two kinds of action: Gymnasium 1.4 takes them for one and the same in Wrapper.__init__.

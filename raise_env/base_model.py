@@ -255,19 +255,22 @@ class BaseModel:
 
     @own_modes()
     def initial_parameters(self, seed: int) -> Tensor:
-        """Return a new adapter as PEFT would start it, shape (P,), float32.
+        """Return a new adapter as PEFT would start it, shape (P,), float32, the same on every device.
 
-        PEFT draws from torch's global generator and takes no other; it is put back as it was.
+        PEFT draws from torch's global generator and takes no other; it is put back as it was. A GPU's own generator
+        would draw other numbers, so that no run on it could be replayed elsewhere: the adapter is drawn on the CPU.
         """
-        with self.lock, _seeded(seed, self.device):
+        parameters = dict(self.peft_model.named_parameters())
+        adapter = [parameters[name] for name in self._names]
+        with self.lock, _seeded(seed, torch.device("cpu")), _on_cpu(adapter):
             for module in self.peft_model.modules():
                 reset = getattr(module, "reset_lora_parameters", None)
                 if reset is not None:
                     reset(_ADAPTER, True)
-            parameters = dict(self.peft_model.named_parameters())
             for name, first in self._magnitudes.items():  # which PEFT does not start anew
                 parameters[name].data.copy_(first)
-            return torch.cat([parameters[name].detach().flatten().float() for name in self._names])
+            drawn = torch.cat([values.detach().flatten().float() for values in adapter])
+        return drawn.to(self.device)
 
     def token_losses(
         self, batch: Batch, adapters: Tensor | None, *, dropout_seed: int | None = None
@@ -778,6 +781,19 @@ def _tensor_hash(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _on_cpu(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep parameters in the CPU's memory for a while."""
+    devices = [values.device for values in parameters]
+    for values in parameters:
+        values.data = values.data.cpu()
+    try:
+        yield
+    finally:
+        for values, device in zip(parameters, devices, strict=True):
+            values.data = values.data.to(device)
 
 
 @contextlib.contextmanager

@@ -546,7 +546,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         self._require_like(snapshot)
         if self._learner is None:
             self._learner = self._new_learner()
-        self._learner.state = snapshot.learner_state
+        self._learner.restore(snapshot.learner_state)
         self._behind = []
         generator = np.random.Generator(np.random.PCG64())
         generator.bit_generator.state = snapshot.generator_state

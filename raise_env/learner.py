@@ -87,6 +87,13 @@ class TrainingState:
         """Return the state before any update."""
         return cls(adapter, torch.zeros_like(adapter), torch.zeros_like(adapter))
 
+    def to(self, device: torch.device) -> TrainingState:
+        """Return the state in a device's memory: this one, if it is there."""
+        if self.adapter.device == device:
+            return self
+        first, second = self.first_moment.to(device), self.second_moment.to(device)
+        return TrainingState(self.adapter.to(device), first, second, self.num_updates)
+
 
 @dataclass(slots=True, eq=False)
 class LoraLearner:
@@ -124,6 +131,10 @@ class LoraLearner:
     def reset(self) -> None:
         """Go back to the initial adapter and an optimiser without memory."""
         self.state = self.initial
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from a state, of a model on another device too."""
+        self.state = state.to(self.initial.adapter.device)
 
     def update(self, rows: np.ndarray, progress: float, seed: int) -> float:
         """Make one AdamW update on the mean loss over the rows' response tokens.

@@ -54,7 +54,7 @@ def scheduled_rate(learning_rate: float, progress: float) -> float:
 class Learner(Protocol):
     """A model in training: `learner.LoraLearner`, or `testing.FakeLearner`, which needs no model.
 
-    `state` is a value that is never changed in place: keeping a reference is a snapshot, assigning it a restore.
+    `state` is a value that is never changed in place: keeping a reference is a snapshot, and `restore` goes back to it.
     `generates` says whether rows whose response ends in a number are answered when they are scored, `scores_choices`
     whether the choices of dev rows are.
     """
@@ -66,6 +66,9 @@ class Learner(Protocol):
 
     def reset(self) -> None:
         """Go back to the state before any update."""
+
+    def restore(self, state: Any) -> None:
+        """Go on from a state of this learner, or of one like it."""
 
     def update(self, rows: np.ndarray, progress: float, seed: int) -> float:
         """Make one update on pool rows and return the mean loss per response token before it, in nats."""

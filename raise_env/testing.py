@@ -59,6 +59,10 @@ class FakeLearner:
         """Forget everything."""
         self.state = 0.0
 
+    def restore(self, state: float) -> None:
+        """Go back to a skill."""
+        self.state = state
+
     def update(self, rows: np.ndarray, progress: float, seed: int) -> float:
         """Add the rows' values to the skill."""
         del progress, seed

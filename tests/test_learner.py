@@ -31,6 +31,14 @@ def take(env, *places):
     return action
 
 
+def test_training_state_to__another_device__takes_all_of_it_there():
+    state = TrainingState(torch.ones(3), torch.zeros(3), torch.zeros(3), num_updates=4)
+    there = state.to(torch.device("meta"))
+    assert {part.device.type for part in (there.adapter, there.first_moment, there.second_moment)} == {"meta"}
+    assert there.num_updates == 4
+    assert state.to(torch.device("cpu")) is state
+
+
 # The same fine-tuning by plain PEFT and torch
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.assets import load_data
+from raise_env.base_model import resolve_device
 from raise_env.files import scratch_folder
 from raise_env.learner import GPU_SCORED_TOKENS
 from raise_env.model_size import ModelSize, has_weights, matrix_rate, save_stand_in, size_of
@@ -40,6 +41,9 @@ _STEPS = 3
 #: Bytes that a layer of Llama's form with LoRA keeps of a token for the backward pass, per unit of the hidden width, by
 #: the bytes of a number; measured at widths of 128 and 256 and an inner width of 3.5 times as much.
 _LAYER_BYTES = {2: 77, 4: 114}
+
+#: What comes to the matrix products of a large model: docs/results/speed.md and gpu.md.
+_REST = {"cpu": "half as much again", "cuda": "three to five times as much"}
 
 _STAND_IN_SETTINGS = {"device": "cpu", "dtype": "float32", "activation_checkpointing": False}
 
@@ -213,9 +217,10 @@ def _reckoned(plan: Plan, config: EnvConfig, reporter: Reporter) -> Estimate:
     rate = matrix_rate(config, size)
     seconds = 2 * (run_tokens * size.num_matrix + features_tokens * auxiliary.num_matrix) / rate
     tokens = run_tokens + features_tokens
+    on_gpu = resolve_device(config.device).type == "cuda"
     notes.append(
         f"time is that of the matrix products alone, at the {rate / 1e9:,.0f} billion operations a second that this "
-        "machine reached in a product of the model's shapes: reckon with half as much again"
+        f"machine reached in a product of the model's shapes: reckon with {_REST['cuda' if on_gpu else 'cpu']}"
     )
     memory = _memory(config, size, auxiliary)
     return Estimate(counted.updates, round(tokens), tokens / phi, seconds, memory / 1e9, (*notes, *counted.notes))

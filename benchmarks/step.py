@@ -88,7 +88,9 @@ class PlainLoop:
 
     def __init__(self, env: RaiseSelectEnv, rows: list[np.ndarray], adapter: str) -> None:
         source = model_folder(env.config.model)
-        causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(env.assets.learner.base.device)
+        causal = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, env.config.dtype)).to(
+            env.assets.learner.base.device
+        )
         self.model = PeftModel.from_pretrained(causal, adapter, is_trainable=True)
         self.config, self.rows = env.config, rows
         self.parameters = [value for value in self.model.parameters() if value.requires_grad]

@@ -825,7 +825,7 @@ def validate(
         recorded, num_lines = recorded + own, num_lines + len(lines)
         lines_of |= by_record(lines, own)
     limit = TOLERANCE if tolerance is None else tolerance
-    largest, of_bench = 0.0, any(path.is_dir() for path in files)
+    distances, of_bench = [], any(path.is_dir() for path in files)
     replays = replay_all(
         recorded,
         tolerance=limit,
@@ -842,14 +842,23 @@ def validate(
             if wrong is not None:
                 _echo(f"{replayed.recorded}: {wrong}")
                 raise typer.Exit(EXIT_NO)
-            largest = max(largest, replayed.distance)
+            distances.append(replayed.distance)
             show(done)
-    equal = (
-        "equal to the bit" if largest == 0 else f"equal within {limit:g} of a score (largest difference {largest:.1e})"
-    )
-    _echo(f"{len(recorded)} episodes replayed: {equal}.")
+    _echo(f"{len(recorded)} episodes replayed: {_how_equal(distances, limit)}.")
     if of_bench:
         _echo(f"{num_lines} lines of results say what their records say.")
+
+
+def _how_equal(distances: Sequence[float], limit: float) -> str:
+    """Return how near replays came whose largest differences are given, none of them beyond what is tolerated."""
+    exact = distances.count(0.0)
+    others = len(distances) - exact
+    if not others:
+        return "equal to the bit"
+    return (
+        f"{exact} equal to the bit, {others} within {limit:g} of each score and a few rows of each share of right "
+        f"answers (largest difference {max(distances):.1e})"
+    )
 
 
 @app.command()

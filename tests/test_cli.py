@@ -544,6 +544,7 @@ def test_validate__difference_within_the_tolerance__zero_and_says_how_large(trai
     path = tampered(trained[0] / "episodes.jsonl", tmp_path / "tampered.jsonl", change)
     outcome = run("validate", path, "--tolerance", "0.5")
     assert outcome.code == 0
+    assert "2 episodes replayed: 1 equal to the bit, 1 within 0.5 of each score" in outcome.out
     assert "largest difference 1.0e-02" in outcome.out
 
 

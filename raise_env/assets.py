@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -194,6 +194,14 @@ class _Watcher:
             self.show(what, done, total)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What makes tokens of texts, and what decides on how: the model's hash, the longest row, and the template."""
+
+    form: tuple[str, int, str | None]
+    encoder: Encoder = field(compare=False)
+
+
 @own_modes()
 def load_assets(config: EnvConfig, progress: LoadingProgress | None = None) -> Assets:
     """Return the assets that a configuration asks for; the last few are kept.
@@ -256,10 +264,8 @@ def _cached_assets(config: EnvConfig, stamps: Stamps, _folder_stamps: Stamps, wa
     data = _cached_data(_data_part(config), stamps)
     base = _shared_base(config, config.model, starting_form(config))
     encoder = Encoder(base.tokenizer, _max_length(config, base), config.template)
-    pool = _encoded(config, data.pool, encoder, base, watcher)
-    splits: dict[Split, EvaluationSet] = {"dev": EvaluationSet.build(data.dev, encoder, "dev")}
-    if data.test is not None:
-        splits["test"] = EvaluationSet.build(data.test, encoder, "test")
+    tokens = _Tokens((base.content_hash, encoder.max_length, config.template), encoder)
+    pool, splits = _cached_rows(data, cache_folder(config.cache_dir), tokens, watcher)
     if not pool.has_labels.any():
         raise DataError(f"{data.pool.source}: no response fits into max_length={encoder.max_length}; raise it.")
     num_left_out = int((~pool.has_labels).sum())
@@ -267,7 +273,7 @@ def _cached_assets(config: EnvConfig, stamps: Stamps, _folder_stamps: Stamps, wa
         message = "%d of %d pool rows are never offered: nothing of their response fits into max_length=%d"
         logger.warning(message, num_left_out, len(pool), encoder.max_length)
     start = TrainingState.start(first_adapter(config, base))
-    learner = LoraLearner(base, pool, splits, UpdateSettings.of(config), start)
+    learner = LoraLearner(base, pool, dict(splits), UpdateSettings.of(config), start)
     evaluation = learner.evaluate("dev")
     if not evaluation.is_finite:
         raise ModelError(
@@ -290,6 +296,19 @@ def _cached_assets(config: EnvConfig, stamps: Stamps, _folder_stamps: Stamps, wa
         counts=_counts(data, pool, splits),
         save_auxiliary=auxiliary.save_adapter,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_rows(
+    data: Data, folder: Path, tokens: _Tokens, watcher: _Watcher
+) -> tuple[EncodedRows, Mapping[Split, EvaluationSet]]:
+    """Return the data as tokens: they are the same for all first adapters, and a benchmark's seeds differ in these."""
+    encoder = tokens.encoder
+    pool = encoder.encode_pool(data.pool, tokens.form[0], folder, watcher)
+    splits: dict[Split, EvaluationSet] = {"dev": EvaluationSet.build(data.dev, encoder, "dev")}
+    if data.test is not None:
+        splits["test"] = EvaluationSet.build(data.test, encoder, "test")
+    return pool, splits
 
 
 def _shared_base(config: EnvConfig, source: str, lora: LoraSettings) -> BaseModel:
@@ -356,7 +375,7 @@ def _content(config: EnvConfig, base: BaseModel, data: Data) -> dict[str, str]:
     return content
 
 
-def _counts(data: Data, pool: EncodedRows, splits: dict[Split, EvaluationSet]) -> dict[str, dict[str, int]]:
+def _counts(data: Data, pool: EncodedRows, splits: Mapping[Split, EvaluationSet]) -> dict[str, dict[str, int]]:
     """Return what became of the rows on their way into tokens; see `Assets.counts`."""
     sources = {"pool": (data.pool, pool), "dev": (data.dev, splits["dev"].rows)}
     if data.test is not None:

@@ -600,3 +600,17 @@ def test_load_assets__updates_of_the_auxiliary_model_diverge__features_come_with
     plain = load_assets(EnvConfig.from_kwargs({**settings, "auxiliary_updates": 0}))
     rows = np.arange(64)
     np.testing.assert_array_equal(assets.features.rows(rows), plain.features.rows(rows))
+
+
+def test_load_assets__another_first_adapter__takes_the_same_tokens(small_settings):
+    first, second = (load_assets(EnvConfig(**small_settings, seed_model=seed)) for seed in (0, 1))
+    assert second.learner.pool is first.learner.pool
+    assert second.learner.splits["dev"] is first.learner.splits["dev"]
+    assert second.learner.splits is not first.learner.splits
+
+
+@pytest.mark.parametrize("other", [{"max_length": 40}, {"template": "Q: {{ prompt }}"}, {"task_seed": 1}])
+def test_load_assets__other_texts_or_another_way_to_cut_them__takes_others(small_settings, other):
+    first, second = (load_assets(EnvConfig(**small_settings, **more)) for more in ({}, other))
+    assert second.learner.pool is not first.learner.pool
+    assert not np.array_equal(second.learner.pool.lengths, first.learner.pool.lengths)

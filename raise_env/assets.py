@@ -397,14 +397,11 @@ def _counts(data: Data, pool: EncodedRows, splits: Mapping[Split, EvaluationSet]
     return counts
 
 
-def _encoded(config: EnvConfig, rows: Pool, encoder: Encoder, model: BaseModel, watcher: _Watcher) -> EncodedRows:
-    return encoder.encode_pool(rows, model.content_hash, cache_folder(config.cache_dir), watcher)
-
-
 def _auxiliary(config: EnvConfig, rows: Pool, encoder: Encoder, pool: EncodedRows, watcher: _Watcher) -> Auxiliary:
     if config.auxiliary_model is None or config.auxiliary_model == config.model:
         model = _auxiliary_base(config, config.model, is_trained=True)
         return Auxiliary(config, model, encoder, rows, pool, watcher, is_trained=True)
     model = _auxiliary_base(config, config.auxiliary_model, is_trained=False)
     own = Encoder(model.tokenizer, _max_length(config, model), config.template)
-    return Auxiliary(config, model, own, rows, _encoded(config, rows, own, model, watcher), watcher, is_trained=False)
+    encoded = own.encode_pool(rows, model.content_hash, cache_folder(config.cache_dir), watcher)
+    return Auxiliary(config, model, own, rows, encoded, watcher, is_trained=False)

@@ -12,8 +12,9 @@ Decisions:
     Where choices stand in columns A, B, C, D the letter comes first, for there it names a column.
 
     No part of a conversation is dropped without a word: what was said before, and the text that heads it, are read
-    from columns of their own too. A turn with a part that is not trained on is an error, and so is a text beside a
-    question that its form does not read, in a column that by its name says what is asked or who answers.
+    from columns of their own too. A turn with a part that is not trained on is an error, and so is a text, or are
+    choices, beside a question that its form does not read, in a column that by its name says what is asked, among what
+    is chosen or who answers.
 """
 
 from __future__ import annotations
@@ -51,8 +52,13 @@ _TURN_MARKS = {"weight": "1", "train": "true"}
 #: What a conversation's row may say of the tools that its assistant has.
 _TOOLS = ("tools", "functions")
 
-#: Columns that say what a question is about or who answers it, and by which key of `columns` they are read.
-_CONTEXTS = {"input": "input", "context": "input", "passage": "input", "system_prompt": "system"}
+#: Columns that say what a question is about, among what it chooses or who answers it, and by which key of `columns`
+#: they are read.
+_CONTEXTS = {
+    **dict.fromkeys(("input", "context", "passage", "article", "dialogue", "story", "hint"), "input"),
+    **dict.fromkeys(("options", "choice", "endings"), "choices"),
+    "system_prompt": "system",
+}
 
 #: How the instructions of LLM-Adapters' multiple-choice data end (Hu et al. 2023, "LLM-Adapters").
 _ANSWER_FORMAT = re.compile(r"Answer format: *([^\s/]+(?:/[^\s/]+)+)\s*\Z")
@@ -230,21 +236,31 @@ class RowReader:
         return replace(instruction, earlier=earlier)
 
     def _check_contexts(self, instruction: Instruction, row: Row, where: str) -> None:
-        """Check that no text beside the form's columns says what is asked or who answers.
+        """Check that nothing beside the form's columns says what is asked, among what is chosen or who answers."""
+        form = self._form
+        assert form is not None
+        unread = [column for column in _CONTEXTS if column in row and self._is_missed(instruction, column, row[column])]
+        if unread:
+            column = unread[0]
+            raise DataError(
+                f"{where}, field {column!r}: found {describe(row[column])} that the form {form.name} does not read; "
+                f"expected none, for what is answered may rest on it. {_context_advice(form, row, unread)}"
+            )
+
+    def _is_missed(self, instruction: Instruction, column: str, value: object) -> bool:
+        """Return whether a column of `_CONTEXTS` holds what its row's instruction lacks.
 
         A conversation says itself what it is about, but not always who answers.
         """
-        form = self._form
+        form, key = self._form, _CONTEXTS[column]
         assert form is not None
-        for column, key in _CONTEXTS.items():
-            value = row.get(column)
-            if not is_text(value) or not value.strip() or column == form.extra or (form.is_chat and key == "input"):
-                continue
-            if key != "system" or value.strip() != instruction.system.strip():
-                raise DataError(
-                    f"{where}, field {column!r}: found text that the form {form.name} does not read; expected none, "
-                    f"for what is answered may rest on it. {_context_advice(form, row, column)}"
-                )
+        if column == form.extra or (form.is_chat and key != "system"):
+            return False
+        if key == "choices":
+            return bool(value) and isinstance(value, (list, dict)) and not instruction.choices
+        if key == "input" and isinstance(value, list):
+            return any(is_text(text) and text.strip() for text in value)
+        return is_text(value) and value.strip() not in ("", instruction.system.strip() if key == "system" else "")
 
     # The forms' readers
 
@@ -338,9 +354,9 @@ def _matching(forms: Sequence[RowForm], row: Row) -> list[RowForm]:
     return [form for form in found if form.name not in covered]
 
 
-def _context_advice(form: RowForm, row: Row, column: str) -> str:
-    """Return what to do about a text that a form does not read: what reads it, and what reads the rest as now."""
-    key = _CONTEXTS[column]
+def _context_advice(form: RowForm, row: Row, unread: Sequence[str]) -> str:
+    """Return what to do about columns that a form does not read: what reads them, and what reads the rest as now."""
+    key = _CONTEXTS[unread[0]]
     named = {} if form.settings is None else form.settings.named()
     named = {name: place for name, place in named.items() if place in row}
     if "system" in row:
@@ -349,7 +365,12 @@ def _context_advice(form: RowForm, row: Row, column: str) -> str:
         place = named.get(key, "system" if key == "system" else form.columns[0])
         return f"Write it into {place!r}, or remove or rename the column if it is not meant to be read."
     others = ",".join(f"{name}={place}" for name, place in named.items())
-    return f"Say what to read: columns (--columns {others},{key}={column}), or to leave it out --columns {others}."
+    missed: dict[str, str] = {}
+    for column in unread:  # each key reads one column
+        missed.setdefault(_CONTEXTS[column], column)
+    added = ",".join(f"{name}={place}" for name, place in missed.items() if name not in named)
+    left_out = "it" if len(missed) == 1 else "them"
+    return f"Say what to read: columns (--columns {others},{added}), or to leave {left_out} out --columns {others}."
 
 
 # Texts and choices

@@ -225,6 +225,49 @@ def test_read__text_that_no_name_of_a_column_reads_with_the_rest__is_to_be_moved
     assert advice in fault(row)
 
 
+@pytest.mark.parametrize(
+    ("row", "choices", "prompt"),
+    [
+        ({"options": ["yes", "no"]}, "options", "q"),
+        ({"options": ["yes", "no"], "article": "It was."}, "options", "q\n\nIt was."),
+        ({"choice": ["yes", "no"], "dialogue": "W: Was it?"}, "choice", "q\n\nW: Was it?"),
+        ({"endings": ["yes", "no"], "story": "It was.", "hint": ""}, "endings", "q\n\nIt was."),
+        ({"choices": ["yes", "no"], "hint": "It was."}, "choices", "q\n\nIt was."),
+    ],
+)
+def test_read__choices_or_passage_in_columns_of_other_names__are_refused_instead_of_lost(
+    row: dict[str, Any], choices: str, prompt: str
+) -> None:
+    row = {"question": "q", "answer": "B", **row}
+    message = fault(row)
+    assert ": found a list that the form" in message or ": found text that the form" in message
+    # The remedy reads all that was missed, and not only what the message names.
+    advice = message.partition("(--columns ")[2].partition(")")[0]
+    named = dict(pair.split("=") for pair in advice.split(","))
+    assert named["choices"] == choices
+    assert read(row, **named) == Instruction(prompt, "no", ("yes", "no"), row)
+    assert read(row, prompt="question", response="answer") == Instruction("q", "B", (), row), "as it was asked for"
+
+
+@pytest.mark.parametrize("column", ["options", "choice", "endings"])
+def test_read__columns_of_choices__are_missed_only_where_there_are_some_and_no_others(column: str) -> None:
+    row = {"question": "q", "answer": "a"}
+    for empty in (None, [], {}, "", "set at the shop", 3):
+        assert read({**row, column: empty}).response == "a"
+    for more in ({"choices": ["a", "b"]}, {"A": "a", "B": "b"}):
+        assert read({**row, **more, column: ["x"]}).choices == ("a", "b")
+    assert read({"messages": turns("q", "a"), column: ["x"]}).response == "a"
+    assert "found an object that the form" in fault({**row, column: {"A": "a", "B": "b"}})
+    assert "Write it into 'choices'" in fault({**row, "choices": None, column: ["a"]})
+
+
+def test_read__passage_that_is_a_list_of_texts__is_refused_and_is_to_be_joined() -> None:
+    row = {"question": "q", "answer": "a", "dialogue": ["W: Was it?", "M: It was."]}
+    assert ", field 'dialogue': found a list that the form question and answer does not read" in fault(row)
+    assert "Join what it holds" in fault(row, prompt="question", response="answer", input="dialogue")
+    assert read({**row, "dialogue": ["", {"title": "not text"}]}).response == "a"
+
+
 def test_read__text_that_a_conversation_holds__is_not_missed() -> None:
     row = {"messages": turns("q", "a"), "context": "c", "input": "i", "passage": "p"}
     assert read(row).prompt == "q"

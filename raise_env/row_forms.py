@@ -46,8 +46,8 @@ _TURN_FIELDS = (("role", "content"), ("from", "value"))
 #: What a turn may say besides its text, as OpenAI, DeepSeek, vLLM and gpt-oss name it.
 _TURN_EXTRAS = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking")
 
-#: How an answer is marked as one to be learned, or not: by OpenAI's fine-tuning form, and by Axolotl's.
-_TURN_MARKS = {"weight": "1", "train": "true"}
+#: How an answer is marked as one to be learned, or not: by OpenAI's fine-tuning form, Axolotl's, and ms-swift's.
+_TURN_MARKS = {"weight": "1", "train": "true", "loss": "true"}
 
 #: What a conversation's row may say of the tools that its assistant has.
 _TOOLS = ("tools", "functions")

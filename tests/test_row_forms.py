@@ -610,6 +610,7 @@ def test_read__turn_that_says_more_than_its_text__is_refused_instead_of_lost(
         ("weight", 0, "0; expected 1 or none"),
         ("weight", 0.5, "0.5; expected 1 or none"),
         ("train", False, "false; expected true or none"),
+        ("loss", False, "false; expected true or none"),
     ],
 )
 def test_read__answer_that_is_not_to_be_learned__is_refused(mark: str, value: object, expected: str) -> None:

@@ -16,7 +16,7 @@ from raise_env.record import EpisodeRecord
 
 from .significance import PairedTest, holm, paired_test
 from .statistics import CONFIDENCE, Interval, correlation, mean_interval
-from .summary import RANDOM, markdown_table, number_or_none
+from .summary import RANDOM, markdown_table, number_or_none, reason_missing
 
 __all__ = [
     "ADAPTER",
@@ -90,9 +90,9 @@ def findings_of(
         "rewards": {name: task.rewards(agents) for name, task in by_task.items()},
         "placebo": {name: task.placebos(learners) for name, task in by_task.items()},
         "missing": [
-            {"task": line["task"], "agent": line["agent"], "seed": line["seed"], "reason": _reason(line)}
+            {"task": line["task"], "agent": line["agent"], "seed": line["seed"], "reason": reason}
             for line, _ in [*runs, *noise]
-            if _reason(line) is not None
+            if (reason := reason_missing(line, metric)) is not None
         ],
     }
 
@@ -276,11 +276,6 @@ def _interval(interval: Interval, name: str = "mean") -> dict[str, float | int |
 def _test(test: PairedTest) -> dict[str, float | int | None]:
     p, effect = number_or_none(test.p), number_or_none(test.effect_size)
     return {**_interval(test.difference), "p": p, "effect_size": effect, "num_pairs": test.num_pairs}
-
-
-def _reason(line: Mapping[str, Any]) -> str | None:
-    """Return why a run has no result, None where it has one."""
-    return line["error"] or ("diverged" if line["diverged"] else None)
 
 
 # Tables

@@ -36,6 +36,7 @@ __all__ = [
     "markdown_table",
     "markdown_tables",
     "number_or_none",
+    "reason_missing",
     "summarise",
     "text_tables",
     "unscaled_told",
@@ -112,7 +113,7 @@ def summarise(
         "detectable": {task: _detectable(tests) for task, tests in differences.items()},
         "cost": {agent: _costs([line for line in results if line["agent"] == agent]) for agent in agents},
         "diverged": {task: {agent: _divergences(results, task, agent) for agent in agents} for task in tasks},
-        "missing": _missing(results, tasks, agents, seeds),
+        "missing": _missing(results, tasks, agents, seeds, metric),
     }
 
 
@@ -289,8 +290,20 @@ def _divergences(results: Iterable[Mapping[str, Any]], task: str, agent: str) ->
     return {"learning": in_learning, "final": sum(bool(line["diverged"]) for line in own)}
 
 
+def reason_missing(line: Mapping[str, Any], metric: str) -> str | None:
+    """Return why no mean of the metric holds a run, None where it has a result."""
+    if line["error"] or line["diverged"]:
+        return str(line["error"] or "diverged")
+    # A test row may have no finite loss though all dev rows have.
+    return f"no finite {metric.replace('_', ' ')}" if line[metric] is None else None
+
+
 def _missing(
-    results: Iterable[Mapping[str, Any]], tasks: Sequence[str], agents: Sequence[str], seeds: Sequence[int]
+    results: Iterable[Mapping[str, Any]],
+    tasks: Sequence[str],
+    agents: Sequence[str],
+    seeds: Sequence[int],
+    metric: str,
 ) -> list[dict[str, Any]]:
     """Return the runs that no mean holds, with the reason."""
     lines = {(line["task"], line["agent"], line["seed"]): line for line in results}
@@ -299,7 +312,7 @@ def _missing(
         for agent in agents:
             for seed in seeds:
                 line = lines.get((task, agent, seed))
-                reason = "not run" if line is None else line["error"] or ("diverged" if line["diverged"] else None)
+                reason = "not run" if line is None else reason_missing(line, metric)
                 if reason is not None:
                     missing.append({"task": task, "agent": agent, "seed": seed, "reason": reason})
     return missing

@@ -24,7 +24,8 @@ def run(agent, seed, dev, test, *, error=None):
     if error is not None:
         return line, None
     env, versions, content = {"id": "RaiseSelect-v0", "kwargs": {}}, {}, {}
-    record = EpisodeRecord(env, agent, 1000 + seed, [[1]], [2.0 - dev], [-2.0, -dev], -test, versions, content)
+    score = None if test is None else -test
+    record = EpisodeRecord(env, agent, 1000 + seed, [[1]], [2.0 - dev], [-2.0, -dev], score, versions, content)
     return line, record
 
 
@@ -158,6 +159,12 @@ def test_findings__missing_runs__are_named_and_flagged():
     tables = audit_tables(findings)
     assert " * |" in tables
     assert "Missing: a, placebo:mine, seed 2: it broke" in tables
+
+
+def test_findings__a_run_without_a_finite_test_loss__is_named():
+    findings = found(noise=[*NOISE[:-1], run(ADAPTER, 2, 1.0, None)])
+    assert findings["missing"] == [{"task": "a", "agent": ADAPTER, "seed": 2, "reason": "no finite test loss"}]
+    assert f"Missing: a, {ADAPTER}, seed 2: no finite test loss" in audit_tables(findings)
 
 
 def test_findings__nothing_done__is_all_empty():

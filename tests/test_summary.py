@@ -197,6 +197,15 @@ def test_summarise__missing_runs__are_named_and_left_out():
     assert summary["against_random"]["mine"]["num_missing"] == 2  # one of either
 
 
+def test_summarise__a_run_without_a_finite_test_loss__is_named_and_marked():
+    results = [*RESULTS[:-1], {**line("mine", 2, 0.4), "test_loss": None}]
+    summary = summary_of(results)
+    assert summary["missing"] == [{"task": "a", "agent": "mine", "seed": 2, "reason": "no finite test loss"}]
+    assert "mine *" in text_tables(summary)
+    # Without a test set that is how it should be.
+    assert summary_of([{**entry, "test_loss": None} for entry in RESULTS])["missing"] == []
+
+
 def test_summarise__nothing_but_failures__is_all_empty():
     summary = summary_of([line("mine", 0, None, error="no")], agents=("mine",), seeds=range(1))
     assert summary["per_task"]["a"]["mine"]["mean"] is None

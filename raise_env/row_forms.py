@@ -275,7 +275,8 @@ class RowReader:
         extra = _text(row, columns.input, where) if columns.input in row else ""
         prompt += f"\n\n{extra}" if extra.strip() else ""
         system = _text(row, columns.system, where) if columns.system in row else ""
-        choices = _choices(row.get(columns.choices) if columns.choices else None, f"{where}, field {columns.choices!r}")
+        choices_where = f"{where}, field {columns.choices!r}"
+        choices = _choices(row.get(columns.choices) if columns.choices else None, choices_where)
         answer = row[response_column]
         if choices is None and columns.answer is not None:
             return str(columns.choices)
@@ -283,7 +284,12 @@ class RowReader:
             texts, labels = choices
             if not texts or not all(text.strip() for text in texts):
                 return str(columns.choices)
-            right = _right(texts, labels, answer, response_column, f"{where}, field {columns.choices!r}")
+            right = _right(texts, labels, answer, response_column, choices_where)
+            if self._with_letters and len(texts) > len(string.ascii_uppercase):
+                raise DataError(
+                    f"{choices_where}: found {len(texts)} choices; expected at most {len(string.ascii_uppercase)}, for "
+                    "each gets a letter. Ask for their texts instead: choice_form='text' (--choice-form text)."
+                )
             return self._choice(prompt, texts, right, row, system)
         response = _text(row, response_column, where)
         if not response.strip():
@@ -438,10 +444,7 @@ def _choices(value: Any, where: str) -> tuple[list[str], list[str]] | None:
         if choice is not None:
             _check_text(choice, f"{where}, item {index}")
     texts = _ended([choice or "" for choice in texts])
-    labels = _labels(labels[: len(texts)], where)
-    if len(texts) > len(string.ascii_uppercase):
-        raise DataError(f"{where}: found {len(texts)} choices; expected at most {len(string.ascii_uppercase)}.")
-    return texts, labels
+    return texts, _labels(labels[: len(texts)], where)
 
 
 def _is_without_choices(value: Any) -> bool:

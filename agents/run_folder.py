@@ -80,9 +80,8 @@ class RunFolder:
         path = folder / "run.json"
         _refuse_results_alone(folder, command)
         if path.exists() and not resume:
-            raise OutputError(
-                f"{str(folder)!r} holds a run already: name another folder, or add --resume to go on with it."
-            )
+            how = "" if command == "demo" else ", or add --resume to go on with it"  # a demo begins anew each time
+            raise OutputError(f"{str(folder)!r} holds a run already: name another folder{how}.")
         if path.exists():
             clear_unfinished(folder)
             state = read_json(path)

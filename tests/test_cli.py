@@ -598,7 +598,8 @@ def test_demo__again_in_the_same_folder__replaces_the_last(monkeypatch, small_se
 
 def test_demo__folder_of_another_run__is_not_touched(monkeypatch, small_settings, trained):
     small_demo(monkeypatch, small_settings)
-    assert "holds a run already" in refused("demo", "--out", trained[0])
+    message = refused("demo", "--out", trained[0])
+    assert message.endswith("holds a run already: name another folder.\n"), "demo has no --resume"
     assert (trained[0] / "selector" / "model.safetensors").is_file()
 
 

@@ -509,7 +509,7 @@ def bench(
         _show_table(out)
         return
     named = _named_agents(agents)
-    arguments, numbers = _agent_arguments(agent_args or [], list(named)), _episodes(episodes or [], list(named))
+    arguments, numbers = _agent_arguments(agent_args or [], list(named)), _episodes(episodes or [], named)
     entries = {}
     for name, agent in named.items():
         own = arguments.get(name, {})
@@ -675,14 +675,22 @@ def _named_agents(text: str) -> dict[str, str]:
     return named
 
 
-def _episodes(texts: Sequence[str], names: Sequence[str]) -> dict[str, int]:
-    """Return for how many episodes agents learn, for those that it is said of; a learned selector only if named."""
+def _episodes(texts: Sequence[str], named: Mapping[str, str]) -> dict[str, int]:
+    """Return for how many episodes agents learn, for those that it is said of; a learned selector only if named.
+
+    Args:
+        texts: What was given, each N or NAME=N.
+        named: Agents by their names in the results.
+
+    Raises:
+        SettingError: One says something else, or names none of the agents.
+    """
     for_all: int | None = None
     own: dict[str, int] = {}
     for text in texts:
         name, equals, number = text.rpartition("=")
-        if equals and name not in names:
-            raise SettingError(f"--episodes names {name!r}; expected one of the agents {', '.join(names)}.")
+        if equals and name not in named:
+            raise SettingError(f"--episodes names {name!r}; expected one of the agents {', '.join(named)}.")
         count = int(_number("episodes", number, int, "N or AGENT=N, N a whole number"))
         if count < 0:
             raise SettingError(f"--episodes is {text!r}; expected a number of at least 0.")
@@ -690,7 +698,7 @@ def _episodes(texts: Sequence[str], names: Sequence[str]) -> dict[str, int]:
             own[name] = count
         else:
             for_all = count
-    learners = [name for name in names if not name.startswith("selector:")]
+    learners = [name for name, agent in named.items() if not agent.startswith("selector:")]
     return {**({} if for_all is None else dict.fromkeys(learners, for_all)), **own}
 
 

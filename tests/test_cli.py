@@ -392,6 +392,13 @@ def test_bench__nothing_said_of_episodes__is_each_agents_own_number(asked_for):
     assert [entry.episodes for entry in plan.entries.values()] == [0, 3, 20, 16, 0]
 
 
+def test_bench__episodes_for_all__are_not_for_learned_selectors_whatever_their_names(asked_for):
+    names = "random,a=selector:run/a,selector:run/b,c=selector:run/c"
+    episodes = ["--episodes", "16", "--episodes", "c=2"]
+    plan, *_ = asked_for("bench", "--out", "x", "--agents", names, *episodes)
+    assert [entry.episodes for entry in plan.entries.values()] == [16, 0, 0, 2]
+
+
 def test_bench__an_agent_under_two_names__has_settings_for_each(asked_for):
     names = "raise_ppo,fast=raise_ppo"
     plan, *_ = asked_for(

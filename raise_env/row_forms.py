@@ -193,6 +193,9 @@ class RowReader:
         if found:
             several = "; ".join(form.name for form in found)
             raise DataError(f"{where}: found the columns {seen}, which are of several forms: {several}. {advice}")
+        column = next((form.columns[0] for form in self._forms if form.is_chat and form.columns[0] in row), None)
+        if column is not None:
+            raise _no_turns(row[column], f"{where}, field {column!r}")
         forms = "; ".join(form.name for form in self._forms)
         raise DataError(f"{where}: found the columns {seen}; expected one of these forms: {forms}. {advice}")
 
@@ -207,6 +210,8 @@ class RowReader:
                 "Give all rows of a pool, dev or test set one form."
             )
         missing = next((column for column in form.columns if column not in row), None)
+        if missing is None and form.is_chat:
+            return _no_turns(row[form.columns[0]], f"{where}, field {form.columns[0]!r}")
         if missing is None:
             return DataError(f"{where}: found something other than {form.name}; expected it, as in the first row.")
         seen = ", ".join(repr(name) for name in row) or "none"
@@ -582,10 +587,7 @@ def _check_tools(row: Row, where: str) -> None:
 def _turns(value: Any, where: str) -> list[tuple[str, str]]:
     """Return who says what, in an order that a conversation can have."""
     if not isinstance(value, list):
-        raise DataError(
-            f"{where}: found {describe(value)}; expected the turns of a conversation, each with role and content. "
-            "Store such rows as .jsonl."
-        )
+        raise _no_turns(value, where)
     turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value, start=1)]
     expected = "user"
     for number, (role, _) in enumerate(turns, start=1):
@@ -597,6 +599,13 @@ def _turns(value: Any, where: str) -> list[tuple[str, str]]:
     if not any(role == "assistant" for role, _ in turns):
         raise DataError(f"{where}: found no turn of the assistant; expected one to learn from. Remove the row.")
     return turns
+
+
+def _no_turns(value: Any, where: str) -> DataError:
+    return DataError(
+        f"{where}: found {describe(value)}; expected the turns of a conversation, each with role and content. "
+        "Store such rows as .jsonl."
+    )
 
 
 def _disorder(turns: list[tuple[str, str]], number: int) -> str:

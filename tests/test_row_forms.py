@@ -705,6 +705,16 @@ def test_read__conversation_that_is_null_or_empty__is_a_blank_field_in_any_row(c
     assert read(pair).response == "r", "what is there decides on the form"
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_read__conversation_that_is_no_list__is_refused_by_what_it_is(column: str) -> None:
+    whole = {column: turns("a", "b")}
+    for value, found in (('[{"role": "user"}]', "text"), ({"role": ["user"], "content": ["a"]}, "an object")):
+        expected = f", field {column!r}: found {found}; expected the turns of a conversation, each with role and"
+        assert fault({column: value, "id": 1}).startswith(expected)
+        assert fault(whole, {column: value}).startswith(expected)
+        assert read({column: value, "prompt": "p", "response": "r"}).response == "r", "what is there decides"
+
+
 def test_read__turn_whose_content_is_null__is_a_blank_field_or_no_system_text() -> None:
     assert read({"messages": [*turns("a"), {"role": "assistant", "content": None}]}) == "messages"
     assert read({"messages": [{"role": "user", "content": None}, *turns("b", first="assistant")]}) == "messages"

@@ -148,6 +148,14 @@ class RowReader:
             *(self._pair(prompt, response, extra) for prompt, response, extra in pairs),
             *(_chat(self, column) for column in ("messages", "conversations")),
             RowForm(
+                "prompt and completion, both lists of turns",
+                ("prompt", "completion"),
+                partial(_read_turns, self, ("prompt", "completion")),
+                lambda row: all(_is_chat(row[column]) for column in ("prompt", "completion")),
+                instead_of=("prompt and completion",),
+                is_chat=True,
+            ),
+            RowForm(
                 "question and choices with answerKey",
                 ("question", "choices", "answerKey"),
                 partial(self._read_pair, keyed),
@@ -193,9 +201,9 @@ class RowReader:
         if found:
             several = "; ".join(form.name for form in found)
             raise DataError(f"{where}: found the columns {seen}, which are of several forms: {several}. {advice}")
-        column = next((form.columns[0] for form in self._forms if form.is_chat and form.columns[0] in row), None)
-        if column is not None:
-            raise _no_turns(row[column], f"{where}, field {column!r}")
+        chats = [form.columns[0] for form in self._forms if form.is_chat and all(name in row for name in form.columns)]
+        if chats:
+            raise _no_turns(row[chats[0]], f"{where}, field {chats[0]!r}")
         forms = "; ".join(form.name for form in self._forms)
         raise DataError(f"{where}: found the columns {seen}; expected one of these forms: {forms}. {advice}")
 
@@ -413,7 +421,7 @@ def _text_advice(value: object) -> str:
         return "Write one there, or remove the row."
     if isinstance(value, Rendered):
         return "Store the column as text."
-    if isinstance(value, list) and value and all(map(_is_turn, value)):
+    if value and _is_chat(value):
         return (
             "If the column holds whole conversations, name it as messages (--columns messages=NAME); "
             "else join its turns into one text."
@@ -421,6 +429,11 @@ def _text_advice(value: object) -> str:
     if isinstance(value, (list, dict)):
         return "Join what it holds into one text."
     return "Write the value in quotes; in a table, store the column as text."
+
+
+def _is_chat(value: object) -> bool:
+    """Return whether a value is a list of turns, be it an empty one."""
+    return isinstance(value, list) and all(map(_is_turn, value))
 
 
 def _is_turn(value: object) -> bool:
@@ -550,27 +563,34 @@ def _no_history(value: Any, where: str) -> DataError:
 
 
 def _chat(reader: RowReader, column: str, system: str | None = None, name: str | None = None) -> RowForm:
-    def read(row: Row, where: str) -> Reading:
-        if row[column] is None or row[column] == []:
-            return column
-        turns = _turns(row[column], f"{where}, field {column!r}")
-        head = _text(row, system, where) if system in row else ""
-        if turns[0][0] == "system":
-            head = turns[0][1] if turns[0][1].strip() else head
-            turns = turns[1:]
-        is_unanswered = turns[-1][0] == "user"
-        turns = turns[:-1] if is_unanswered else turns
-        if any(not text.strip() for _, text in turns):
-            return column
-        reader.num_unanswered += is_unanswered
-        said, answered = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
-        exchanges = list(zip(said, answered, strict=True))
-        return Instruction(*exchanges[-1], (), row, head if head.strip() else "", tuple(exchanges[:-1]))
-
     def fits(row: Row) -> bool:
         return name is not None or row[column] is None or isinstance(row[column], list)
 
+    read = partial(_read_turns, reader, (column,), system=system)
     return RowForm(name or column, (column,), read, fits, is_chat=True, settings=ColumnSettings(messages=column))
+
+
+def _read_turns(
+    reader: RowReader, columns: tuple[str, ...], row: Row, where: str, system: str | None = None
+) -> Reading:
+    """Read the conversation that a column has, or several, one after the other."""
+    blank = next((column for column in columns if row[column] is None or row[column] == []), None)
+    if blank is not None:
+        return blank
+    value = row[columns[0]] if len(columns) == 1 else [turn for column in columns for turn in row[column]]
+    turns = _turns(value, f"{where}, field {' and '.join(map(repr, columns))}")
+    head = _text(row, system, where) if system in row else ""
+    if turns[0][0] == "system":
+        head = turns[0][1] if turns[0][1].strip() else head
+        turns = turns[1:]
+    is_unanswered = turns[-1][0] == "user"
+    turns = turns[:-1] if is_unanswered else turns
+    if any(not text.strip() for _, text in turns):
+        return columns[0] if turns[-1][1].strip() else columns[-1]
+    reader.num_unanswered += is_unanswered
+    said, answered = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
+    exchanges = list(zip(said, answered, strict=True))
+    return Instruction(*exchanges[-1], (), row, head if head.strip() else "", tuple(exchanges[:-1]))
 
 
 def _check_tools(row: Row, where: str) -> None:

@@ -522,6 +522,30 @@ def test_read__conversation__last_exchange_and_those_before(as_row: Any) -> None
     assert read(row) == Instruction("e", "f", (), row, "head", (("a", "b"), ("c", "d")))
 
 
+def test_read__prompt_and_completion_that_are_turns__are_one_conversation() -> None:
+    head = {"role": "system", "content": "head"}
+    row: dict[str, Any] = {"prompt": turns("a"), "completion": turns("b", first="assistant")}
+    assert read(row) == Instruction("a", "b", (), row)
+    longer = {"prompt": [head, *turns("a", "b", "c")], "completion": turns("d", first="assistant")}
+    assert read(row, longer) == Instruction("c", "d", (), longer, "head", (("a", "b"),))
+    assert read(row | {"system": "head"}).system == "head"
+    assert fault(row | {"completion": turns("b")}).startswith(
+        ", field 'prompt' and 'completion', turn 2: found a second turn of the user in a row"
+    )
+    assert read(row, row | {"prompt": []}) == "prompt"
+    assert read(row, row | {"completion": []}) == "completion"
+    assert read(row | {"completion": turns(" ", first="assistant")}) == "completion"
+    assert read(row | {"prompt": turns("")}) == "prompt"
+    # Nothing else is a conversation, and all rows have one form.
+    text = {"prompt": "p", "completion": "c"}
+    assert read(text) == Instruction("p", "c", (), text)
+    assert "expected prompt and completion, both lists of turns, as in the first row" in fault(row, text)
+    assert "form prompt and completion, both lists of turns; expected prompt and completion," in fault(text, row)
+    assert "expected text. If the column holds whole" in fault(text | {"completion": row["completion"]})
+    assert "messages; prompt and completion, both lists of turns" in fault({"messages": turns("a", "b"), **row})
+    assert "expected one of these forms" in fault({"prompt": turns("a"), "solution": "b"})
+
+
 def test_read__other_names_of_roles__are_known() -> None:
     chat = [("developer", "head"), ("human", "a"), ("ChatGPT", "b"), ("user", "c"), ("model", "d")]
     row = {"messages": [{"role": role, "content": text} for role, text in chat]}

@@ -22,7 +22,7 @@ from raise_env.tiny.task import TASKS
 
 from .markdown import escaped
 from .runs import Reporter, Silent
-from .summary import ORACLE, RANDOM, markdown_table, summarise
+from .summary import ORACLE, RANDOM, markdown_table, reason_missing, summarise
 from .validation import Recorded, by_record, check_cost, check_results, read_bench, replay_all
 
 __all__ = ["Board", "Entrant", "leaderboard", "markdown_board"]
@@ -172,19 +172,16 @@ def _require_marks(entrants: Sequence[Entrant], tasks: Sequence[str], num_seeds:
 def _faults(entrant: Entrant, wanted: set[tuple[str, int]], faults: Mapping[tuple[str, str, int], str]) -> list[str]:
     """Return what is wrong with an agent's runs, as far as that is seen without replaying them."""
     found = []
-    done = {
-        (line["task"], line["seed"])
-        for line in entrant.lines
-        if line.get("error") is None and not line["diverged"] and line["test_loss"] is not None
-    }
-    if len(done) < len(entrant.lines):
-        found.append("runs that failed or diverged, or a run twice")
+    scored = [line for line in entrant.lines if reason_missing(line, "test_loss") is None]
+    if len(scored) < len(entrant.lines):
+        found.append("runs that failed or diverged, or without a finite test loss")
+    done = {(line["task"], line["seed"]) for line in scored}
     if done != wanted:
         found.append(f"{len(wanted - done)} of {len(wanted)} runs are missing")
-    for line in entrant.lines:
-        key = line["task"], line["agent"], line["seed"]
-        if key in faults:
-            found.append(f"{key[0]}, seed {key[2]}: {faults[key]}")
+    for task, seed in dict.fromkeys((line["task"], line["seed"]) for line in entrant.lines):
+        fault = faults.get((task, entrant.agent, seed))
+        if fault is not None:
+            found.append(f"{task}, seed {seed}: {fault}")
     return found
 
 

@@ -292,8 +292,8 @@ def _divergences(results: Iterable[Mapping[str, Any]], task: str, agent: str) ->
 
 def reason_missing(line: Mapping[str, Any], metric: str) -> str | None:
     """Return why no mean of the metric holds a run, None where it has a result."""
-    if line["error"] or line["diverged"]:
-        return str(line["error"] or "diverged")
+    if line["error"] is not None or line["diverged"]:
+        return "diverged" if line["error"] is None else str(line["error"])
     # A test row may have no finite loss though all dev rows have.
     return f"no finite {metric.replace('_', ' ')}" if line[metric] is None else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -177,8 +178,8 @@ def read_bench(folder: Path) -> tuple[list[dict[str, Any]], list[Recorded]]:
 def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorded]) -> dict[tuple[str, str, int], str]:
     """Return what is wrong with each run, by task, agent and seed; runs that stand are left out.
 
-    Nothing is replayed: a line stands if there is one record of its run, which says what the line says. A run that
-    failed has a line and no record.
+    Nothing is replayed: a line stands if it is the only one of its run, and there is one record of it, which says what
+    the line says. A run that failed has a line and no record.
 
     Args:
         lines: Of results.jsonl; those of failed runs need no record.
@@ -188,16 +189,12 @@ def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorde
     for own in recorded:
         records.setdefault(own.key, []).append(own)
     faults: dict[tuple[str, str, int], str] = {}
-    done = set()
-    for line in lines:
-        key = line["task"], line["agent"], line["seed"]
-        if line.get("error") is not None:
-            continue
-        done.add(key)
-        if key in faults:
-            continue
+    counts, done = Counter(map(_key, lines)), {_key(line): line for line in lines if line.get("error") is None}
+    for key, line in done.items():
         found = records.get(key, [])
-        if len(found) != 1:
+        if counts[key] != 1:
+            faults[key] = f"{counts[key]} lines; expected one"
+        elif len(found) != 1:
             faults[key] = f"{len(found)} records; expected one"
         else:
             fault = _disagreement(line, found[0].record)
@@ -214,7 +211,7 @@ def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorde
 
 def by_record(lines: Iterable[Mapping[str, Any]], recorded: Iterable[Recorded]) -> dict[str, Mapping[str, Any]]:
     """Return the line of results of each record that has one, by where the record stands."""
-    by_key = {(line["task"], line["agent"], line["seed"]): line for line in lines if line.get("error") is None}
+    by_key = {_key(line): line for line in lines if line.get("error") is None}
     return {own.where: by_key[own.key] for own in recorded if own.key in by_key}
 
 
@@ -235,6 +232,10 @@ def check_cost(line: Mapping[str, Any], replayed: Replayed) -> str | None:
     if tokens["final"] < replayed.tokens * (1 - _SAME_SHARE):
         return f"tokens of the final run are {tokens['final']:.0f}; making its steps again took {replayed.tokens}"
     return None
+
+
+def _key(line: Mapping[str, Any]) -> tuple[str, str, int]:
+    return line["task"], line["agent"], line["seed"]
 
 
 def _disagreement(line: Mapping[str, Any], record: EpisodeRecord) -> str | None:

@@ -87,6 +87,21 @@ def test_check_results__no_record_and_a_record_twice__are_named(theirs):
     assert sorted(fault[:9] for fault in check_results(*read_bench(theirs)).values()) == ["0 records", "2 records"]
 
 
+def twice(folder, place, **values):
+    """Let a line of results stand a second time, before the first, with some values changed."""
+    path = folder / "results.jsonl"
+    line = json.loads(path.read_text().splitlines()[place])
+    path.write_text(json.dumps({**line, **values}) + "\n" + path.read_text())
+    return line
+
+
+@pytest.mark.parametrize("values", [{"tokens": None}, {"error": "it failed"}])
+def test_check_results__a_line_that_stands_twice__is_named(theirs, values):
+    line = twice(theirs, 3, **values)
+    key = line["task"], line["agent"], line["seed"]
+    assert check_results(*read_bench(theirs)) == {key: "2 lines; expected one"}
+
+
 def test_check_results__a_failed_run__needs_no_record(theirs):
     lines = (theirs / "episodes.jsonl").read_text().splitlines(keepends=True)
     (theirs / "episodes.jsonl").write_text("".join(lines[1:]))
@@ -289,7 +304,14 @@ def test_leaderboard__runs_that_diverged__are_missing_runs(finished, theirs, sta
     board = leaderboard([finished, theirs], ["default"], 2, replays=0)
     (entrant,) = board.unranked
     assert entrant.label == "loss_low (theirs)"
-    assert entrant.faults == ["runs that failed or diverged, or a run twice", f"{count} of 2 runs are missing"]
+    told = "runs that failed or diverged, or without a finite test loss"
+    assert entrant.faults == [told, f"{count} of 2 runs are missing"]
+
+
+def test_leaderboard__a_run_that_stands_twice__is_named_once(finished, theirs, standard):
+    twice(theirs, agent_places(theirs, "loss_low")[0])
+    (entrant,) = leaderboard([finished, theirs], ["default"], 2, replays=0).unranked
+    assert (entrant.label, entrant.faults) == ("loss_low (theirs)", ["default, seed 0: 2 lines; expected one"])
 
 
 def test_leaderboard__folders_of_one_name__have_labels_of_their_own(finished, tmp_path, standard):

@@ -506,7 +506,10 @@ def _right(texts: list[str], labels: list[str], answer: Any, column: str, where:
     among = labels or texts
     advice = "Write both alike, letter for letter."
     if not labels and str(answer).strip().isdecimal():
-        advice = "A number counts from 0, and stands without quotes: in quotes it may as well count from 1."
+        advice = (
+            "In quotes a number may count from 0 or from 1: write it without quotes, where it counts from 0, or write "
+            "the choice's letter."
+        )
     raise DataError(
         f"{where}: found {excerpt(', '.join(map(repr, among)), 200)}; expected the row's {column!r} "
         f"among them, which is {excerpt(repr(answer))}. {advice}"

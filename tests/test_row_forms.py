@@ -382,7 +382,7 @@ def test_read__choices_without_labels__are_named_by_their_texts() -> None:
     assert read(row) == Instruction("Which?", "None", ("one", "two", "None"), row)
     for choices in (row["choices"], ["one", "two", "None"]):
         message = fault(row | {"choices": choices, "answer": "1"})
-        assert "which is '1'. A number counts from 0, and stands without quotes" in message
+        assert "which is '1'. In quotes a number may count from 0 or from 1: write it without quotes," in message
 
 
 def test_read__empty_choices_in_columns__are_none_at_the_end_and_a_blank_field_before_it() -> None:

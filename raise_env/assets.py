@@ -35,6 +35,7 @@ from .pool import (
     Pool,
     check_disjoint,
     check_enough,
+    classes_hash,
     draw_candidates,
     sample_rows,
 )
@@ -128,6 +129,11 @@ class Assets:
                 "those of all rows. Leave lazy_features out, or take another agent."
             )
         return tuple(np.flatnonzero(self.classes == label) for label in range(self.num_classes))
+
+    @functools.cached_property
+    def classes_hash(self) -> str | None:
+        """A digest of the classes; None where features are lazy, and so the class of most rows is not known."""
+        return None if isinstance(self.features, LazyFeatures) else classes_hash(self.classes)
 
     @functools.cached_property
     def base_answers(self) -> Evaluation:

@@ -147,6 +147,8 @@ class EnvAssets(Protocol):
     @property
     def members(self) -> tuple[np.ndarray, ...]: ...  # noqa: D102
     @property
+    def classes_hash(self) -> str | None: ...  # noqa: D102
+    @property
     def learner(self) -> Learner: ...  # noqa: D102
     @property
     def base_evaluation(self) -> Evaluation: ...  # noqa: D102

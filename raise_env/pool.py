@@ -41,6 +41,7 @@ __all__ = [
     "sample_rows",
     "check_disjoint",
     "check_enough",
+    "classes_hash",
     "kmeans_centres",
     "kmeans_classes",
     "nearest_centres",
@@ -483,6 +484,11 @@ def _fitted_kmeans(features: ArrayLike, num_classes: int, seed: int) -> Any:
         # user has nothing to do: classes that stay empty are padded when candidates are drawn.
         warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)
         return kmeans.fit(rows)
+
+
+def classes_hash(classes: NDArray[np.int64]) -> str:
+    """Return the first 16 digits of a SHA-256 over the class of every row: what is drawn by class depends on all."""
+    return hashlib.sha256(np.asarray(classes, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def draw_candidates(

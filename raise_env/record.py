@@ -63,6 +63,9 @@ _LEAST_SCORE = 0.05
 _COUNTED = ("accuracy", "accuracy_norm", "exact_match", "flexible_match")
 _COUNTED_FACTOR, _COUNTED_ROWS = 10, 1.5
 
+#: The name of the classes' digest among a record's content hashes; a run's own folder has none.
+_CLASSES = "classes"
+
 _RECORDED_PACKAGES = ("raise-env", "torch", "transformers", "peft", "numpy")
 
 
@@ -84,7 +87,8 @@ class EpisodeRecord:
         dev_scores: P before any update and after each step.
         test_score: P on the test set after the last step; None without one.
         versions: Of the packages that the numbers depend on.
-        content: Content hashes of model, pool, dev and test.
+        content: Content hashes of model, pool, dev and test; and where candidates were drawn by class, and the classes
+            of all rows were known, a digest of these, "classes".
         final: Further scores after the last step, such as "test_loss", by name.
     """
 
@@ -126,7 +130,7 @@ class EpisodeRecord:
             dev_scores=env.dev_scores,
             test_score=info.get("test_score"),
             versions=versions(),
-            content=dict(env.assets.content),
+            content=_content(env),
             final=_final_scores(_last_evaluation(env, info)),
         )
 
@@ -157,14 +161,23 @@ class EpisodeRecord:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first thing in a replay that was not as recorded."""
+    """The first thing in a replay that was not as recorded.
+
+    Attributes:
+        what: Its name.
+        recorded: What the record says.
+        replayed: What came out here.
+        why: How that comes about and what to do, where it can be told.
+    """
 
     what: str
     recorded: object
     replayed: object
+    why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what}: recorded {self.recorded}, replayed {self.replayed}"
+        told = f"{self.what}: recorded {self.recorded}, replayed {self.replayed}"
+        return f"{told}. {self.why}" if self.why else told
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +196,14 @@ class Replay:
     tokens: int = 0
     pool_tokens: int = 0
 
+
+#: What a record's digest of the classes tells that is not the one here.
+_OTHER_CLASSES = (
+    "The classes of the pool's rows come out otherwise on this machine, though pool and model are those of the record: "
+    "which start of K-means ends best may hang on the last digits of the features, which are the processor's. So other "
+    "candidates are offered, and the record cannot be replayed here; that need not mean that it was tampered with. "
+    "Replay it where it was made, or on the same kind of processor or GPU with the same versions."
+)
 
 #: Settings that say where and how a run is made, not what it computes.
 _PRIVATE = ("cache_dir", "render_mode", "device")
@@ -261,10 +282,13 @@ def made_again(
     kwargs = {name: value for name, value in record.env["kwargs"].items() if name not in _PRIVATE}
     _check_allowed(kwargs, allowed, overrides)
     env = RaiseSelectEnv(**{**kwargs, **overrides})
-    for what, digest in record.content.items():
-        found = env.assets.content.get(what)
+    content = _content(env)
+    # The classes last: they follow from the others.
+    for what, digest in sorted(record.content.items(), key=lambda entry: entry[0] == _CLASSES):
+        found = content.get(what)
         if found != digest:
-            return Replay(Difference(f"content of {what}", digest, found), math.inf)
+            why = _OTHER_CLASSES if what == _CLASSES and found is not None else ""
+            return Replay(Difference(f"content of {what}", digest, found, why), math.inf)
     env.reset(seed=record.seed)
     before = env.ledger.token_forwards
     check = _Comparison(tolerance)
@@ -291,6 +315,12 @@ def made_again(
     if check.first is None:
         _compare_end(check, record, env, info)
     return Replay(check.first, check.largest, env.ledger.token_forwards - before, env.assets.pool_tokens)
+
+
+def _content(env: RaiseSelectEnv) -> dict[str, str]:
+    """Return a record's content hashes; where the whole pool is on offer, nothing depends on classes."""
+    digest = None if env.config.num_candidates == "all" else env.assets.classes_hash
+    return {**env.assets.content, **({} if digest is None else {_CLASSES: digest})}
 
 
 def _check_allowed(kwargs: Mapping[str, Any], allowed: Collection[str], overrides: Mapping[str, Any]) -> None:

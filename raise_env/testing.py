@@ -19,7 +19,7 @@ import numpy as np
 from .env import RaiseSelectEnv
 from .features import NUM_STATIC, StaticFeatures, standardise
 from .learner_protocol import Ledger, Split
-from .pool import Instruction, Pool, draw_candidates
+from .pool import Instruction, Pool, classes_hash, draw_candidates
 from .rewards import Evaluation
 
 __all__ = ["FakeLearner", "ToyAssets", "toy_env", "toy_pool"]
@@ -163,6 +163,11 @@ class ToyAssets:
     content: dict[str, str]
     auxiliary: dict[str, str | int]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def classes_hash(self) -> str:
+        """A digest of the classes."""
+        return classes_hash(self.classes)
 
     @property
     def base_answers(self) -> Evaluation:

@@ -10,6 +10,7 @@ from raise_env.agents.rollout import run_episode
 from raise_env.errors import SettingError
 from raise_env.features import standardise
 from raise_env.lazy import GROUP_ROWS, MAX_DRAWS, FeatureUse, LazyFeatures, random_order, sample_of
+from raise_env.record import EpisodeRecord
 
 NUM_ROWS = 1000
 
@@ -224,6 +225,13 @@ def test_env__lazy__snapshot_and_fork_go_on_alike(lazy_env):
         one, two = env.step(action), fork.step(action)
         np.testing.assert_array_equal(one[0], two[0])
         assert one[1] == two[1]
+
+
+def test_env__lazy__record_has_no_digest_of_classes_that_are_not_known(lazy_env):
+    env = lazy_env(horizon=1)
+    env.reset(seed=0)
+    *_, info = env.step(np.arange(16) % 2)
+    assert EpisodeRecord.of(env, agent="every other", seed=0, info=info).content == env.assets.content
 
 
 def test_env__lazy_with_what_needs_all_rows__is_refused(lazy_env):

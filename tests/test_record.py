@@ -3,13 +3,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
+from raise_env.env import RaiseSelectEnv
 from raise_env.errors import RecordError
 from raise_env.record import SCHEMA_VERSION, EpisodeRecord, _Comparison, read_records, replay, versions
-from raise_env.testing import FakeLearner, toy_env
+from raise_env.testing import FakeLearner, ToyAssets, toy_env
 
 
 def run(env, seed=3, count=3, agent="first rows"):
@@ -44,7 +46,8 @@ def test_of__an_episode__says_what_was_done(embedded_env, record):
     assert record.rewards == pytest.approx(np.diff(record.dev_scores).tolist())
     assert record.env == {"id": "RaiseSelect-v0", "kwargs": env.config.to_kwargs()}
     assert (record.agent, record.seed) == ("first rows", 3)
-    assert set(record.content) == {"model", "pool", "dev", "test"}
+    assert record.content == {**env.assets.content, "classes": env.assets.classes_hash}
+    assert set(env.assets.content) == {"model", "pool", "dev", "test"}
     assert record.versions == versions()
     assert set(record.versions) == {"python", "raise-env", "torch", "transformers", "peft", "numpy"}
     assert record.test_score == -record.final["test_loss"]
@@ -146,6 +149,41 @@ def test_replay__tampered__tells_both_sides(record, name):
     change, _ = TAMPERED[name]
     difference, _ = replay(EpisodeRecord.from_json(changed(record, **change(record)), "here"))
     assert (difference.recorded, difference.replayed) == tuple(side(record) for side in BOTH_SIDES[name])
+
+
+def classed_otherwise(**settings):
+    """A toy world whose rows fall into the same classes but for two."""
+    assets = ToyAssets.build(200, 4, seed=0)
+    classes = assets.classes.copy()
+    classes[[0, 1]] = classes[[1, 0]]
+    members = tuple(np.flatnonzero(classes == label) for label in range(4))
+    own = dataclasses.replace(assets, classes=classes, members=members)
+    return RaiseSelectEnv(None, own, **{"num_candidates": 32, "horizon": 10, **settings})
+
+
+def test_replay__classes_that_come_out_otherwise_here__are_named_as_what_they_are(monkeypatch):
+    record = run(toy_env())
+    monkeypatch.setattr("raise_env.record.RaiseSelectEnv", lambda **_: classed_otherwise())
+    difference, _ = replay(record)
+    assert difference.what == "content of classes"
+    assert difference.recorded == record.content["classes"] != difference.replayed
+    said = "come out otherwise on this machine, .* cannot be replayed here; .* Replay it where it was made"
+    assert re.search(said, str(difference))
+    content = {name: record.content[name] for name in ("classes", "model", "pool", "dev")}
+    other = EpisodeRecord.from_json(changed(record, content={**content, "pool": "0" * 64}), "here")
+    assert replay(other)[0].what == "content of pool", "they follow from it"
+
+
+def test_replay__record_of_old_without_a_digest_of_the_classes__replays(record):
+    old = {name: digest for name, digest in record.content.items() if name != "classes"}
+    assert replay(EpisodeRecord.from_json(changed(record, content=old), "here")) == (None, 0.0)
+
+
+def test_replay__whole_pool_on_offer__does_not_ask_for_its_classes(monkeypatch):
+    record = run(toy_env(num_candidates="all"))
+    assert "classes" not in record.content
+    monkeypatch.setattr("raise_env.record.RaiseSelectEnv", lambda **_: classed_otherwise(num_candidates="all"))
+    assert replay(record)[0] is None
 
 
 def test_replay__a_test_score_where_there_is_no_test_set__is_found(monkeypatch):

@@ -72,14 +72,19 @@ class FixedRows:
         self._batches: list[np.ndarray] = []
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Draw the rows of the whole run, each once as long as there are others."""
+        """Draw the rows of the whole run, each once as long as there are others, and in no batch twice."""
         self._world = world_of(env)
         config = self._world.config
         offered = self._world.candidates[self._world.action_masks()]
-        size = min(config.total_budget, config.horizon * config.batch_size)
+        batch_size = min(config.batch_size, len(offered))
+        size = min(config.total_budget, config.horizon * batch_size)
         rng = np.random.default_rng(seed if self.rows_seed is None else self.rows_seed)
-        rows = np.concatenate([rng.permutation(offered) for _ in range(-(-size // len(offered)))])[:size]
-        self._batches = [rows[start : start + config.batch_size] for start in range(0, size, config.batch_size)]
+        rows = rng.permutation(offered)[:size]
+        while len(rows) < size:
+            begun = rows[len(rows) - len(rows) % batch_size :]  # of the batch that the next rows fill
+            again = rng.permutation(offered)
+            rows = np.concatenate([rows, again[~np.isin(again, begun)], begun])[:size]
+        self._batches = [rows[start : start + batch_size] for start in range(0, size, batch_size)]
         if self.is_shuffled:
             order = np.random.default_rng([seed, 1]).permutation(len(self._batches))
             self._batches = [self._batches[place] for place in order]

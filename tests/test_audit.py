@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -39,8 +40,9 @@ def found(folder):
 # Rows that are fixed
 
 
-def rows_of(seed=0, **arguments):
-    record = run_episode(toy_env(num_candidates="all"), FixedRows(**arguments), seed=seed, name="fixed")
+def rows_of(seed=0, num_rows=200, **arguments):
+    env = toy_env(num_rows, num_candidates="all")
+    record = run_episode(env, FixedRows(**arguments), seed=seed, name="fixed")
     return [tuple(sorted(step)) for step in record.actions]
 
 
@@ -58,6 +60,15 @@ def test_fixed_rows__shuffled__are_the_same_in_another_order():
 
 def test_fixed_rows__of_the_run__are_others_in_each():
     assert rows_of(seed=0, rows_seed=None) != rows_of(seed=1, rows_seed=None)
+
+
+@pytest.mark.parametrize("num_rows", [5, 8, 11, 40])
+def test_fixed_rows__a_budget_beyond_the_pool__takes_all_rows_in_turn_and_none_twice_in_a_batch(num_rows):
+    batches = rows_of(num_rows=num_rows, is_shuffled=True)
+    assert [len(set(batch)) for batch in batches] == [min(8, num_rows)] * 10
+    taken = Counter(row for batch in batches for row in batch)
+    assert len(taken) == num_rows
+    assert max(taken.values()) - min(taken.values()) <= 1
 
 
 def test_fixed_rows__that_are_not_on_offer__are_refused():

@@ -52,7 +52,7 @@ from .base import DEFAULT_BATCH_SIZE, Progress, world_of
 from .feature_view import FeatureView, Translation, as_it_is
 from .networks import AcquisitionFunction, Critic
 from .sb3_buffer import LeanRolloutBuffer
-from .sb3_files import SavedModel, check_widths, observation_shape
+from .sb3_files import SavedModel, check_widths, observation_shape, shape_to_build, subset_size
 from .sb3_vector import ReportingVecEnv, StackedVecEnv
 from .selector_files import read_tensors
 from .subset import SubsetLaw
@@ -65,9 +65,6 @@ __all__ = [
     "SubsetDistribution",
     "SubsetPolicy",
 ]
-
-#: Numbers of an observation from which on a flat network is looked at before it is built.
-_LARGE_INPUT = 100_000
 
 #: What a selector's folder can make these libraries stumble over.
 _LOADING_ERRORS = (
@@ -576,14 +573,13 @@ class Sb3Agent:
             form, policy = config["action_form"], config.get("policy")
             # Where learning would write is not for a file to say.
             hyperparameters = {n: v for n, v in config["hyperparameters"].items() if n != "tensorboard_log"}
-            check_widths([hyperparameters.get("policy_kwargs"), config["subset_size"]], weights)
+            check_widths(hyperparameters.get("policy_kwargs"), weights)
+            shape = observation_shape([config["num_candidates"], config["num_features"]])
             num_envs = config.get("num_envs", 1)
             agent = cls(config["agent"], action_form=form, policy=policy, num_envs=num_envs, **hyperparameters)
-            agent._subset_size = config["subset_size"]
+            agent._subset_size = subset_size(config["subset_size"], shape[0])
             agent.view = None if config["features"] is None else FeatureView.read(config["features"], Path(folder))
-            shape = observation_shape([config["num_candidates"], config["num_features"]])
-            agent._check_inputs(shape, weights)
-            model = agent._build_untrained(*shape)
+            model = agent._build_untrained(agent._shape_to_build(shape, weights))
             _set_weights(model, weights)
             agent.model = model
         except _LOADING_ERRORS as error:
@@ -600,30 +596,21 @@ class Sb3Agent:
             )
         return self.model
 
-    def _check_inputs(self, shape: tuple[int, int], weights: Mapping[str, Tensor]) -> None:
-        """Refuse a flat network over more numbers than its weights are made for.
-
-        Raises:
-            ValueError: It is one.
-        """
-        is_flat = isinstance(self.policy or _policy(self._class, self.action_form), str)
-        if is_flat and shape[0] * shape[1] > _LARGE_INPUT:
-            check_widths(shape[0] * shape[1], weights)
-
     def _take_over(self, saved: SavedModel, path: str | Path | None) -> None:
         """Make the model that was saved; `path` is for messages."""
         given = self.hyperparameters.get("policy_kwargs", {})
         policy_kwargs = {**saved.policy_kwargs, **given}
-        self._subset_size = policy_kwargs.pop("subset_size", DEFAULT_BATCH_SIZE)
+        size = policy_kwargs.pop("subset_size", DEFAULT_BATCH_SIZE)
         if policy_kwargs:
             self.hyperparameters = {**self.hyperparameters, "policy_kwargs": policy_kwargs}
         try:
-            check_widths([policy_kwargs, self._subset_size], saved.weights)
-            self._check_inputs((saved.num_candidates, saved.num_features), saved.weights)
+            self._subset_size = subset_size(size, saved.num_candidates)
+            check_widths(policy_kwargs, saved.weights)
+            shape = self._shape_to_build((saved.num_candidates, saved.num_features), saved.weights)
         except ValueError as error:
             raise RecordError(f"{path}: the weights are not those of {self.name}: {error}.") from error
         try:
-            model = self._build_untrained(saved.num_candidates, saved.num_features)
+            model = self._build_untrained(shape)
         except TypeError as error:  # a setting that the policy does not know
             raise RecordError(
                 f"{path}: {self.name} cannot be built with policy_kwargs {policy_kwargs}: {error}. Was it another "
@@ -654,10 +641,19 @@ class Sb3Agent:
                 "set num_candidates to what it learned on, or take an algorithm that looks at rows one by one."
             )
 
-    def _build_untrained(self, num_candidates: int, num_features: int) -> BaseAlgorithm:
+    def _shape_to_build(self, shape: tuple[int, int], weights: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Return the shape of the observations that a model for these weights is to be built for.
+
+        Raises:
+            ValueError: They are not made for what they are said to have learned on.
+        """
+        is_flat = isinstance(self.policy or _policy(self._class, self.action_form), str)
+        return shape_to_build(shape, weights, is_flat=is_flat)
+
+    def _build_untrained(self, shape: tuple[int, int]) -> BaseAlgorithm:
         """Return a model for weights that are there already."""
         with _global_generators_kept():
-            return self._build(_SpacesOnly(self.action_form, num_candidates, num_features), num_steps=1, seed=None)
+            return self._build(_SpacesOnly(self.action_form, *shape), num_steps=1, seed=None)
 
     def _build(
         self, env: gym.Env[Any, Any] | VecEnv, num_steps: int, seed: int | None, offers_all: bool = False

@@ -21,7 +21,7 @@ from torch import Tensor
 from raise_env.errors import RecordError
 from raise_env.foreign_files import check_regular, max_bytes, parse_json
 
-__all__ = ["SavedModel", "check_widths", "observation_shape"]
+__all__ = ["SavedModel", "check_widths", "observation_shape", "shape_to_build", "subset_size"]
 
 #: What the last part of an action space's class says of the form in which the model acts.
 _ACTION_FORMS = {"Box": "scores", "Discrete": "pick", "MultiBinary": "multibinary"}
@@ -29,8 +29,14 @@ _ACTION_FORMS = {"Box": "scores", "Discrete": "pick", "MultiBinary": "multibinar
 #: Policy settings that matter to learning alone; what learns on from the file has its own.
 _OPTIMISER_SETTINGS = ("optimizer_class", "optimizer_kwargs")
 
-#: What the largest observation may hold: a file that claims more would only exhaust the memory.
+#: What the largest observation may hold that a model is built for: a file that claims more would exhaust the memory.
 _MAX_NUMBERS = 10_000_000
+
+#: Rows of the largest pool that a policy over rows may have learned on.
+_MAX_ROWS = 100_000_000
+
+#: Numbers of an observation from which on a flat network is looked at before it is built.
+_LARGE_INPUT = 100_000
 
 #: Settings of a policy: more has none; and numbers among them that are no widths.
 _MAX_SETTINGS = 1000
@@ -124,12 +130,49 @@ def observation_shape(sizes: Any) -> tuple[int, int]:
     """Return the number of rows and of columns of an observation.
 
     Raises:
-        ValueError: They are not two, or no model could be built for them.
+        ValueError: They are not two, or no model could have learned on them.
     """
     num_candidates, num_features = (int(size) for size in sizes)
-    if min(num_candidates, num_features) < 1 or num_candidates * num_features > _MAX_NUMBERS:
+    if min(num_candidates, num_features) < 1 or num_candidates > _MAX_ROWS or num_features > _MAX_NUMBERS:
         raise ValueError(f"its observations have shape {tuple(sizes)}")
     return num_candidates, num_features
+
+
+def shape_to_build(shape: tuple[int, int], weights: Mapping[str, Tensor], *, is_flat: bool) -> tuple[int, int]:
+    """Return the shape of the observations that a model is to be built for.
+
+    To a policy over rows their number is nothing, but SB3 makes room for a whole observation: where that would be
+    large, it is built for fewer.
+
+    Args:
+        shape: Rows and columns of the observations that it learned on.
+        weights: What the file holds.
+        is_flat: Whether its networks look at all numbers at once.
+
+    Raises:
+        ValueError: They are not made for so many columns, or, where it is flat, numbers.
+    """
+    num_candidates, num_features = shape
+    if not is_flat:
+        check_widths(num_features, weights)
+        return min(num_candidates, _MAX_NUMBERS // num_features), num_features
+    num_numbers = num_candidates * num_features
+    if num_numbers > _MAX_NUMBERS:
+        raise ValueError(f"its observations have shape {shape}")
+    if num_numbers > _LARGE_INPUT:
+        check_widths(num_numbers, weights)
+    return shape
+
+
+def subset_size(value: Any, num_candidates: int) -> int:
+    """Return how many rows a policy over subsets takes: as many as a file says, or all where there are fewer.
+
+    Raises:
+        ValueError: That is no number of rows.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"its subsets are to have {str(value)[:40]} rows")
+    return min(value, num_candidates)
 
 
 def _weights(content: bytes) -> dict[str, Tensor]:

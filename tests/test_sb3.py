@@ -20,7 +20,7 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 
-from raise_env import PickOne, TopKScores
+from raise_env import PickOne, RaiseSelectEnv, TopKScores
 from raise_env.agents import sb3
 from raise_env.agents.rollout import fit_wrapper, run_episode
 from raise_env.agents.sb3 import PRESETS, RowPolicy, Sb3Agent, SubsetPolicy
@@ -546,6 +546,58 @@ def test_sb3_agent__folder_that_cannot_be_made__is_an_output_error(tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         Sb3Agent("PPO").learn(multibinary(), 1, seed=0).save(tmp_path / "file" / "selector")
+
+
+@pytest.mark.parametrize(("num_candidates", "size"), [(128, 80), ("all", 100)], ids=["large", "more than there are"])
+def test_load__batches_larger_than_any_layer__takes_as_many(num_candidates: Any, size: int, tmp_path: Path) -> None:
+    def env() -> RaiseSelectEnv:
+        settings = {"num_candidates": num_candidates, "batch_size": size, "horizon": 2}
+        return toy_env(size - 20 if num_candidates == "all" else 200, **settings)
+
+    agent = Sb3Agent("PPO", policy_kwargs={"net_arch": [8]}).learn(env(), 1, seed=0)
+    agent.save(tmp_path / "selector")
+    expected = run_episode(env(), agent, seed=0, name="a").actions
+
+    assert len(expected[0]) == min(size, len(env().assets.pool))
+    for loaded in (Sb3Agent.load(tmp_path / "selector"), Sb3Agent("PPO", load=saved_by_sb3(agent, tmp_path))):
+        assert run_episode(env(), loaded, seed=0, name="a").actions == expected
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "8", None])
+def test_load__subsets_of_no_number_of_rows__is_a_record_error(size: Any, tmp_path: Path) -> None:
+    Sb3Agent("PPO").learn(multibinary(), 1, seed=0).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "subset_size": size}))
+    with pytest.raises(RecordError, match=f"its subsets are to have {size} rows"):
+        Sb3Agent.load(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "loads"), [("PPO", True), ("MaskablePPO", True), ("SAC", False)])
+def test_load__learned_on_a_very_large_pool__needs_no_room_for_it(name: str, loads: bool, tmp_path: Path) -> None:
+    agent = Sb3Agent(name).learn(toy(), 1, seed=0)
+    agent.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_candidates": 50_000_000}))
+    if loads:
+        assert acts(Sb3Agent.load(tmp_path), seed=9) == acts(agent, seed=9)
+    else:
+        with pytest.raises(RecordError, match=r"its observations have shape \(50000000, 39\)"):
+            Sb3Agent.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((10**9, 39), "its observations have shape"), ((1, 10**8), "its observations have"), ((2, 10**6), "wide")],
+)
+def test_load__observations_that_none_could_learn_on__is_a_record_error(
+    shape: tuple[int, int], words: str, tmp_path: Path
+) -> None:
+    Sb3Agent("PPO").learn(multibinary(), 1, seed=0).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    sizes = dict(zip(("num_candidates", "num_features"), shape, strict=True))
+    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
+    with pytest.raises(RecordError, match=f"not a selector that can be read: .*{words}"):
+        Sb3Agent.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from jinja2 import TemplateError
 
 from .errors import SettingError, excerpt
 from .pool import Instruction
-from .sandbox import BoundedTemplate
+from .sandbox import TODAY, BoundedTemplate
 
 __all__ = ["PLAIN_TEMPLATE", "ChatFrame", "Frame", "FramedRow", "PlainFrame"]
 
@@ -156,6 +156,8 @@ class ChatFrame:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.description = str(tokenizer.chat_template)
+        if "strftime_now" in self.description:
+            self.description += f"{{# today is {TODAY:%Y-%m-%d} #}}"
         try:
             self._template = BoundedTemplate(tokenizer.get_chat_template(), is_chat=True)
         except (TemplateError, ValueError) as error:  # a ValueError: there are several, and none is the default

@@ -7,7 +7,7 @@ is counted, and what would make much of little (powers, repetitions, padding) is
 
 Chat templates are given what transformers gives them (`render_jinja_template` in its `chat_template_utils.py`, 5.23):
 its blocks' white space, `tojson`, `raise_exception`, `strftime_now`, and the tag {% generation %}. A test holds both
-equal.
+equal, but for the date, which is `TODAY`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-__all__ = ["BoundedTemplate"]
+__all__ = ["TODAY", "BoundedTemplate"]
+
+#: What templates are told that today is. A date that passes would give the same rows other tokens tomorrow: records
+#: would not replay, and a run that is gone on with would mix two prompts. It is the one that the templates of Llama 3
+#: take where there is no `strftime_now`.
+TODAY = datetime(2024, 7, 26)
 
 #: Turns of loops and calls of macros in one rendering, and the seconds that it may take.
 MAX_TURNS = 100_000
@@ -425,4 +430,4 @@ def _raise_exception(message: object) -> None:
 def _strftime_now(form: str) -> str:
     if len(form) > _MAX_WIDTH or re.search(r"\d{3,}", form):
         raise SecurityError("it writes the time at a length that is not small")
-    return datetime.now().strftime(form)
+    return TODAY.strftime(form)

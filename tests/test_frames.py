@@ -56,6 +56,11 @@ MARKED = (
     "{{ m['content'] }}<|im_end|>{% endgeneration %}\n{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+#: As Llama 3.2 has it.
+DATED = (
+    "{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}{%- else %}"
+    "{%- set date = '26 Jul 2024' %}{%- endif %}Today Date: {{ date }}\n" + CHATML
+)
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SPECIAL += ["<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"]
@@ -154,6 +159,18 @@ def test_encode__marked_template__learns_what_it_marks(make_tokenizer):
     )
     with pytest.raises(SettingError, match="marks nothing of the conversation 'And plus 1"):
         Encoder(make_tokenizer(marks_nothing), 1000).encode([ONE, TWO][1:])
+
+
+def test_encode__template_that_asks_for_the_date__has_the_same_tokens_on_any_day(make_tokenizer):
+    encoder = Encoder(make_tokenizer(DATED), 1000)
+    tokens, _ = encoder.encode([TWO]).row(0)
+    date, _, text = encoder.tokenizer.decode(tokens).partition("\n")
+    assert date == "Today Date: 26 Jul 2024", "as where there is no strftime_now"
+    assert text == encoder.tokenizer.apply_chat_template(chat(TWO), tokenize=False).partition("\n")[2]
+    assert encoder.prompt_text(TWO).startswith("Today Date: 26 Jul 2024\n")
+    # What was kept under the template alone has the tokens of some other day.
+    assert encoder.key == {"template": DATED + "{# today is 2024-07-26 #}", "encoding": 2}
+    assert Encoder(make_tokenizer(CHATML), 1000).key == {"template": CHATML, "encoding": 2}
 
 
 def test_encode__template_without_an_end__appends_the_end_token_and_learns_it(make_tokenizer):

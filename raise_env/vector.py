@@ -20,7 +20,7 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
 from .env import RaiseSelectEnv, StepResult, step_together
 from .errors import ActionError, SettingError
-from .wrappers import ActionForm
+from .wrappers import ActionForm, forgotten_by_errors
 
 __all__ = ["RaiseSelectVectorEnv"]
 
@@ -135,12 +135,10 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
 
 def _steps(envs: Sequence[gym.Env[Any, Any]], actions: Sequence[Any]) -> list[StepResult]:
     """Step environments together, through the wrappers of their actions."""
-    for env, action in zip(envs, actions, strict=True):
-        if isinstance(env, ActionForm):
-            env.check(action)
-    choices = [env.choice(a) if isinstance(env, ActionForm) else a for env, a in zip(envs, actions, strict=True)]
-    chosen = {place: choice for place, choice in enumerate(choices) if choice is not None}
-    results = step_together([_world(envs[place]) for place in chosen], list(chosen.values()))
+    with forgotten_by_errors(envs):
+        choices = [env.choice(a) if isinstance(env, ActionForm) else a for env, a in zip(envs, actions, strict=True)]
+        chosen = {place: choice for place, choice in enumerate(choices) if choice is not None}
+        results = step_together([_world(envs[place]) for place in chosen], list(chosen.values()))
     answers = dict(zip(chosen, results, strict=True))
     return [
         env.answer(answers.get(place)) if isinstance(env, ActionForm) else answers[place]

@@ -6,7 +6,9 @@ can make the updates of several environments together in between.
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -19,7 +21,15 @@ from .env import RaiseSelectEnv, StepResult, action_array
 from .errors import ActionError, SettingError
 from .features import CLIP
 
-__all__ = ["ActionForm", "PickOne", "TopKScores", "require_no_form", "require_no_wrappers", "wrappers_of"]
+__all__ = [
+    "ActionForm",
+    "PickOne",
+    "TopKScores",
+    "forgotten_by_errors",
+    "require_no_form",
+    "require_no_wrappers",
+    "wrappers_of",
+]
 
 
 # Any for the two kinds of action: Gymnasium 1.4 takes them for one and the same in Wrapper.__init__.
@@ -37,15 +47,17 @@ class ActionForm(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructo
 
     def step(self, action: Any) -> StepResult:
         """Do what the action stands for; see `choice` and `answer`."""
-        choice = self.choice(action)
-        return self.answer(None if choice is None else self.env.step(choice))  # type: ignore[arg-type]
+        with forgotten_by_errors([self]):
+            choice = self.choice(action)
+            result = None if choice is None else self.env.step(choice)
+        return self.answer(result)  # type: ignore[arg-type]
 
-    def check(self, action: Any) -> None:
-        """Refuse an action that `choice` would refuse, where that notes something: nothing is noted here.
+    def notes(self) -> Any:
+        """Return what `choice` has noted so far, as a value that nothing changes: nothing, unless a form notes more."""
+        return None
 
-        Raises:
-            ActionError: It is none.
-        """
+    def put_back(self, notes: Any) -> None:
+        """Forget what was noted since `notes` returned this."""
 
     @abstractmethod
     def choice(self, action: Any) -> np.ndarray | None:
@@ -139,7 +151,7 @@ class PickOne(ActionForm):
         self.action_space = spaces.Discrete(self._size)
         self._taken = np.zeros(self._size, dtype=np.int8)  # (num_candidates,)
         self._num_picks = 0
-        self._last: tuple[np.ndarray, dict[str, Any]] | None = None  # None: no round is open
+        self._last: tuple[np.ndarray, dict[str, Any]] | None = None  # what the round began with; None before the first
         self._moment: object = None  # of the environment, when the round began
 
     def reset(
@@ -160,8 +172,9 @@ class PickOne(ActionForm):
         self._catch_up()
         self._taken[index] = 1
         self._num_picks += 1
-        # Without a round, after an episode's end, the environment says at once that it needs a reset.
-        is_full = self._last is None or self._num_picks >= _world(self.env).config.batch_size
+        world = _world(self.env)
+        # After an episode's end the environment says so at once, not when a batch is full.
+        is_full = world.is_over or self._num_picks >= world.config.batch_size
         return self._taken if is_full or not self.action_masks().any() else None
 
     def answer(self, result: StepResult | None) -> StepResult:
@@ -170,9 +183,6 @@ class PickOne(ActionForm):
             return self._waiting()
         observation, reward, terminated, truncated, info = result
         self._start_round(observation, info)
-        if terminated:
-            # Else the picks after the end would wait for a full batch before anything was said.
-            self._last = None
         return observation, reward, terminated, truncated, {**info, "action_mask": self.action_masks()}
 
     def action_masks(self) -> np.ndarray:
@@ -180,13 +190,13 @@ class PickOne(ActionForm):
         self._catch_up()
         return np.asarray(_world(self.env).action_masks() & (self._taken == 0))
 
-    def check(self, action: np.int64) -> None:
-        """Refuse what is no candidate.
+    def notes(self) -> tuple[np.ndarray, int, tuple[np.ndarray, dict[str, Any]] | None, object]:
+        """Return the picks so far, and what they were made in."""
+        return self._taken.copy(), self._num_picks, self._last, self._moment
 
-        Raises:
-            ActionError: It is none.
-        """
-        self._index(action)
+    def put_back(self, notes: tuple[np.ndarray, int, tuple[np.ndarray, dict[str, Any]] | None, object]) -> None:
+        """Forget later picks."""
+        self._taken, self._num_picks, self._last, self._moment = notes
 
     def _index(self, action: Any) -> int:
         picked = action_array(action)
@@ -220,6 +230,18 @@ class PickOne(ActionForm):
         fresh.update(num_selected=0, num_dropped=0, action_mask=self.action_masks())
         fresh["selected"] = np.full(self._size, -1, dtype=np.int64)
         return shown, 0.0, False, False, fresh
+
+
+@contextlib.contextmanager
+def forgotten_by_errors(envs: Sequence[gym.Env[Any, Any]]) -> Iterator[None]:
+    """Let forms of the action forget what they noted in this block if it ends in an error: no step was taken then."""
+    before = [(env, env.notes()) for env in envs if isinstance(env, ActionForm)]
+    try:
+        yield
+    except BaseException:
+        for env, notes in before:
+            env.put_back(notes)
+        raise
 
 
 def top_of_each_class(

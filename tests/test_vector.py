@@ -367,17 +367,25 @@ def test_step__environments_put_back_after_their_end__go_on_from_there(wrapper):
     assert vector.step(action)[1].tolist() == [0.0, 0.0], "now they are reset"
 
 
-def test_step__error_in_one_environment__leaves_the_picks_of_all(monkeypatch):
+@pytest.mark.parametrize("error", [RewardError, KeyboardInterrupt])
+def test_step__error_in_one_environment__leaves_the_picks_of_all(monkeypatch, error):
+    def fails(evaluation):
+        raise error("on purpose")
+
     envs = [toy_env(batch_size=2), toy_env(batch_size=3)]
     vector = RaiseSelectVectorEnv.over([PickOne(env) for env in envs])
     vector.reset(seed=0)
+    offered = [env.candidates for env in envs]
     vector.step(np.array([0, 0]))
     with monkeypatch.context() as patched:
         patched.setattr(envs[0], "_reward", fails)
-        with pytest.raises(RewardError, match="on purpose"):
+        with pytest.raises(error, match="on purpose"):
             vector.step(np.array([1, 1]))
     vector.step(np.array([1, 1]))
-    assert envs[0].history[0].selected.tolist() == envs[0].history[0].candidates[:2].tolist(), "and none anew"
+    assert [env.num_steps for env in envs] == [1, 0], "the second one waits for a third pick"
+    vector.step(np.array([2, 2]))
+    for env, rows, size in zip(envs, offered, (2, 3), strict=True):
+        assert env.history[0].selected.tolist() == rows[:size].tolist()
 
 
 def test_step__error_in_one_environment__moves_none(monkeypatch):

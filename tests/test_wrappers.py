@@ -223,16 +223,32 @@ def test_pick_one__restored_environment__gives_the_same_episode_again(num_open, 
     assert played(env, picks) == first
 
 
-def test_pick_one__step_that_failed__is_taken_again_with_the_same_picks(monkeypatch):
-    env = PickOne(toy_env(batch_size=3))
-    env.reset(seed=0)
-    env.step(0)
-    env.step(1)
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_pick_one__step_that_failed__is_forgotten_with_its_pick(picking, monkeypatch, error):
+    def fails(evaluation):
+        raise error
+
+    world = picking.unwrapped
+    offered = world.candidates
+    picking.step(0)
+    picking.step(1)
     with monkeypatch.context() as patched:
-        patched.setattr(env.unwrapped, "_reward", lambda evaluation: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            env.step(2)
-    assert env.step(2)[4]["num_selected"] == 3
+        patched.setattr(world, "_reward", fails)
+        with pytest.raises(error):
+            picking.step(2)
+    assert np.flatnonzero(~picking.action_masks()).tolist() == [0, 1]
+    picking.step(30)
+    assert world.history[0].selected.tolist() == offered[[0, 1, 30]].tolist()
+
+
+def test_pick_one__restored_to_the_end_of_an_episode__asks_for_a_reset_at_once(picking):
+    for pick in range(6):
+        picking.step(pick)
+    end = picking.unwrapped.snapshot()
+    picking.reset()
+    picking.unwrapped.restore(end)
+    with pytest.raises(ResetNeeded):
+        picking.step(0)
 
 
 def test_pick_one__over_a_fork__waits_for_a_full_batch():

@@ -836,6 +836,7 @@ def validate(
     distances, of_bench = [], any(path.is_dir() for path in files)
     replays = replay_all(
         recorded,
+        lines_of,
         tolerance=limit,
         device=device,
         reward=reward,

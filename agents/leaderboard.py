@@ -207,7 +207,7 @@ def _replay(
             owners[own.where] = entrant
             drawn.append(own)
     with reporter.task("replaying", len(drawn)) as show:
-        for done, replayed in enumerate(replay_all(drawn, workers=workers, in_one_thread=True), start=1):
+        for done, replayed in enumerate(replay_all(drawn, lines, workers=workers, in_one_thread=True), start=1):
             where = replayed.recorded.where
             fault = replayed.difference or check_cost(lines[where], replayed)
             if fault is None:

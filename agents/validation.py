@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from raise_env.config import EnvConfig
@@ -84,6 +85,7 @@ class Replayed:
 class _Replay:
     recorded: Recorded
     tolerance: float
+    dev_loss: float | None
     overrides: dict[str, Any] = field(default_factory=dict)
     in_one_thread: bool = False
 
@@ -99,6 +101,7 @@ def read_recorded(path: Path) -> list[Recorded]:
 
 def replay_all(
     recorded: Sequence[Recorded],
+    lines: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     *,
     tolerance: float = TOLERANCE,
     device: str = "auto",
@@ -111,6 +114,7 @@ def replay_all(
 
     Args:
         recorded: What to replay.
+        lines: Lines of results, as `by_record` gives them: a dev loss that their record does not tell is compared too.
         tolerance: How far a number may be from the recorded one, as a share of the score.
         device: Where to replay.
         reward: The reward function that records may run, "module:function".
@@ -127,14 +131,15 @@ def replay_all(
     for own in in_order:
         known = {"reward": reward} if reward is not None and own.record.env["kwargs"].get("reward") == reward else {}
         overrides = {"device": device, "allowed": tuple(allowed), **known}
-        pieces.append(_Replay(own, tolerance, overrides, in_one_thread or workers not in (None, 1)))
+        dev_loss = None if _tells_dev_loss(own.record) else lines.get(own.where, {}).get("dev_loss")
+        pieces.append(_Replay(own, tolerance, dev_loss, overrides, in_one_thread or workers not in (None, 1)))
     yield from spread(_replay, pieces, workers)
 
 
 def _replay(piece: _Replay) -> Replayed:
     own = piece.recorded
     with one_thread() if piece.in_one_thread else nullcontext():
-        again = made_again(own.record, piece.tolerance, **piece.overrides)
+        again = made_again(own.record, piece.tolerance, dev_loss=piece.dev_loss, **piece.overrides)
     return Replayed(own, again.difference, again.distance, again.tokens, PHI_EPOCHS * 3 * again.pool_tokens)
 
 
@@ -249,9 +254,18 @@ def _disagreement(line: Mapping[str, Any], record: EpisodeRecord) -> str | None:
         "test_choice_probability": final.get("test_choice_probability"),
     }
     said |= {name: value for name, value in shares.items() if line.get(name) is not None}
-    if kwargs.get("reward", EnvConfig().reward) == "loss" and not record.diverged:
+    if record.diverged:
+        said["dev_loss"] = None
+    elif _tells_dev_loss(record):
         said["dev_loss"] = -record.dev_scores[-1]
     for name, value in said.items():
         if line.get(name) != value:
             return f"{name} is {line.get(name)!r}; its record says {value!r}"
+    if line["dev_loss"] is None and not record.diverged:
+        return "dev_loss is None; expected a number, as the run did not diverge"
     return None
+
+
+def _tells_dev_loss(record: EpisodeRecord) -> bool:
+    """Return whether a record's scores are dev losses; elsewhere only a replay tells them."""
+    return bool(record.env["kwargs"].get("reward", EnvConfig().reward) == "loss")

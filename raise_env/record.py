@@ -272,9 +272,22 @@ def replay(
 
 
 def made_again(
-    record: EpisodeRecord, tolerance: float = TOLERANCE, *, allowed: Collection[str] = (), **overrides: Any
+    record: EpisodeRecord,
+    tolerance: float = TOLERANCE,
+    *,
+    dev_loss: float | None = None,
+    allowed: Collection[str] = (),
+    **overrides: Any,
 ) -> Replay:
     """Make a recorded episode again, as `replay` does, and return also what it took.
+
+    Args:
+        record: What to replay.
+        tolerance: As for `replay`.
+        dev_loss: What is said elsewhere of the dev loss after the last step, to be compared too: a record tells it
+            where it is the reward. None where nothing is said.
+        allowed: As for `replay`.
+        overrides: As for `replay`.
 
     Raises:
         RaiseEnvError: As `replay`.
@@ -312,9 +325,12 @@ def made_again(
         check.number(f"dev score {done}", record.dev_scores[done], score, step=done, counted=counted)
         if over != (done == len(record.actions)):
             check.fail("length of the episode", len(record.actions), "ends" if over else "goes on")
+    tokens = env.ledger.token_forwards - before
     if check.first is None:
         _compare_end(check, record, env, info)
-    return Replay(check.first, check.largest, env.ledger.token_forwards - before, env.assets.pool_tokens)
+    if check.first is None and dev_loss is not None:
+        check.number("dev loss", dev_loss, env.evaluate("dev").loss)
+    return Replay(check.first, check.largest, tokens, env.assets.pool_tokens)
 
 
 def _content(env: RaiseSelectEnv) -> dict[str, str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from raise_env.agents.benchmark import BenchPlan, bench
-from raise_env.agents.job import Entry
+from raise_env.agents.job import Entry, Job, run_job
 from raise_env.agents.leaderboard import leaderboard, markdown_board
-from raise_env.agents.validation import by_record, check_cost, check_results, read_bench, replay_all
+from raise_env.agents.validation import Recorded, by_record, check_cost, check_results, read_bench, replay_all
 from raise_env.errors import RecordError, SettingError
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -72,6 +72,41 @@ def test_check_results__a_record_without_final_scores__bears_no_made_up_ones(the
 def test_check_results__a_run_that_did_not_diverge__cannot_be_said_to(theirs):
     change(theirs / "results.jsonl", 3, diverged=True)
     assert "diverged is True; its record says False" in next(iter(check_results(*read_bench(theirs)).values()))
+
+
+def test_check_results__a_run_that_diverged__has_no_dev_loss(theirs):
+    record = json.loads((theirs / "episodes.jsonl").read_text().splitlines()[3])
+    rewards, scores = [*record["rewards"][:-1], -10.0], [*record["dev_scores"][:-1], record["dev_scores"][-2]]
+    change(theirs / "episodes.jsonl", 3, rewards=rewards, dev_scores=scores, test_score=None, final={})
+    change(theirs / "results.jsonl", 3, diverged=True, dev_loss=0.5, test_loss=None, test_accuracy=None)
+    assert "dev_loss is 0.5; its record says None" in next(iter(check_results(*read_bench(theirs)).values()))
+    change(theirs / "results.jsonl", 3, dev_loss=None)
+    assert check_results(*read_bench(theirs)) == {}
+
+
+@pytest.fixture(scope="module")
+def of_answers(small_settings):
+    """A run whose reward is not the loss: its line, and its record."""
+    settings = {**small_settings, "reward": "exact_match", "seed_model": 0}
+    outcome = run_job(Job("default", "random", 0, Entry("random"), settings))
+    return outcome.line, Recorded("the record", outcome.record)
+
+
+def test_check_results__another_reward_than_the_loss__has_a_dev_loss_all_the_same(of_answers):
+    line, recorded = of_answers
+    assert check_results([line], [recorded]) == {}
+    (fault,) = check_results([{**line, "dev_loss": None}], [recorded]).values()
+    assert fault.startswith("dev_loss is None; expected a number, as the run did not diverge")
+
+
+@pytest.mark.parametrize(("factor", "what"), [(1.0, None), (1.001, None), (0.99, "dev loss"), (0.0, "dev loss")])
+def test_replay_all__a_dev_loss_that_no_record_tells__is_compared(of_answers, factor, what):
+    line, recorded = of_answers
+    claimed = {**line, "dev_loss": factor * line["dev_loss"]}
+    (replayed,) = replay_all([recorded], {recorded.where: claimed}, in_one_thread=True)
+    assert (replayed.difference and replayed.difference.what) == what
+    assert (replayed.distance == 0) == (factor == 1)
+    assert check_cost(line, replayed) is None, "nothing is booked for it"
 
 
 def test_check_results__a_record_of_another_first_adapter__is_named(theirs):

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -313,11 +313,11 @@ class ChatFrame:
         for place, (_, marks) in enumerate(rendered):
             mask = [False] * len(found["input_ids"][place])
             for start, end in marks:
-                first, last = found.char_to_token(place, start), found.char_to_token(place, end - 1)
-                if first is None:
-                    break
-                for token in range(first, last + 1 if last else len(mask)):
-                    mask[token] = True
+                # A blank may have no token of its own: byte-level tokenizers leave it out of the next word's place.
+                first = _first_token(found, place, range(start, end))
+                last = _first_token(found, place, reversed(range(start, end)))
+                if first is not None and last is not None:
+                    mask[first : last + 1] = [True] * (last + 1 - first)
             masks.append(mask)
         return [list(tokens) for tokens in found["input_ids"]], masks
 
@@ -334,6 +334,12 @@ class ChatFrame:
                 f"roles {', '.join(message['role'] for message in chat)}: {error}. "
                 "Change the rows, or give a template of your own: --template."
             ) from error
+
+
+def _first_token(found: Any, place: int, characters: Iterable[int]) -> int | None:
+    """Return the token of the first character that has one; None where none has."""
+    tokens = (found.char_to_token(place, character) for character in characters)
+    return next((token for token in tokens if token is not None), None)
 
 
 def messages_of(row: Instruction) -> Messages:

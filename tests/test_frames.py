@@ -161,6 +161,26 @@ def test_encode__marked_template__learns_what_it_marks(make_tokenizer):
         Encoder(make_tokenizer(marks_nothing), 1000).encode([ONE, TWO][1:])
 
 
+@pytest.mark.parametrize("trims", [True, False])
+def test_encode__marked_answer_that_begins_or_ends_with_a_blank__loses_neither_itself_nor_later_ones(
+    make_tokenizer, trims
+):
+    from tokenizers import processors
+
+    marked = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    tokenizer = make_tokenizer(marked)
+    # Where places are trimmed, no token stands for a blank at the beginning of a word.
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+    row = Instruction("c", " 6 ", earlier=(("a", " 4"), ("b", "5"), ("b", "7 ")))
+    assert (tokenizer([" 4"]).char_to_token(0, 0) is None) == trims
+    found = learned(Encoder(tokenizer, 1000), row)
+    assert [text.strip() for text in found] == ["4", "5", "7", "6"]
+    # An answer without any token leaves the others as they are.
+    blank = ChatFrame(tokenizer)._tokenized([chat(Instruction("c", "6", earlier=(("a", " "),)))])
+    (tokens,), (mask,) = blank
+    assert tokenizer.decode([token for token, is_label in zip(tokens, mask, strict=True) if is_label]).strip() == "6"
+
+
 def test_encode__template_that_asks_for_the_date__has_the_same_tokens_on_any_day(make_tokenizer):
     encoder = Encoder(make_tokenizer(DATED), 1000)
     tokens, _ = encoder.encode([TWO]).row(0)

@@ -41,6 +41,7 @@ from .catalogue import (
 from .checkpoints import Checkpoints
 from .feature_view import AUXILIARY, FeatureView
 from .journal import Journal, JournaledEnv
+from .learned import Selector
 from .model_card import write_model_card
 from .page import divergences_told
 from .report import MAX_ROWS, Selection, WantedText, write_report
@@ -334,11 +335,14 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, use: F
     if learn is None or episodes == 0:
         return agent
     checkpoints, done = Checkpoints(run.folder / "learning"), 0
+    # A selector that learned before counts on from there.
+    before = len(agent.episode_returns) if isinstance(agent, Selector) else 0
     keeps_progress: Any = agent if hasattr(agent, "load_progress") else None
     if keeps_progress:
-        done, found = checkpoints.newest()
+        number, found = checkpoints.newest()
         if found is not None:
             keeps_progress.load_progress(found)
+            done = number - before
     else:
         env = JournaledEnv(env, Journal(run.folder / "learning" / "steps.jsonl"))
         env.reset(seed=plan.seed)
@@ -347,12 +351,13 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, use: F
         clock = Clock(env)
 
         def episode_done(number: int, total: float) -> None:
-            run.state.setdefault("episode_returns", [])[number - 1 :] = [total]
-            run.book("learning", number, *clock.lap(), use.groups())
+            own = number - before
+            run.state.setdefault("episode_returns", [])[own - 1 :] = [total]
+            run.book("learning", own, *clock.lap(), use.groups())
             # Last: what is booked and then lost is booked once more, with the same numbers.
             if keeps_progress:
                 checkpoints.save(number, keeps_progress.save_progress)
-            show(min(number, episodes))  # an algorithm that counts steps may see more, shorter episodes
+            show(min(own, episodes))  # an algorithm that counts steps may see more, shorter episodes
 
         if episodes > done:
             with agents_code(f"agent {plan.agent!r}, learning"):

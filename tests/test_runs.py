@@ -15,8 +15,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raise_env import RaiseSelectEnv
-from raise_env.agents import load_selector
-from raise_env.agents.runs import Plan, finetune, train
+from raise_env.agents import RaisePpo, load_selector
+from raise_env.agents.run_folder import RunFolder
+from raise_env.agents.runs import Plan, Silent, _learn, finetune, train
 from raise_env.assets import _cached_assets, load_data
 from raise_env.base_model import load_tokenizer, model_folder
 from raise_env.config import EnvConfig
@@ -31,8 +32,10 @@ from raise_env.errors import (
     SettingError,
 )
 from raise_env.files import held
+from raise_env.lazy import FeatureUse
 from raise_env.learner import LoraLearner
 from raise_env.record import read_records, replay, versions
+from raise_env.testing import toy_env
 
 FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
 FILES = {
@@ -331,6 +334,38 @@ def test_train__agent_with_settings_of_its_own__has_its_own_runs(own_agent, tmp_
     assert replay(mine, tolerance=0.0) == (None, 0.0)
     # Another learning rate makes other features, so that nothing but the model can be shared.
     assert (world.assets is embedded_env().assets) == (name == "OwnRuns")
+
+
+# Learning on, and what learning costs
+
+
+def learned_in_toy(folder, agent, episodes, *, resume=False, reporter=None):
+    """Let an agent learn in a toy world as `train` does; return what run.json holds, and the tokens that it took."""
+    plan = Plan({}, agent="random", episodes=episodes, compare=())
+    folder.mkdir(exist_ok=True)
+    env = toy_env()
+    env.reset(seed=plan.seed)
+    before = env.ledger.token_forwards
+    run = RunFolder.open(folder, "train", plan.to_json(), resume)
+    with run:
+        _learn(run, plan, env, agent, FeatureUse(env.assets.features), reporter or Silent())
+    return run.state, env.ledger.token_forwards - before
+
+
+def test_train__learned_selector_learns_on_and_is_interrupted__does_so_for_all_its_episodes(tmp_path):
+    RaisePpo(num_epochs=1).learn(toy_env(), 3).save(tmp_path / "selector")
+    whole, _ = learned_in_toy(tmp_path / "whole", load_selector(tmp_path / "selector"), 3)
+    for done in (1, 2):
+        agent = load_selector(tmp_path / "selector")
+        with pytest.raises(KeyboardInterrupt):
+            learned_in_toy(tmp_path / "torn", agent, 3, resume=done > 1, reporter=Interrupts("learning", done))
+    torn, _ = learned_in_toy(tmp_path / "torn", load_selector(tmp_path / "selector"), 3, resume=True)
+    assert list(whole["costs"]["learning"]) == ["1", "2", "3"]
+    assert len(load_selector(tmp_path / "torn").episode_returns) == 6
+    assert torn["episode_returns"] == whole["episode_returns"] == load_selector(tmp_path / "whole").episode_returns[3:]
+    assert without_clock(torn) == without_clock(whole)
+    name = "selector/config.json"
+    assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 # Interrupted and resumed

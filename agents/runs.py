@@ -348,20 +348,25 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, use: F
         env.reset(seed=plan.seed)
     with reporter.task(f"learning to select ({plan.agent})", episodes) as show:
         show(done)
-        clock = Clock(env)
+        clock, last = Clock(env), (1, (0.0, 0, 0))
 
         def episode_done(number: int, total: float) -> None:
-            own = number - before
-            run.state.setdefault("episode_returns", [])[own - 1 :] = [total]
-            run.book("learning", own, *clock.lap(), use.groups())
+            nonlocal last
+            last = number - before, clock.lap()
+            run.state.setdefault("episode_returns", [])[last[0] - 1 :] = [total]
+            run.book("learning", last[0], *last[1], use.groups())
             # Last: what is booked and then lost is booked once more, with the same numbers.
             if keeps_progress:
                 checkpoints.save(number, keeps_progress.save_progress)
-            show(min(own, episodes))  # an algorithm that counts steps may see more, shorter episodes
+            show(min(last[0], episodes))  # an algorithm that counts steps may see more, shorter episodes
 
         if episodes > done:
             with agents_code(f"agent {plan.agent!r}, learning"):
                 learn(env, episodes - done, seed=plan.seed, progress=episode_done)
+            # An algorithm that counts steps may go on after the last episode that came to its end.
+            number, cost = last
+            seconds, tokens, divergences = (own + rest for own, rest in zip(cost, clock.lap(), strict=True))
+            run.book("learning", number, seconds, int(tokens), int(divergences), use.groups())
     if hasattr(agent, "save"):
         agent.save(run.folder / "selector")
     return agent

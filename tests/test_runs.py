@@ -9,13 +9,14 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raise_env import RaiseSelectEnv
-from raise_env.agents import RaisePpo, load_selector
+from raise_env.agents import RaisePpo, RandomAgent, Sb3Agent, load_selector
 from raise_env.agents.run_folder import RunFolder
 from raise_env.agents.runs import Plan, Silent, _learn, finetune, train
 from raise_env.assets import _cached_assets, load_data
@@ -366,6 +367,31 @@ def test_train__learned_selector_learns_on_and_is_interrupted__does_so_for_all_i
     assert without_clock(torn) == without_clock(whole)
     name = "selector/config.json"
     assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+class GoesOn(RandomAgent):
+    """Takes a step after its last episode."""
+
+    def learn(self, env, episodes, seed=0, progress=None):
+        for episode in range(episodes):
+            env.reset(seed=seed + episode)
+            rewards = [env.step(np.eye(32)[0])[1] for _ in range(env.config.horizon)]
+            progress(episode + 1, sum(rewards))
+        env.reset(seed=99)
+        env.step(np.eye(32)[0])
+        return self
+
+
+@pytest.mark.parametrize("agent", [GoesOn, lambda: Sb3Agent("PPO", num_envs=8)], ids=["own", "eight environments"])
+def test_train__steps_after_the_last_finished_episode__are_booked(tmp_path, agent):
+    state, tokens = learned_in_toy(tmp_path / "run", agent(), 4)
+    assert state["phi_tokens"]["learning"] == tokens > 0
+    for reporter in (Interrupts("learning", 3), None):
+        with contextlib.suppress(KeyboardInterrupt):
+            torn, _ = learned_in_toy(tmp_path / "torn", agent(), 4, resume=reporter is None, reporter=reporter)
+    assert without_clock(torn) == without_clock(state)
+    again, _ = learned_in_toy(tmp_path / "torn", agent(), 4, resume=True)
+    assert without_clock(again) == without_clock(state)
 
 
 # Interrupted and resumed

@@ -164,7 +164,7 @@ class RaiseFork(Selector):
     def learn(
         self, env: gym.Env[Any, Any], episodes: int, seed: int = 0, progress: Progress | None = None
     ) -> RaiseFork:
-        """Learn for so many episodes; called again, it goes on with what it knows.
+        """Learn for so many episodes; called again, it goes on with what it has seen.
 
         Args:
             env: A RaiseSelect environment; it is left as it is, and others like it are made.
@@ -174,10 +174,11 @@ class RaiseFork(Selector):
 
         Raises:
             SettingError: The reward does not go with the credit; no fork of any episode differed from its siblings, or
-                all diverged, so that there is nothing to learn from; it has learned on another pool before; or a
-                wrapper would be left out.
+                all diverged, so that there is nothing to learn from; it has learned on another pool before, or was
+                loaded without what it saw; or a wrapper would be left out.
         """
         require_no_wrappers(env)
+        self._require_memory(episodes)
         world = self._learning_world(world_of(env))
         self.batch_size = None
         self._note_training(world, seed)
@@ -306,6 +307,15 @@ class RaiseFork(Selector):
         with stored_tensors(Path(folder) / "groups.safetensors") as groups:
             pairs = zip(groups["rows"].numpy(), groups["gains"].numpy(), strict=True) if groups else ()
             self.groups = [Group(rows, gains) for rows, gains in pairs]
+
+    def _require_memory(self, episodes: int) -> None:
+        """Refuse to learn on without what was seen before: F is fitted to all of it, and would forget the rest."""
+        if episodes and self.networks and not self.groups:
+            raise SettingError(
+                f"this selector of raise_fork has learned for {len(self.episode_returns)} episodes, and its folder "
+                f"does not hold what it saw in them: after {episodes} more it would know of these alone. Take it as it "
+                "is, with 0 episodes, or let a new one learn for as many as you want."
+            )
 
     def _learning_world(self, world: RaiseSelectEnv) -> RaiseSelectEnv:
         """Return an environment over the same assets that offers as many rows as are valued, and scores no step."""

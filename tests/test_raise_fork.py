@@ -381,6 +381,16 @@ def test_load_progress__groups_of_different_size__learning_goes_on_as_if_undistu
     np.testing.assert_array_equal(resumed.scores(observation), undisturbed.scores(observation))
 
 
+def test_learn__on_from_a_folder__refused_as_what_was_seen_is_not_in_it(tmp_path):
+    learned(2).save(tmp_path / "selector")
+    loaded, observation = RaiseFork.load(tmp_path / "selector"), observation_of(toy_env())
+    before = loaded.scores(observation)
+    with pytest.raises(SettingError, match=r"has learned for 2 episodes, .* after 3 more it would know of these alone"):
+        loaded.learn(toy_env(), 3)
+    np.testing.assert_array_equal(loaded.learn(toy_env(), 0).scores(observation), before)
+    assert len(learned(1).learn(toy_env(), 1).groups) == 6, "one that has it all goes on"
+
+
 def spoil(path, change):
     config = json.loads(path.read_text())
     change(config)

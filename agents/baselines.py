@@ -23,6 +23,7 @@ __all__ = [
     "QualityAgent",
     "RandomAgent",
     "column_values",
+    "require_all_features",
     "times_taken",
 ]
 
@@ -178,7 +179,15 @@ class IfdAgent(PoolScoreAgent):
     2024, "From Quantity to Quality", NAACL, eq. 4). Rows above 1, where the instruction hinders, are mismatched:
     the paper drops them, here they come last, the least hindered first. The losses are the auxiliary model's, warmed
     up on a few random rows; the paper warms its model up on a few rows of each cluster.
+
+    Raises:
+        SettingError: On `check`: features are lazy.
     """
+
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse features that are not there for all rows."""
+        del pool, episodes
+        require_all_features(config)
 
     def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
         """Return IFD, or minus IFD where it is above 1."""
@@ -204,7 +213,7 @@ class QualityAgent(PoolScoreAgent):
 
     Raises:
         SettingError: No column was named, or the threshold is no finite number.
-        DataError: On `prepare`: a row of the pool has no finite number in that column.
+        DataError: On `check` and `prepare`: a row of the pool has no finite number in that column.
     """
 
     def __init__(
@@ -222,11 +231,29 @@ class QualityAgent(PoolScoreAgent):
         self.column = column
         self.threshold = threshold
 
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse a pool without ratings."""
+        del config, episodes
+        column_values(pool, self.column)
+
     def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
         """Return the ratings, cut off at the threshold; at `least` where that is higher, or no row would reach it."""
         del seed
         ceiling = self.threshold if self.least is None else max(self.threshold, self.least)
         return np.asarray(np.minimum(column_values(world.assets.pool, self.column), ceiling))
+
+
+def require_all_features(config: EnvConfig) -> None:
+    """Refuse settings under which features are known of those rows alone that are offered.
+
+    Raises:
+        SettingError: They are such.
+    """
+    if config.lazy_features:
+        raise SettingError(
+            "it looks at all rows of the pool, and lazy_features computes the features of those alone that are "
+            "offered. Leave lazy_features out, or take another agent."
+        )
 
 
 def times_taken(world: RaiseSelectEnv) -> np.ndarray:

@@ -65,7 +65,7 @@ _FORMS = ("placebo:AGENT", "selector:DIR", "my_module:name")
 _KINDS = ("selector", "sb3", "placebo", "quality")
 
 #: What an agent that does not learn may have.
-_ACTING = ("predict", "action_space", "begin", "prepare", "run_settings")
+_ACTING = ("predict", "action_space", "check", "begin", "prepare", "run_settings")
 
 
 class FunctionAgent:

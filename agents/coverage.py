@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from raise_env import RaiseSelectEnv
+from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.env import StepRecord
 from raise_env.errors import SettingError
 from raise_env.features import FEATURE_NAMES, NUM_SEMANTIC, StaticFeatures
+from raise_env.pool import Pool
 
 from .base import BatchAgent
-from .baselines import PoolScoreAgent, column_values, times_taken
+from .baselines import PoolScoreAgent, column_values, require_all_features, times_taken
 
 __all__ = ["DeitaAgent", "DiversityAgent"]
 
@@ -32,6 +33,9 @@ class DiversityAgent(BatchAgent):
     candidate whose nearest centre is farthest, and becomes a centre itself. Centres are the rows trained on in this
     episode; the first is drawn at random, as are ties. With the whole pool on offer, what was taken after any step is
     the algorithm's own choice of so many rows.
+
+    Raises:
+        SettingError: On `check`: features are lazy.
     """
 
     is_live: ClassVar[bool] = True
@@ -41,6 +45,11 @@ class DiversityAgent(BatchAgent):
         self._points = np.zeros((0, NUM_SEMANTIC))  # (pool, 32)
         self._distances = np.zeros(0)  # (pool,), squared, to the nearest row trained on
         self._seen: list[StepRecord] = []  # steps whose rows are among the centres
+
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse features that are not there for all rows."""
+        del pool, episodes
+        require_all_features(config)
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Forget all centres."""
@@ -102,8 +111,8 @@ class DeitaAgent(PoolScoreAgent):
         batch_size: Rows to take; None: what the environment is made for.
 
     Raises:
-        SettingError: The threshold is no cosine.
-        DataError: On `prepare`: a row has no finite number of at least 0 in a column that was named.
+        SettingError: The threshold is no cosine; on `check`: features are lazy.
+        DataError: On `check` and `prepare`: a row has no finite number of at least 0 in a column that was named.
     """
 
     def __init__(
@@ -120,6 +129,13 @@ class DeitaAgent(PoolScoreAgent):
         self.quality = quality
         self.threshold = threshold
         self._directions = np.zeros((0, NUM_SEMANTIC))  # (pool, 32), of length 1
+
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse features that are not there for all rows, and a pool without the scores that were named."""
+        del episodes
+        require_all_features(config)
+        for column in filter(None, (self.complexity, self.quality)):
+            _scores_in(pool, column)
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Rank the pool's rows, once they are scored."""
@@ -147,7 +163,7 @@ class DeitaAgent(PoolScoreAgent):
 
     @staticmethod
     def _signal(world: RaiseSelectEnv, column: str | None, estimate: np.ndarray) -> np.ndarray:
-        return _rank_shares(estimate) if column is None else column_values(world.assets.pool, column, minimum=0.0)
+        return _rank_shares(estimate) if column is None else _scores_in(world.assets.pool, column)
 
     def _unlike_others(self, world: RaiseSelectEnv, by_score: np.ndarray) -> np.ndarray:
         """Return which candidates pass the filter, no more than the budget could buy, shape (candidates,), bool."""
@@ -166,6 +182,10 @@ class DeitaAgent(PoolScoreAgent):
             if num_others == len(others):
                 break
         return kept
+
+
+def _scores_in(pool: Pool, column: str) -> np.ndarray:
+    return column_values(pool, column, minimum=0.0)
 
 
 def _embeddings(features: StaticFeatures) -> np.ndarray:

@@ -22,10 +22,22 @@ from raise_env.learner import GPU_SCORED_TOKENS
 from raise_env.model_size import ModelSize, has_weights, matrix_rate, save_stand_in, size_of
 from raise_env.pool import sample_rows
 
+from .base import Agent
 from .baselines import RandomAgent
-from .catalogue import agent_name, make_agent
+from .catalogue import agent_name
 from .rollout import run_episode
-from .runs import Plan, Reporter, Silent, check_inputs, final_environment, parts_shown, phi_tokens
+from .runs import (
+    Plan,
+    Reporter,
+    Silent,
+    agents_of,
+    check_agents,
+    check_inputs,
+    check_selectors,
+    final_environment,
+    parts_shown,
+    phi_tokens,
+)
 
 __all__ = ["CHARACTERS_PER_TOKEN", "Estimate", "estimate"]
 
@@ -85,15 +97,19 @@ def estimate(plan: Plan, *, reporter: Reporter | None = None) -> Estimate:
     """
     config, reporter = EnvConfig.from_kwargs(plan.settings), reporter or Silent()
     check_inputs(config)
+    agents = agents_of(plan)
+    check_agents(config, plan, agents)
     models = [config.model, config.auxiliary_model or config.model]
     if all(has_weights(model) for model in models):
-        return _measured(plan, RaiseSelectEnv(**plan.settings), reporter)
-    return _reckoned(plan, config, reporter)
+        check_selectors(config, agents.values())
+        return _measured(plan, agents, RaiseSelectEnv(**plan.settings), reporter)
+    return _reckoned(plan, agents, config, reporter)
 
 
-def _measured(plan: Plan, env: RaiseSelectEnv, reporter: Reporter, num_rows: int | None = None) -> Estimate:
+def _measured(
+    plan: Plan, agents: Mapping[str, Agent], env: RaiseSelectEnv, reporter: Reporter, num_rows: int | None = None
+) -> Estimate:
     """Return what the plan would cost with a pool of so many rows, of which the environment may hold a sample."""
-    agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in plan.names}
     with reporter.task("loading model, data and features", 1) as show, parts_shown(reporter) as progress:
         pool = env.load(progress).pool
         show(1)
@@ -201,13 +217,13 @@ def _left_out(agents: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"the preparation of {' and '.join(names)} is left out: only making it would tell what it costs",)
 
 
-def _reckoned(plan: Plan, config: EnvConfig, reporter: Reporter) -> Estimate:
+def _reckoned(plan: Plan, agents: Mapping[str, Agent], config: EnvConfig, reporter: Reporter) -> Estimate:
     """Return what the plan would cost with a model of which only the shapes are known."""
     with scratch_folder() as folder:
         scale, settings, notes = _stood_in(config, folder)
         env = RaiseSelectEnv(**settings)
         num_rows = len(load_data(config).pool)
-        counted = _measured(replace(plan, settings=settings), env, reporter, num_rows)
+        counted = _measured(replace(plan, settings=settings), agents, env, reporter, num_rows)
         features = env.assets.features.num_tokens
         share = num_rows / len(env.assets.pool)
         phi = share * phi_tokens(env) / scale

@@ -16,10 +16,11 @@ import numpy as np
 
 from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError
+from raise_env.pool import Pool
 from raise_env.store import Block, Column, TableForm, stored_table
 
 from .base import BatchAgent
-from .baselines import PoolScoreAgent
+from .baselines import PoolScoreAgent, require_all_features
 
 __all__ = ["GreatsAgent", "LessAgent", "choose_batch"]
 
@@ -67,8 +68,8 @@ class LessAgent(PoolScoreAgent):
         batch_size: As for `BatchAgent`.
 
     Raises:
-        SettingError: A setting is out of range; on `prepare`: the reward is not the dev loss, or the warm-up's loss
-            stopped being finite.
+        SettingError: A setting is out of range; on `check`: features are lazy; on `check` and `prepare`: the reward is
+            not the dev loss; on `prepare`: the warm-up's loss stopped being finite.
         OutputError: On `prepare`: the folder cannot be written, or has too little room.
     """
 
@@ -92,6 +93,12 @@ class LessAgent(PoolScoreAgent):
         self.projection_dim = projection_dim
         self.adam = adam
         self.datastore = None if datastore is None else Path(datastore)
+
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse a reward without gradient, and features that are not there for the warm-up, which offers all rows."""
+        del pool, episodes
+        _require_gradient(config)
+        require_all_features(config)
 
     def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
         """Return the influence of each pool row; rows that cannot be trained on have minus infinity."""
@@ -182,7 +189,7 @@ class GreatsAgent(BatchAgent):
         batch_size: As for `BatchAgent`.
 
     Raises:
-        SettingError: A setting is out of range; on `begin`: the reward is not the dev loss.
+        SettingError: A setting is out of range; on `check` and `begin`: the reward is not the dev loss.
     """
 
     is_live: ClassVar[bool] = True
@@ -201,6 +208,11 @@ class GreatsAgent(BatchAgent):
         self.num_dev = num_dev
         self.adam = adam
         self.max_candidates = max_candidates
+
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse a reward without gradient."""
+        del pool, episodes
+        _require_gradient(config)
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Take note of the environment, whose reward must be the dev loss."""

@@ -7,13 +7,21 @@ from typing import Any
 
 import gymnasium as gym
 
-from raise_env import RaiseSelectEnv
+from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import RecordError, SettingError
+from raise_env.pool import Pool
 
 from .base import BatchAgent, world_of
 from .feature_view import FeatureView, Translation, as_it_is
 
-__all__ = ["Selector", "stored_view"]
+__all__ = ["NOT_LEARNED", "Selector", "stored_view"]
+
+#: What is said of a selector that could do nothing but act, and has learned nothing.
+NOT_LEARNED = (
+    "it has learned nothing yet, and is to learn for 0 episodes. Give it some, or name one that has learned, "
+    "selector:DIR. (Of the agents of train the first alone learns, and not those that it is compared with; bench lets "
+    "all learn.)"
+)
 
 
 class Selector(BatchAgent):
@@ -31,6 +39,16 @@ class Selector(BatchAgent):
         self.training: dict[str, Any] = {}
         self.view: FeatureView | None = None
         self._translate: Translation = as_it_is
+
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse to act without ever having learned.
+
+        Raises:
+            SettingError: It has not, and is to learn for no episodes.
+        """
+        del config, pool
+        if not episodes and self.view is None:
+            raise SettingError(NOT_LEARNED)
 
     def begin(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Take note of the environment to act in, which may offer another pool than that of learning.

@@ -6,8 +6,9 @@ from collections import Counter
 
 import numpy as np
 
-from raise_env import RaiseSelectEnv
+from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError
+from raise_env.pool import Pool
 from raise_env.tiny.task import TASKS
 
 from .base import best_rows
@@ -32,18 +33,19 @@ class OracleAgent(PoolScoreAgent):
     - `shift`: as on most, where the target skills are those of the test set; dev asks two of them more than the others.
 
     Raises:
-        SettingError: On `prepare`: the pool has no hidden labels.
+        SettingError: On `check` and `prepare`: the pool has no hidden labels.
     """
+
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse a pool without hidden labels."""
+        del episodes
+        _require_labels(config, pool)
 
     def score_pool(self, world: RaiseSelectEnv, seed: int) -> np.ndarray:
         """Return what each row is worth at the start."""
         del seed
         pool = world.assets.pool
-        # A file's own columns of these names would be no labels of this task.
-        if not world.config.is_embedded or not all({"skill", "corruption"} <= set(row.fields) for row in pool):
-            raise SettingError(
-                f"the oracle reads the hidden labels of embedded tasks; {pool.source} has none. Name another agent."
-            )
+        _require_labels(world.config, pool)
         return np.array([_worth(world, row, 0.0) for row in range(len(pool))])
 
     def scores(self, observation: np.ndarray) -> np.ndarray:
@@ -69,6 +71,14 @@ class OracleAgent(PoolScoreAgent):
         if TASKS[self._require_begun().config.task].is_live:
             return best_rows(scores, mask, self._num_wanted)
         return super()._choose(scores, mask)
+
+
+def _require_labels(config: EnvConfig, pool: Pool) -> None:
+    # A file's own columns of these names would be no labels of this task.
+    if not config.is_embedded or not all({"skill", "corruption"} <= set(row.fields) for row in pool):
+        raise SettingError(
+            f"the oracle reads the hidden labels of embedded tasks; {pool.source} has none. Name another agent."
+        )
 
 
 def _worth(world: RaiseSelectEnv, row: int, progress: float) -> float:

@@ -25,6 +25,7 @@ from raise_env import EnvConfig, RaiseSelectEnv
 from raise_env.errors import SettingError, suggestion
 from raise_env.features import BLOCKS, NUM_FEATURES, frame
 from raise_env.files import replaced_folder
+from raise_env.pool import Pool
 from raise_env.rewards import DIVERGENCE_PENALTY
 from raise_env.wrappers import require_no_wrappers
 
@@ -193,6 +194,18 @@ class RaiseFork(Selector):
             if progress is not None:
                 progress(number + 1, self.episode_returns[-1])
         return self
+
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse what `learn` would refuse, and to act without ever having learned.
+
+        Raises:
+            SettingError: The reward does not go with the credit; it was loaded without what it saw, and is to learn; or
+                it has not learned, and is not to learn.
+        """
+        super().check(config, pool, episodes)
+        self._require_memory(episodes)
+        if episodes:
+            self.settings.credit_for(config.reward)
 
     def learning_steps(self, config: EnvConfig) -> int:
         """Return the steps of a learning episode: it is left after the last state that forks are made from."""

@@ -23,12 +23,13 @@ from raise_env.errors import SettingError
 from raise_env.features import LoadingProgress
 from raise_env.files import append_line, held, replaced_folder, write_json, write_text
 from raise_env.lazy import FeatureUse
-from raise_env.pool import Instruction
+from raise_env.pool import Instruction, Pool
 from raise_env.record import EpisodeRecord
 from raise_env.rewards import needs_generation
 
 from . import contrast
 from .base import Agent
+from .baselines import require_all_features
 from .catalogue import (
     agent_name,
     learning_episodes,
@@ -55,7 +56,9 @@ __all__ = [
     "Plan",
     "Reporter",
     "Silent",
+    "agents_of",
     "as_learned",
+    "check_agents",
     "check_inputs",
     "check_selectors",
     "final_environment",
@@ -185,9 +188,10 @@ def train(
     """
     folder = Path(out)
     reporter = reporter or Silent()
-    agents = {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in plan.names}
+    agents = agents_of(plan)
     env = RaiseSelectEnv(**plan.settings)
     check_inputs(env.config)
+    check_agents(env.config, plan, agents)
     check_selectors(env.config, agents.values())
     with held(folder):
         run = RunFolder.open(folder, command, plan.to_json(), resume)
@@ -206,6 +210,15 @@ def train(
                 agent = learned if name == plan.agent else agents[name]
                 _final_runs(run, plan, env, agent, name, use, reporter)
             return _write_results(run, plan, env, learned, use)
+
+
+def agents_of(plan: Plan) -> dict[str, Agent]:
+    """Return the plan's agents by name, made anew.
+
+    Raises:
+        RaiseEnvError: As `make_agent`.
+    """
+    return {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in plan.names}
 
 
 @contextmanager
@@ -286,6 +299,45 @@ def check_inputs(config: EnvConfig) -> None:
         load_config(model)
     starting_form(config)
     load_data(config)
+
+
+def check_agents(config: EnvConfig, plan: Plan, agents: Mapping[str, Agent]) -> None:
+    """Refuse agents that cannot be used so, and not when their turn comes: that may be after days of learning.
+
+    Each says by its `check` what it cannot do, and by its `run_settings` what its final runs are made with.
+
+    Args:
+        config: The environment's settings.
+        plan: What the agents are to do.
+        agents: Them by name.
+
+    Raises:
+        SettingError: One of them cannot.
+        RaiseEnvError: The pool cannot be read, or lacks what one needs.
+    """
+    from raise_env.assets import load_data
+
+    if plan.episodes and not hasattr(agents[plan.agent], "learn"):
+        raise SettingError(
+            f"agent {plan.agent!r} does not learn, and episodes is {plan.episodes}: leave that out, or name an agent "
+            "that does."
+        )
+    pool = load_data(config).pool
+    for name, agent in agents.items():
+        episodes = (plan.episodes or 0) if name == plan.agent else 0
+        try:
+            with agents_code(f"agent {name!r}, check"):
+                _check_use(agent, config, pool, episodes)
+        except SettingError as error:
+            raise SettingError(f"agent {name!r}: {error}") from error
+
+
+def _check_use(agent: Any, config: EnvConfig, pool: Pool, episodes: int) -> None:
+    if hasattr(agent, "check"):
+        agent.check(config, pool, episodes)
+    if hasattr(agent, "run_settings"):
+        require_all_features(config)  # else it cannot be told how many rows can be offered
+        EnvConfig.from_kwargs({**config.to_kwargs(), **agent.run_settings(config, len(pool))})
 
 
 def check_selectors(config: EnvConfig, agents: Iterable[Agent]) -> None:

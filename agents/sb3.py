@@ -41,15 +41,18 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from raise_env import PickOne, RaiseSelectEnv, TopKScores
+from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores
 from raise_env.errors import OutputError, RecordError, SettingError, suggestion
+from raise_env.features import NUM_FEATURES
 from raise_env.files import replaced_folder, write_json
 from raise_env.foreign_files import read_json
+from raise_env.pool import Pool
 from raise_env.vector import RaiseSelectVectorEnv
 from raise_env.wrappers import require_no_form, require_no_wrappers
 
 from .base import DEFAULT_BATCH_SIZE, Progress, world_of
 from .feature_view import FeatureView, Translation, as_it_is
+from .learned import NOT_LEARNED
 from .networks import AcquisitionFunction, Critic
 from .sb3_buffer import LeanRolloutBuffer
 from .sb3_files import SavedModel, check_widths, observation_shape, shape_to_build, subset_size
@@ -420,6 +423,20 @@ class Sb3Agent:
         """
         return _wrap(env, self.action_form)
 
+    def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
+        """Refuse to act without ever having learned, and what the model that there is could not read.
+
+        Raises:
+            SettingError: It has not learned, and is to learn for no episodes; or it has, on another number of
+                candidates, and its network is flat.
+        """
+        del pool
+        if not episodes and self.model is None:
+            raise SettingError(NOT_LEARNED)
+        # How many rows of a whole pool can be offered is not known yet.
+        if self.model is not None and config.num_candidates != "all":
+            self._check_fit((config.num_candidates, NUM_FEATURES), self.model)
+
     def learn(
         self,
         env: gym.Env[Any, Any],
@@ -449,7 +466,7 @@ class Sb3Agent:
         config = env.get_wrapper_attr("config")
         before = self.model
         if before is not None:
-            self._check_fit(env, before)
+            self._check_fit(env.observation_space.shape or (), before)
         num_steps = episodes * config.horizon * (config.batch_size if self.action_form == "pick" else 1)
         self._subset_size = config.batch_size
         with _global_generators_kept():
@@ -482,7 +499,7 @@ class Sb3Agent:
         """
         del seed
         model = self._trained()
-        self._check_fit(env, model)
+        self._check_fit(env.observation_space.shape or (), model)
         if isinstance(model.policy, SubsetPolicy):
             model.policy.set_subset_size(env.get_wrapper_attr("config").batch_size)
         world = env.unwrapped
@@ -627,13 +644,13 @@ class Sb3Agent:
         _set_weights(model, saved.weights)
         self.model = model
 
-    def _check_fit(self, env: gym.Env[Any, Any], model: BaseAlgorithm) -> None:
-        """Refuse an environment that offers what the model cannot read.
+    def _check_fit(self, offered: tuple[int, ...], model: BaseAlgorithm) -> None:
+        """Refuse observations, of the shape that is offered, which the model cannot read.
 
         Raises:
             SettingError: Another number of features, or of candidates where the network is flat.
         """
-        offered, learned_on = env.observation_space.shape or (), model.observation_space.shape or ()
+        learned_on = model.observation_space.shape or ()
         compared = slice(1, None) if isinstance(model.policy, _RowWise) else slice(None)
         if offered[compared] != learned_on[compared]:
             raise SettingError(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from raise_env import RaiseSelectEnv
 from raise_env.agents import RaisePpo, RandomAgent, Sb3Agent, load_selector
+from raise_env.agents.estimate import estimate
 from raise_env.agents.run_folder import RunFolder
 from raise_env.agents.runs import Plan, Silent, _learn, finetune, train
 from raise_env.assets import _cached_assets, load_data
@@ -117,7 +118,7 @@ def test_train__features_to_compute__are_a_task_of_their_own_while_loading(tmp_p
             yield show
             open_tasks.remove(name)
 
-    own = Plan({**plan.settings, "cache_dir": str(tmp_path / "cache")}, episodes=0)
+    own = Plan({**plan.settings, "cache_dir": str(tmp_path / "cache")}, agent="random")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", own, reporter=Watching())
     tasks = {names: total for names, _, total in seen}
@@ -604,6 +605,71 @@ def test_train__resume_of_a_broken_run_json__names_it(tmp_path, plan, content):
 def test_train__bad_input__an_error_before_anything_is_written(tmp_path, changes):
     with pytest.raises(RaiseEnvError):
         train(tmp_path / "run", Plan(**{"settings": {}, **changes}))
+    assert not (tmp_path / "run").exists()
+
+
+UNFIT = {
+    "reward without gradient, less": ({"reward": "exact_match"}, {"compare": ("less",)}, "'less': .*no gradient"),
+    "reward without gradient, greats": ({"reward": "exact_match"}, {"compare": ("greats",)}, "'greats': .*no gradient"),
+    "reward without gradient, credit": (
+        {"reward": "exact_match"},
+        {"agent": "raise_fork", "agent_settings": {"credit": "rows"}},
+        "credit 'rows' follows the gradient",
+    ),
+    "column, quality": ({}, {"compare": ("quality:typo",)}, "no field 'typo'"),
+    "column, deita": ({}, {"agent": "deita", "agent_settings": {"quality": "typo"}}, "no field 'typo'"),
+    "settings of its own": ({}, {"agent": "full", "agent_settings": {"learning_rate": -1.0}}, "'full': learning_rate"),
+    "nothing learned, raise_ppo": ({}, {"compare": ("raise_ppo",)}, "'raise_ppo': it has learned nothing yet"),
+    "nothing learned, sb3": ({}, {"compare": ("sb3:PPO",)}, "'sb3:PPO': it has learned nothing yet"),
+    "nothing learned, placebo": ({}, {"compare": ("placebo:raise_ppo",)}, "'placebo:raise_ppo': it has learned"),
+    "no episodes": ({}, {"agent": "raise_fork", "episodes": 0}, "'raise_fork': it has learned nothing yet"),
+    "episodes for nothing": ({}, {"agent": "ifd", "episodes": 5}, "'ifd' does not learn, and episodes is 5"),
+} | {
+    f"lazy features, {name}": ({"lazy_features": True}, {"compare": (name,)}, f"'{name}': .*Leave lazy_features out")
+    for name in ("full", "ifd", "deita", "diversity", "less")
+}
+
+
+@pytest.mark.parametrize("do", ["train", "estimate"])
+@pytest.mark.parametrize(("settings", "changes", "words"), UNFIT.values(), ids=UNFIT)
+def test_train__agent_that_cannot_be_used_so__told_before_anything_is_computed(
+    tmp_path, small_settings, monkeypatch, settings, changes, words, do
+):
+    monkeypatch.setattr(RaiseSelectEnv, "load", lambda *_: pytest.fail("that would take long"))
+    plan = Plan({**small_settings, **settings}, **{"agent": "random", **changes})
+    with pytest.raises(RaiseEnvError, match=words):
+        train(tmp_path / "run", plan) if do == "train" else estimate(plan)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train__oracle_and_a_pool_of_ones_own__told_before_anything_is_computed(tmp_path, small_settings, monkeypatch):
+    monkeypatch.setattr(RaiseSelectEnv, "load", lambda *_: pytest.fail("that would take long"))
+    data = load_data(EnvConfig.from_kwargs(small_settings))
+    write_rows(tmp_path / "pool.jsonl", data.pool)
+    write_rows(tmp_path / "dev.jsonl", data.dev)
+    plan = Plan(own_files(small_settings, tmp_path), agent="random", compare=("oracle",))
+    with pytest.raises(SettingError, match=r"agent 'oracle': .* hidden labels .*pool\.jsonl has none"):
+        train(tmp_path / "run", plan)
+
+
+def test_train__check_of_ones_own__is_asked_with_settings_pool_and_episodes(own_agent, tmp_path, small_settings):
+    asked = []
+
+    class Picky(own_agent.Learns):
+        def check(self, config, pool, episodes):
+            asked.append((config.horizon, len(pool), episodes))
+            if len(asked) == 2:
+                raise SettingError("not with me.")
+            if len(asked) == 3:
+                raise KeyError("lost")
+
+    own_agent.Picky, own_agent.Other = Picky, type("Other", (Picky,), {})
+    plan = Plan(small_settings, agent="own_agent:Picky", episodes=4, compare=("own_agent:Other",))
+    with pytest.raises(SettingError, match=r"^agent 'own_agent:Other': not with me\.$"):
+        train(tmp_path / "run", plan)
+    assert asked == [(3, 64, 4), (3, 64, 0)]
+    with pytest.raises(AgentError, match=r"(?s)agent 'own_agent:Picky', check: .*KeyError: 'lost'"):
+        train(tmp_path / "run", plan)
     assert not (tmp_path / "run").exists()
 
 

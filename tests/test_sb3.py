@@ -20,12 +20,12 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 
-from raise_env import PickOne, RaiseSelectEnv, TopKScores
+from raise_env import EnvConfig, PickOne, RaiseSelectEnv, TopKScores
 from raise_env.agents import sb3
 from raise_env.agents.rollout import fit_wrapper, run_episode
 from raise_env.agents.sb3 import PRESETS, RowPolicy, Sb3Agent, SubsetPolicy
 from raise_env.errors import OutputError, RecordError, SettingError
-from raise_env.testing import toy_env
+from raise_env.testing import toy_env, toy_pool
 
 sb3_contrib = pytest.importorskip("sb3_contrib", reason='needs the extra "sb3"')
 MaskableRowPolicy = sb3.MaskableRowPolicy
@@ -758,6 +758,20 @@ def test_sb3_agent__other_number_of_candidates__is_refused_where_the_network_is_
             use()
 
     assert len(run_episode(wider, row_wise, seed=0, name="rows").actions) == HORIZON
+
+
+def test_check__what_the_model_could_not_read_or_never_learned__is_told_by_the_settings_alone() -> None:
+    flat, row_wise = (Sb3Agent(name).learn(toy(), 1, seed=0) for name in ("SAC", "PPO"))
+    sizes = {"num_classes": SIZE, "batch_size": SIZE}
+    same, wider = (EnvConfig(num_candidates=number, **sizes) for number in (NUM_ROWS, NUM_ROWS + 3))
+    for agent, config, episodes in ((flat, same, 0), (row_wise, wider, 2), (Sb3Agent("A2C"), same, 2)):
+        agent.check(config, toy_pool(), episodes)
+
+    for episodes in (0, 2):
+        with pytest.raises(SettingError, match=r"learned on observations of shape \(12, 39\), .* have \(15, 39\)"):
+            flat.check(wider, toy_pool(), episodes)
+    with pytest.raises(SettingError, match="has learned nothing yet, and is to learn for 0 episodes"):
+        Sb3Agent("A2C").check(same, toy_pool(), 0)
 
 
 def toy_of_batches(size: int) -> gym.Env[np.ndarray, np.ndarray]:

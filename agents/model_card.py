@@ -23,7 +23,13 @@ __all__ = ["write_model_card"]
 
 
 def write_model_card(
-    path: Path, report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv, *, is_merged: bool = False
+    path: Path,
+    report: Mapping[str, Any],
+    record: EpisodeRecord,
+    env: RaiseSelectEnv,
+    batch_size: int | None = None,
+    *,
+    is_merged: bool = False,
 ) -> None:
     """Write the card of the weights that a final run left.
 
@@ -31,17 +37,21 @@ def write_model_card(
         path: The file, README.md in the folder of the weights.
         report: What report.json holds.
         record: The run that they come from.
-        env: Its environment.
+        env: The environment of learning; the run may have had settings of its own.
+        batch_size: Rows that the agent took for an update; None: what the run was made for.
         is_merged: Whether they are a whole model's, and not an adapter's.
     """
     template = load_template("model_card.md.jinja", escapes=False)  # Markdown
-    facts = _facts(report, record, env)
+    facts = _facts(report, record, env, batch_size)
     texts = {name: markdown.escaped(value) for name, value in facts.items() if isinstance(value, str)}
     write_text(path, template.render(is_merged=is_merged, **{**facts, **texts, "table": facts["table"]}))
 
 
-def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv) -> dict[str, Any]:
+def _facts(
+    report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv, batch_size: int | None
+) -> dict[str, Any]:
     config, settings = env.config, report["settings"]
+    own = EnvConfig.from_kwargs(record.env["kwargs"])
     rows = np.concatenate([np.asarray(step, dtype=np.int64) for step in record.actions])
     return {
         "base_model": config.model if _is_hub_id(config.model) else "",
@@ -61,9 +71,9 @@ def _facts(report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv
         "num_runs": settings["num_runs"],
         "table": _table(*results_table(report)),
         "lora": ", ".join(f"{name}={value}" for name, value in asdict(_base(env).lora).items()),
-        "learning_rate": config.learning_rate,
-        "batch_size": config.batch_size,
-        "max_length": config.max_length,
+        "learning_rate": own.learning_rate,
+        "batch_size": batch_size or own.batch_size,
+        "max_length": own.max_length,
         "frame": _frame(config, env),
         "content": env.assets.content,
         "version": __version__,

@@ -527,26 +527,31 @@ def _write_results(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent
         "machine": _machine(env),
         "date": run.state["start"][:10],
     }
-    report["headline"] = headline(report, plan, env)
+    report["headline"] = headline(report, plan, env, records)
     report["verdict"] = _verdict(report["agents"], agent_name(plan.agent), _metric(report, plan)).strip()
     write_json(run.folder / "report.json", report)
     first = next(r for r in records if r.agent == agent_name(plan.agent))
     write_report(run.folder, report, [json.loads(r.to_json()) for r in records], _selection(first, env, agent))
-    _write_weights(run.folder, plan, report, first, env)
+    _write_weights(run.folder, plan, report, first, env, getattr(agent, "batch_size", None))
     return report
 
 
 def _write_weights(
-    folder: Path, plan: Plan, report: Mapping[str, Any], record: EpisodeRecord, env: RaiseSelectEnv
+    folder: Path,
+    plan: Plan,
+    report: Mapping[str, Any],
+    record: EpisodeRecord,
+    env: RaiseSelectEnv,
+    batch_size: int | None,
 ) -> None:
     """Write the card of the adapter, and where it is asked for the whole model with the adapter merged in."""
-    write_model_card(folder / "adapter" / "README.md", report, record, env)
+    write_model_card(folder / "adapter" / "README.md", report, record, env, batch_size)
     if plan.merge:
         from raise_env.export import save_merged
 
         with replaced_folder(folder / "merged") as beside:
             save_merged(env.config, folder / "adapter", beside)
-            write_model_card(beside / "README.md", report, record, env, is_merged=True)
+            write_model_card(beside / "README.md", report, record, env, batch_size, is_merged=True)
 
 
 def _divergences(run: RunFolder, plan: Plan, records: Sequence[EpisodeRecord]) -> dict[str, Any]:
@@ -663,8 +668,15 @@ def _wanted(scores: np.ndarray, env: RaiseSelectEnv) -> tuple[list[WantedText], 
     return most, least
 
 
-def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
-    """Return the result in words that need no explanation."""
+def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv, records: Iterable[EpisodeRecord]) -> str:
+    """Return the result in words that need no explanation.
+
+    Args:
+        report: What report.json holds.
+        plan: What was done.
+        env: The environment of learning.
+        records: The final runs, some of which may have been made with settings of their own.
+    """
     name = agent_name(plan.agent)
     agents, base = report["agents"], report["base"]
     metric = _metric(report, plan)
@@ -672,7 +684,7 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
     show = ("{:.0%}" if metric == "test_accuracy" else "{:.2f}").format
     parts = [f"{show(base[metric])} before"] if metric in base else []
     words = {"random": "with random rows", "oracle": "with the hidden labels known"}
-    if name not in words:
+    if name not in words and _acts_by_what_it_learned(plan):
         words[name] = "with the learned selector"
     others = [agent for agent in agents if agent not in ("random", "oracle", name)]
     for agent in dict.fromkeys(["random", *others, name, "oracle"]):
@@ -680,11 +692,33 @@ def headline(report: Mapping[str, Any], plan: Plan, env: RaiseSelectEnv) -> str:
         if values:
             parts.append(f"{show(float(np.mean(values)))} {words.get(agent, f'with {agent}')}")
     sentence = f"{kind.capitalize()}: {', '.join(parts)}."
-    budget = f" Each run trained on up to {env.config.total_budget:,} of {len(env.assets.pool):,} instructions"
+    budgets = {record.agent: EnvConfig.from_kwargs(record.env["kwargs"]).total_budget for record in records}
+    budget = _budget_told(env.config.total_budget, budgets, len(env.assets.pool))
     diverged, seconds = report["diverged"], report["cost"]["seconds"]["learning"]
     told = divergences_told(diverged["learning"], sum(diverged["final"].values()))
     learned = f"; the selector learned in {seconds:.0f} seconds" if seconds else ""
     return sentence + budget + learned + "." + _verdict(agents, name, metric) + told
+
+
+def _acts_by_what_it_learned(plan: Plan) -> bool:
+    """Return whether the plan's agent has learned, here or elsewhere."""
+    return bool(plan.episodes) or plan.agent.startswith(("selector:", "sb3:"))
+
+
+def _budget_told(usual: int, budgets: Mapping[str, int], num_rows: int) -> str:
+    """Return what runs trained on, as the beginning of a sentence.
+
+    Args:
+        usual: Rows that a run of the environment may train on.
+        budgets: Those that runs of each agent may, by its name.
+        num_rows: Rows of the pool.
+    """
+    own = {agent: budget for agent, budget in budgets.items() if budget != usual}
+    if own and len(own) == len(budgets):  # nobody made runs of the usual kind
+        usual = own.pop(next(iter(own)))
+    told = [f" Each run trained on up to {usual:,} of {num_rows:,} instructions"]
+    told += [f"with {agent} on up to {budget:,}" for agent, budget in own.items()]
+    return ", ".join(told) + ", repeats counted" * (max([usual, *own.values()]) > num_rows)
 
 
 def _metric(report: Mapping[str, Any], plan: Plan) -> str:

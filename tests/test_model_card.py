@@ -14,7 +14,7 @@ def finished(tmp_path_factory, small_settings):
     """A run with merged weights, and its environment."""
     folder = tmp_path_factory.mktemp("cards") / "run"
     settings = {**small_settings, "horizon": 2}
-    plan = Plan(settings, agent="loss_low", episodes=0, num_runs=2, merge=True)
+    plan = Plan(settings, "loss_low", {"batch_size": 3}, episodes=0, num_runs=2, merge=True)
     train(folder, plan)
     return folder, RaiseSelectEnv(**settings)
 
@@ -34,6 +34,7 @@ def test_write_model_card__adapter__tells_data_scores_and_how_to_load(finished):
     env.reset(seed=0)
     for content in env.assets.content.values():
         assert f"`{content}`" in card
+    assert "with a cosine to 0, 3 rows an update" in card
     assert "PeftModel.from_pretrained" in card
     assert "[More Information Needed]" not in card
 

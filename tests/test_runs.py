@@ -19,7 +19,7 @@ from raise_env import RaiseSelectEnv
 from raise_env.agents import RaisePpo, RandomAgent, Sb3Agent, load_selector
 from raise_env.agents.estimate import estimate
 from raise_env.agents.run_folder import RunFolder
-from raise_env.agents.runs import Plan, Silent, _learn, finetune, train
+from raise_env.agents.runs import Plan, Silent, _budget_told, _learn, finetune, train
 from raise_env.assets import _cached_assets, load_data
 from raise_env.base_model import load_tokenizer, model_folder
 from raise_env.config import EnvConfig
@@ -242,6 +242,8 @@ def test_train__report_json__is_what_is_promised(finished, plan):
     assert set(phi) == {"features", "preparation", "learning", "final", "total"}
     assert phi["total"] == pytest.approx(phi["features"] + phi["learning"] + phi["final"])
     assert phi["preparation"] == 0, "raise_fork needs none"
+    assert " with random rows, " in report["headline"]
+    assert " with the learned selector. Each run trained on up to 48 of 64 instructions; the " in report["headline"]
     assert all(math.isfinite(value) and value > 0 for name, value in phi.items() if name != "preparation")
 
 
@@ -334,6 +336,14 @@ def test_train__agent_with_settings_of_its_own__has_its_own_runs(own_agent, tmp_
     assert (len(mine.actions), len(random.actions)) == (2, 3)
     assert {"horizon": 2, "budget": 8}.items() <= mine.env["kwargs"].items()
     assert replay(mine, tolerance=0.0) == (None, 0.0)
+    # The report and the card say what was done, and do not call an agent learned that has learned nothing.
+    report, card = (tmp_path / "run" / name for name in ("report.json", "adapter/README.md"))
+    told = f"with own_agent:{name}. Each run trained on up to 48 of 64 instructions, with own_agent:{name} on up to 8."
+    assert told in read_json(report)["headline"]
+    assert (
+        f"learning rate {0.001 if name == 'OwnRate' else 0.003} with a cosine to 0, 4 rows an update"
+        in card.read_text()
+    )
     # Another learning rate makes other features, so that nothing but the model can be shared.
     assert (world.assets is embedded_env().assets) == (name == "OwnRuns")
 
@@ -790,6 +800,19 @@ def test_finetune__no_selector_there__nothing_is_written(tmp_path, small_setting
     with pytest.raises(RecordError, match=r"config\.json"):
         finetune(tmp_path / "run", tmp_path / "nowhere", small_settings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("budgets", "words"),
+    [
+        ({"random": 320, "ifd": 320}, "up to 320 of 2,000 instructions"),
+        ({"a": 320, "full": 6000}, "up to 320 of 2,000 instructions, with full on up to 6,000, repeats counted"),
+        ({"full": 6000}, "up to 6,000 of 2,000 instructions, repeats counted"),
+        ({"full": 2000, "own": 500}, "up to 2,000 of 2,000 instructions, with own on up to 500"),
+    ],
+)
+def test_headline__runs_of_their_own_length__are_told_apart(budgets, words):
+    assert _budget_told(320, budgets, 2000) == f" Each run trained on {words}"
 
 
 def test_episode_record__seeds__differ_between_plans():

@@ -142,8 +142,11 @@ def _loaded(plan: ScorePlan, rows: Pool) -> tuple[BaseModel, EvaluationSet]:
 def _evaluated(plan: ScorePlan, base: BaseModel, data: EvaluationSet, generates: bool) -> Evaluation:
     """Return how the model does, with its adapter if there is one."""
     from raise_env.adapter_files import read_adapter
+    from raise_env.generation import warn_of_cut
     from raise_env.learner import LoraLearner, TrainingState, UpdateSettings
 
+    if generates:
+        warn_of_cut(base, list(data.questions.values()), "data")
     # A new adapter changes nothing: its second matrices are zeros.
     adapter = base.initial_parameters(seed=0) if plan.adapter is None else read_adapter(Path(plan.adapter), base)
     settings = UpdateSettings(learning_rate=0.0, weight_decay=0.0, max_grad_norm=0.0, micro_batch_tokens=1)

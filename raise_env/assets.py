@@ -28,6 +28,7 @@ from .features import (
     LoadingProgress,
     StaticFeatures,
 )
+from .generation import warn_of_cut
 from .lazy import LazyFeatures
 from .learner import LoraLearner, TrainingState, UpdateSettings
 from .learner_protocol import Split
@@ -138,6 +139,8 @@ class Assets:
     @functools.cached_property
     def base_answers(self) -> Evaluation:
         """Dev scores before any update, with generated answers where rows ask for a number; made when asked for."""
+        for name, split in self.learner.splits.items():
+            warn_of_cut(self.learner.base, list(split.questions.values()), name)
         if not self.learner.splits["dev"].questions:
             return self.base_evaluation
         learner = self.learner.copy()

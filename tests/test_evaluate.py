@@ -72,6 +72,14 @@ def test_score_model__a_runs_adapter_and_length__gives_the_runs_numbers(embedded
     assert abs(bare["metrics"]["loss"]["value"] - evaluation.loss) > 0.1
 
 
+def test_score_model__prompts_that_do_not_fit_beside_their_answers__are_told_of(data, caplog):
+    path = data([{"prompt": "x" * 200, "response": "#### 1"}, {"prompt": "x", "response": "#### 2"}])
+    score_model(ScorePlan("tiny", path, metrics=("loss",)))
+    assert not caplog.messages, "nothing is answered"
+    score_model(ScorePlan("tiny", path))
+    assert [message.partition(" prompts")[0] for message in caplog.messages] == ["1 of 2 data"]
+
+
 def test_score_model__interval__is_that_of_a_mean_over_rows(data):
     report = score_model(ScorePlan("tiny", data(CHOICES), metrics=("accuracy",)))
     assert list(report["metrics"]) == ["accuracy"]

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
+from data_files import write_rows
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -100,3 +103,31 @@ def test_answer__long_prompt__loses_its_beginning(base, prompts, monkeypatch):
     long = np.arange(3, 200)
     answer(base, [long, prompts[1]], None)
     assert [tokens.tolist() for tokens in seen] == [long[-128:].tolist(), prompts[1].tolist()]
+
+
+def test_warn_of_cut__prompts_that_do_not_fit__are_counted(base, prompts, caplog):
+    from raise_env.generation import warn_of_cut
+
+    with caplog.at_level(logging.WARNING, logger="raise_env"):
+        warn_of_cut(base, [*prompts, np.arange(128)], "dev")
+        assert not caplog.messages
+        warn_of_cut(base, [*prompts, np.arange(129)], "dev")
+    assert caplog.messages == ["1 of 4 dev prompts lose their beginning: 128 tokens fit beside an answer of up to 128"]
+
+
+def test_env__answered_prompts_that_do_not_fit__are_told_of_once_for_each_set(
+    embedded_env, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("raise_env.learner.answer", lambda _, prompts, adapters: (["#### 1"] * len(prompts), 1))
+
+    def rows(name, number, length):
+        said = [{"prompt": f"{name} {place} {'x' * length}", "response": f"#### {place}"} for place in range(number)]
+        return str(write_rows(tmp_path / f"{name}.jsonl", said))
+
+    files = {"pool": rows("pool", 16, 9), "dev": rows("dev", 3, 150), "test": rows("test", 2, 150)}
+    env = embedded_env(**files, pool_size=2000, num_dev=None, num_test=None, budget=12, reward="flexible_match")
+    with caplog.at_level(logging.WARNING, logger="raise_env.generation"):
+        env.reset(seed=0)
+        env.reset(seed=1)
+        env.step(np.array([1, 0] * 8))
+    assert [message.partition(" prompts")[0] for message in caplog.messages] == ["3 of 3 dev", "2 of 2 test"]

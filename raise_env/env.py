@@ -65,7 +65,7 @@ _CANDIDATES, _DROPPED, _DROPOUT, _DEV_SAMPLE = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Round:
-    """What is on offer in one step.
+    """What is on offer in one step; its arrays are read-only.
 
     Attributes:
         seed: Where this round's random choices come from.
@@ -76,6 +76,10 @@ class Round:
     seed: int
     candidates: np.ndarray
     classes: np.ndarray
+
+    def __post_init__(self) -> None:
+        # The history gives them out, and where the whole pool is on offer they are those of every step to come.
+        self.candidates.flags.writeable = self.classes.flags.writeable = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +92,7 @@ class _Choice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepRecord:
-    """What happened in one step: the round, the pool ids trained on, and what came of it."""
+    """What happened in one step: the round, the pool ids trained on, and what came of it; its arrays are read-only."""
 
     candidates: np.ndarray
     classes: np.ndarray
@@ -96,6 +100,9 @@ class StepRecord:
     reward: float
     dev_score: float
     train_loss: float | None
+
+    def __post_init__(self) -> None:
+        self.selected.flags.writeable = False  # the others are the round's
 
 
 @dataclass(frozen=True, slots=True, eq=False)

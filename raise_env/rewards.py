@@ -6,6 +6,7 @@ reward of a step is P(M_t) - P(M_{t-1}), so that the undiscounted return of an e
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -38,6 +39,8 @@ DIVERGENCE_PENALTY = -10.0
 class Evaluation:
     """How a model does on a set of rows: what every dev score is computed from.
 
+    Its arrays are read-only: environments share them, and no reward may change them for the others.
+
     Attributes:
         row_losses: Sum of the negative log-likelihood of each row's response, nats, shape (rows,), float64.
         row_tokens: Response tokens of each row, shape (rows,), int64; 0 where none fits into the length.
@@ -63,6 +66,14 @@ class Evaluation:
     flexible_matches: np.ndarray | None = None
     num_generating_tokens: int = 0
     rows: Sequence[Instruction] = ()
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, np.ndarray):
+                object.__setattr__(self, entry.name, _read_only(value))
+            elif entry.name.startswith("choice_") and value is not None:
+                object.__setattr__(self, entry.name, tuple(_read_only(own) for own in value))
 
     @property
     def loss(self) -> float:
@@ -309,6 +320,13 @@ def _mean_of_known(values: np.ndarray) -> float | None:
     """Return the mean of those that are not NaN."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """Return a view that cannot be written into; whoever made the array still can."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _softmax_at(scores: np.ndarray, place: int) -> float:

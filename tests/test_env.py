@@ -1337,6 +1337,18 @@ def test_step__the_whole_pool_on_offer__is_kept_once_for_all_steps():
     assert sorted(first) == list(range(200))
 
 
+@pytest.mark.parametrize("num_candidates", ["all", 32])
+def test_history__arrays_of_its_records__cannot_be_written_into(num_candidates):
+    env = toy_env(num_candidates=num_candidates)
+    env.reset(seed=0)
+    env.step(first_rows(env, 3))
+    offered = env.candidates
+    for array in (env.history[0].candidates, env.history[0].classes, env.history[0].selected):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:1] = -1
+    np.testing.assert_array_equal(env.candidates, offered)
+
+
 def test_variant__settings_of_its_own__share_the_assets_and_start_anew():
     env = toy_env(batch_size=2)
     env.reset(seed=0)

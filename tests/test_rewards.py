@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -46,6 +47,12 @@ NUMBERS = Evaluation(
 def first_row(evaluation):
     """A reward of one's own: minus the first row's loss."""
     return -evaluation.row_losses[0]
+
+
+def in_place(evaluation):
+    losses = evaluation.row_losses
+    losses /= evaluation.row_tokens
+    return -losses[0]
 
 
 def not_a_number(evaluation):
@@ -192,6 +199,26 @@ def test_env__reward_of_ones_own__is_what_the_steps_earn():
     _, reward, _, _, info = env.step(np.ones(32))
     assert info["dev_score"] == -env.evaluate("dev").row_losses[0]
     assert reward == env.dev_scores[1] - env.dev_scores[0] != 0
+
+
+def test_env__reward_that_writes_into_the_evaluation__is_stopped_and_the_next_reset_is_the_same():
+    env = toy_env(reward=f"{__name__}:in_place")
+    plain = toy_env(reward=f"{__name__}:first_row")
+    with pytest.raises(ValueError, match="read-only"):
+        env.reset(seed=0)
+    plain._assets = env.assets
+    plain.reset(seed=0)
+    assert plain.dev_scores == [-2.0 * 10]
+
+
+def test_evaluation__any_array__is_read_only_and_what_it_was_made_of_is_not():
+    losses = np.array([6.0, 4.0, 2.0])
+    evaluation = dataclasses.replace(NUMBERS, row_losses=losses)
+    choices = [*CHOICES.choice_scores, *CHOICES.choice_lengths, CHOICES.choice_answers]
+    numbers = [evaluation.strict_matches, evaluation.flexible_matches, evaluation.row_tokens, evaluation.row_correct]
+    for array in [evaluation.row_losses, *choices, *numbers]:
+        assert not array.flags.writeable
+    losses[:] = 1.0
 
 
 @pytest.mark.parametrize(

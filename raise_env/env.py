@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
-from .config import OF_TASK, OWN_SETTINGS, EnvConfig
+from .config import OF_TASK, OWN_SETTINGS, TASK_SETTINGS, EnvConfig
 from .errors import ActionError, SettingError, memory_explained
 from .features import FEATURE_NAMES, LoadingProgress, StaticFeatures, frame, observation_bounds, observe
 from .learner_protocol import scheduled_rate
@@ -594,7 +594,9 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             SettingError: As for the class.
         """
         own = self.config.to_kwargs()
-        if settings.get("pool") is not None:  # which takes the place of the embedded task
+        if settings.get("pool") is not None:  # which takes the place of the embedded task, but not of what it had set
+            task = TASK_SETTINGS.get(self.config.task, {})
+            own = {**{name: getattr(self.config, name) for name in task}, **own}
             own = {name: value for name, value in own.items() if name not in OF_TASK}
         kwargs = {"render_mode": self.render_mode, **own, **settings}
         return RaiseSelectEnv(assets=self.assets if OWN_SETTINGS.issuperset(settings) else None, **kwargs)

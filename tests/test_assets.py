@@ -191,6 +191,16 @@ def test_variant__pool_of_ones_own__takes_the_place_of_the_embedded_task(files):
     assert (env.config.task, env.config.pool_size, env.config.task_seed) == ("default", 2000, 0)
 
 
+@pytest.mark.parametrize(("own", "expected"), [({}, (96, 96)), ({"horizon": 7}, (7, 96)), ({"budget": 9}, (96, 9))])
+def test_variant__pool_of_ones_own__keeps_what_the_task_had_set(files, own, expected):
+    settings = {name: value for name, value in files().items() if name not in ("horizon", "budget")}
+    for env in (
+        RaiseSelectEnv(task="thrift", **own).variant(**settings),
+        RaiseSelectEnv(task="thrift").variant(**settings, **own),
+    ):
+        assert (env.config.horizon, env.config.budget) == expected
+
+
 def test_variant__reward_that_the_test_rows_do_not_allow__is_refused_at_once(files):
     env = RaiseSelectEnv(**files(dev=with_choices(rows(100, 6), "no")))
     env.reset(seed=0)

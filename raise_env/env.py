@@ -948,8 +948,9 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         last = self._history[-1] if self._history else None
         offered = last or self._current_round
         taken = np.isin(offered.candidates, last.selected) if last else np.zeros(self._num_candidates, dtype=bool)
-        labels = self.assets.classes
-        rows = [np.bincount(labels[r.selected], minlength=self.config.num_classes) for r in self._history]
+        # By the records, not the pool: lazy features do not know the classes of rows that another process offered.
+        taken_classes = [step.classes[np.isin(step.candidates, step.selected)] for step in self._history]
+        rows = [np.bincount(own, minlength=self.config.num_classes) for own in taken_classes]
         return RenderView(
             step=self._num_steps,
             horizon=self.config.horizon,

@@ -227,6 +227,15 @@ def test_env__lazy__snapshot_and_fork_go_on_alike(lazy_env):
         assert one[1] == two[1]
 
 
+def test_render__lazy__moment_of_another_process__shows_the_classes_of_its_history(lazy_env):
+    env, fresh = lazy_env("a", render_mode="ansi"), lazy_env("b", render_mode="ansi")
+    env.reset(seed=0)
+    env.step(np.arange(16) % 2)
+    fresh.restore(env.snapshot())
+    assert (fresh.assets.classes[env.history[0].selected] < 0).any(), "not all of them are known there"
+    assert fresh.render() == env.render()
+
+
 def test_env__lazy__record_has_no_digest_of_classes_that_are_not_known(lazy_env):
     env = lazy_env(horizon=1)
     env.reset(seed=0)

@@ -168,6 +168,11 @@ class Assets:
         return self.data.pool
 
     @property
+    def adapter_form(self) -> dict[str, int | float | str]:
+        """What decides what an adapter's numbers do."""
+        return self.learner.base.adapter_form
+
+    @property
     def num_dev(self) -> int:
         """Dev rows that are scored."""
         return len(self.learner.splits["dev"])

@@ -228,6 +228,16 @@ class BaseModel:
         return dict(zip(names, self._shapes, strict=True))
 
     @functools.cached_property
+    def adapter_form(self) -> dict[str, int | float | str]:
+        """What decides what an adapter's numbers do, in the words of a message."""
+        matrices = repr([(name, tuple(shape)) for name, shape in self.adapter_shapes.items()])
+        names = ("r", "lora_alpha", "use_rslora", "use_dora")
+        return {
+            **{f"lora {name}": getattr(self.lora, name) for name in names},
+            "lora matrices hash": hashlib.sha256(matrices.encode()).hexdigest()[:12],
+        }
+
+    @functools.cached_property
     def num_weights(self) -> int:
         """Numbers in the frozen model and one adapter."""
         return sum(value.numel() for value in self.peft_model.parameters())

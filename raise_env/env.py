@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class Snapshot:
     history: tuple[StepRecord, ...]
     is_over: bool
     is_scored: bool
-    form: Mapping[str, int | str]
+    form: Mapping[str, int | float | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,8 @@ class EnvAssets(Protocol):
     def pool_tokens(self) -> int: ...  # noqa: D102
     @property
     def content(self) -> dict[str, str]: ...  # noqa: D102
+    @property
+    def adapter_form(self) -> dict[str, int | float | str]: ...  # noqa: D102
     @property
     def auxiliary(self) -> dict[str, str | int]: ...  # noqa: D102
     @property
@@ -550,7 +553,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         The observation of that moment is the one that was returned then; `observation()` gives it again.
 
         Raises:
-            SettingError: It is a moment of an environment whose episodes have another form.
+            SettingError: It is a moment of an environment whose episodes, rows or adapter have another form.
         """
         self._require_like(snapshot)
         if self._learner is None:
@@ -780,26 +783,30 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
         return len(read_pool(config.pool, skip_empty=config.skip_empty, **settings))
 
     @property
-    def _form(self) -> dict[str, int | str]:
+    def _form(self) -> dict[str, int | float | str]:
         """What an environment has in common with those whose moments it can go back to, in the words of a message."""
         config, content = self.config, self.assets.content
         return {
             "num_candidates": self._num_candidates,
+            "num_classes": config.num_classes,
             "pool rows": len(self.assets.pool),
             "horizon": config.horizon,
             "budget": config.total_budget,
             "reward": config.reward,
             **{f"{name} hash": content.get(name, "")[:12] for name in ("model", "pool", "dev")},
+            "max_length": config.max_length,
+            "template hash": hashlib.sha256((config.template or "").encode()).hexdigest()[:12],
+            **self.assets.adapter_form,
         }
 
     def _require_like(self, snapshot: Snapshot) -> None:
         own = self._form
-        # What was pickled before snapshots told their form tells no more of it than this.
+        # What was pickled of old tells less of its form; before snapshots told it, no more than this.
         shapes = {"num_candidates": len(snapshot.round.candidates), "pool rows": len(snapshot.counts)}
         for name, found in getattr(snapshot, "form", shapes).items():
-            if found != own[name]:
+            if found != own.get(name):
                 raise SettingError(
-                    f"the snapshot is of an environment with {name} {found!r}, and this one has {own[name]!r}; "
+                    f"the snapshot is of an environment with {name} {found!r}, and this one has {own.get(name)!r}; "
                     "expected one of this environment, or of another with the same settings."
                 )
 

@@ -170,6 +170,11 @@ class ToyAssets:
         return classes_hash(self.classes)
 
     @property
+    def adapter_form(self) -> dict[str, int | float | str]:
+        """Nothing: a skill has no form."""
+        return {}
+
+    @property
     def base_answers(self) -> Evaluation:
         """The same as `base_evaluation`: nothing is generated."""
         return self.base_evaluation

@@ -843,6 +843,9 @@ OTHER_FORMS = {
     "horizon": ({"horizon": 5, "budget": 80}, "horizon 10, and this one has 5"),
     "budget": ({"budget": 40}, "budget 80, and this one has 40"),
     "reward": ({"reward": "exact_match"}, "reward 'loss', and this one has 'exact_match'"),
+    "num_classes": ({"num_classes": 8}, "num_classes 4, and this one has 8"),
+    "max_length": ({"max_length": 128}, "max_length 256, and this one has 128"),
+    "template": ({"template": "{{ prompt }}"}, r"template hash '\w{12}', and this one has '\w{12}'"),
 }
 
 
@@ -862,6 +865,47 @@ def test_restore__other_rows_as_many__is_refused(embedded_env):
     env.reset(seed=0)
     with pytest.raises(SettingError, match=r"pool hash '\w{12}', and this one has '\w{12}'"):
         embedded_env(task_seed=1).restore(env.snapshot())
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"r": 4}, "lora r 8, and this one has 4"),
+        ({"lora_alpha": 8}, "lora lora_alpha 16, and this one has 8"),
+        ({"use_rslora": True}, "lora use_rslora False, and this one has True"),
+        ({"target_modules": ["q_proj"]}, r"lora matrices hash '\w{12}', and this one has '\w{12}'"),
+    ],
+    ids=str,
+)
+def test_restore__adapter_of_another_form__is_refused(embedded_env, lora, words):
+    env = embedded_env()
+    env.reset(seed=0)
+    with pytest.raises(SettingError, match=words):
+        embedded_env(lora=lora).restore(env.snapshot())
+
+
+def test_restore__adapter_of_the_same_form_however_it_came_by_it__is_gone_on_with(embedded_env, tmp_path):
+    env = embedded_env(lora={"r": 4})
+    env.reset(seed=0)
+    env.save_adapter(tmp_path)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    others = [{"adapter": str(tmp_path)}, {"lora": {"r": 4, "target_modules": modules}}, {"lora": {"r": 4}}]
+    action = first_rows(env, 4)
+    moment = env.snapshot()
+    wanted = trace(env, [action])
+    for settings in others:
+        other = embedded_env(**settings, seed_model=5)
+        other.restore(moment)
+        assert trace(other, [action]) == wanted
+
+
+def test_restore__moment_that_tells_less_of_its_form__is_held_to_that():
+    env, other = toy_env(), toy_env(num_classes=8)
+    env.reset(seed=0)
+    moment = env.snapshot()
+    form = {name: value for name, value in moment.form.items() if name != "num_classes"}
+    other.restore(dataclasses.replace(moment, form=form))
+    np.testing.assert_array_equal(other.candidates, env.candidates)
 
 
 def test_restore__moment_pickled_before_it_told_its_form__is_known_by_its_arrays():

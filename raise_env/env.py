@@ -756,11 +756,13 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             return
         ledger = learner.ledger
         booked = dataclasses.replace(ledger)
-        while self._behind:
-            learner.update(*self._behind[0])
-            del self._behind[0]
-        for entry in dataclasses.fields(ledger):
-            setattr(ledger, entry.name, getattr(booked, entry.name))
+        try:
+            while self._behind:
+                learner.update(*self._behind[0])
+                del self._behind[0]
+        finally:  # interrupted, it is gone on with later
+            for entry in dataclasses.fields(ledger):
+                setattr(ledger, entry.name, getattr(booked, entry.name))
 
     def _new_learner(self) -> Learner:
         learner = self.assets.learner.copy()

@@ -1436,6 +1436,33 @@ def test_retrace__steps_that_were_taken_before__gives_what_step_gave_and_trains_
     assert [r.reward for r in again.history] == [r.reward for r in first.history]
 
 
+def test_retrace__updates_interrupted__are_gone_on_with_and_none_is_booked(monkeypatch):
+    first, again = toy_env(), toy_env()
+    for env in (first, again):
+        env.reset(seed=0)
+    for _ in range(3):
+        action = first_rows(first, 4)
+        *_, info = first.step(action)
+        again.retrace(action, StepOutcome(info["dev_score"], info["train_loss"]))
+    ledger = again.assets.learner.ledger
+    booked = dataclasses.replace(ledger)
+    update, made = FakeLearner.update, []
+
+    def interrupted(learner, *args):
+        made.append(update(learner, *args))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return made[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeLearner, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again.snapshot()
+    assert ledger == booked
+    again.snapshot()
+    assert ledger == booked
+
+
 def test_retrace__outcome__is_taken_as_it_was_told():
     env = toy_env(horizon=1)
     env.reset(seed=0)

@@ -28,7 +28,7 @@ from raise_env.side_by_side import one_thread
 from .base import world_of
 from .benchmark import BenchPlan, carry_out, ready, selector_folder
 from .catalogue import make_agent
-from .findings import ADAPTER, ORDER, ROWS, draws_of, findings_of, length_of, placebo_of
+from .findings import ADAPTER, ORDER, ROWS, draws_of, findings_of, length_of, placebo_of, shares_adapter
 from .job import Entry, Job
 from .run_folder import RunFolder, whole_lines, whole_records
 from .runs import FINAL_SEED, Reporter, Silent
@@ -244,7 +244,7 @@ class NoisePlan(BenchPlan):
 
 
 def _from_one_adapter(job: Job, selector: Path | None) -> Job:
-    if job.label == ADAPTER:
+    if not shares_adapter(job.label):
         return job
     entry = job.entry
     if selector is not None:  # where it is missing, as learning failed, this run fails too

@@ -818,7 +818,7 @@ def validate(
     """
     from raise_env.record import TOLERANCE
 
-    from .validation import by_record, check_cost, check_results, read_bench, read_recorded, replay_all
+    from .validation import by_record, check_cost, check_results, is_of_audit, read_bench, read_recorded, replay_all
 
     recorded, num_lines = [], 0
     lines_of: dict[str, Mapping[str, Any]] = {}
@@ -827,7 +827,7 @@ def validate(
             recorded += read_recorded(path)
             continue
         lines, own = read_bench(path)
-        for (task, agent, seed), fault in check_results(lines, own).items():
+        for (task, agent, seed), fault in check_results(lines, own, of_audit=is_of_audit(path)).items():
             _echo(f"{path / 'results.jsonl'}, {task}, {agent}, seed {seed}: {fault}")
             raise typer.Exit(EXIT_NO)
         recorded, num_lines = recorded + own, num_lines + len(lines)

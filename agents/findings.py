@@ -28,6 +28,7 @@ __all__ = [
     "findings_of",
     "length_of",
     "placebo_of",
+    "shares_adapter",
 ]
 
 AUDIT_VERSION = 1
@@ -44,6 +45,11 @@ Run = tuple[Mapping[str, Any], EpisodeRecord | None]
 def draws_of(agent: str) -> str:
     """Return the name of the runs of an agent of which only the offered candidates differ."""
     return f"candidates offered to {agent}"
+
+
+def shares_adapter(label: str) -> bool:
+    """Return whether runs of noise of this name all begin from the adapter of seed 0, whatever their own seed is."""
+    return label in (ORDER, ROWS) or label.startswith(draws_of(""))
 
 
 def length_of(agent: str, episodes: int) -> str:

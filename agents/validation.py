@@ -23,7 +23,9 @@ from raise_env.foreign_files import check_inside, numbered_lines, parse_json
 from raise_env.record import TOLERANCE, Difference, EpisodeRecord, made_again, read_records
 from raise_env.side_by_side import one_thread
 
+from .findings import shares_adapter
 from .job import OWN_TASK, check_line
+from .run_folder import read_json
 from .runs import FINAL_SEED, PHI_EPOCHS
 from .spread import spread
 from .summary import PARTS
@@ -34,6 +36,7 @@ __all__ = [
     "by_record",
     "check_cost",
     "check_results",
+    "is_of_audit",
     "read_bench",
     "read_recorded",
     "replay_all",
@@ -180,7 +183,19 @@ def read_bench(folder: Path) -> tuple[list[dict[str, Any]], list[Recorded]]:
     return _read_results(results), read_recorded(episodes)
 
 
-def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorded]) -> dict[tuple[str, str, int], str]:
+def is_of_audit(folder: Path) -> bool:
+    """Return whether a benchmark's folder says that it is one of the two within an audit's.
+
+    Raises:
+        RecordError: Its run.json cannot be read.
+    """
+    path = folder / "run.json"
+    return path.exists() and read_json(path).get("command") == "audit"
+
+
+def check_results(
+    lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorded], *, of_audit: bool = False
+) -> dict[tuple[str, str, int], str]:
     """Return what is wrong with each run, by task, agent and seed; runs that stand are left out.
 
     Nothing is replayed: a line stands if it is the only one of its run, and there is one record of it, which says what
@@ -189,6 +204,8 @@ def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorde
     Args:
         lines: Of results.jsonl; those of failed runs need no record.
         recorded: Of episodes.jsonl.
+        of_audit: Whether they are of an audit, whose runs of noise differ in one thing: by their names they begin from
+            the adapter of seed 0. All other runs begin from that of their own seed.
     """
     records: dict[tuple[str, str, int], list[Recorded]] = {}
     for own in recorded:
@@ -202,7 +219,8 @@ def check_results(lines: Sequence[Mapping[str, Any]], recorded: Sequence[Recorde
         elif len(found) != 1:
             faults[key] = f"{len(found)} records; expected one"
         else:
-            fault = _disagreement(line, found[0].record)
+            begins_from = 0 if of_audit and shares_adapter(line["agent"]) else line["seed"]
+            fault = _disagreement({**line, "seed": begins_from}, found[0].record)
             if fault is not None:
                 faults[key] = f"{fault} ({found[0].where})"
     for key, found in records.items():

@@ -11,6 +11,7 @@ from raise_env.agents import RandomAgent, run_episode
 from raise_env.agents.audit import AuditPlan, FixedRows, audit, probe_rewards
 from raise_env.agents.findings import ADAPTER, ORDER, ROWS, audit_tables
 from raise_env.agents.job import Entry
+from raise_env.agents.validation import check_results, is_of_audit, read_bench
 from raise_env.errors import OutputError, SettingError
 from raise_env.record import versions
 from raise_env.testing import toy_env
@@ -124,6 +125,12 @@ def test_audit__whole_folder__holds_all_parts(folder, found):
         "agent_against_placebo",
     }
     assert "### Placebo" in audit_tables(found)
+
+
+@pytest.mark.parametrize("part", ["runs", "noise"])
+def test_audit__both_benchmarks_within__stand_before_their_records(folder, part):
+    assert is_of_audit(folder / part)
+    assert check_results(*read_bench(folder / part), of_audit=True) == {}
 
 
 def test_audit__noise_of_a_learned_agent__acts_with_what_it_learned(folder):

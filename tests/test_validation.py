@@ -11,7 +11,15 @@ import pytest
 from raise_env.agents.benchmark import BenchPlan, bench
 from raise_env.agents.job import Entry, Job, run_job
 from raise_env.agents.leaderboard import leaderboard, markdown_board
-from raise_env.agents.validation import Recorded, by_record, check_cost, check_results, read_bench, replay_all
+from raise_env.agents.validation import (
+    Recorded,
+    by_record,
+    check_cost,
+    check_results,
+    is_of_audit,
+    read_bench,
+    replay_all,
+)
 from raise_env.errors import RecordError, SettingError
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -114,6 +122,23 @@ def test_check_results__a_record_of_another_first_adapter__is_named(theirs):
     record["env"]["kwargs"]["seed_model"] = 7
     change(theirs / "episodes.jsonl", 0, env=record["env"])
     assert "seed is 0; its record says 7" in next(iter(check_results(*read_bench(theirs)).values()))
+
+
+@pytest.mark.parametrize(("name", "is_noise"), [("order of the steps", True), ("my agent", False)])
+def test_check_results__one_adapter_for_all_seeds__stands_in_an_audits_noise_alone(theirs, name, is_noise):
+    place = agent_places(theirs, "loss_low")[1]  # of seed 1
+    record = json.loads((theirs / "episodes.jsonl").read_text().splitlines()[place])
+    change(theirs / "episodes.jsonl", place, agent=name, env={**record["env"], "kwargs": {"seed_model": 0}})
+    change(theirs / "results.jsonl", place, agent=name)
+    faults = check_results(*read_bench(theirs))
+    assert "seed is 1; its record says 0" in next(iter(faults.values()))
+    assert check_results(*read_bench(theirs), of_audit=True) == ({} if is_noise else faults)
+
+
+def test_is_of_audit__a_folder_of_bench__is_none(theirs):
+    assert not is_of_audit(theirs)
+    (theirs / "run.json").unlink()
+    assert not is_of_audit(theirs)
 
 
 def test_check_results__no_record_and_a_record_twice__are_named(theirs):

@@ -15,8 +15,10 @@ from typing import Any, cast
 
 import numpy as np
 
+from raise_env.config import REWARDS
 from raise_env.errors import RecordError, SettingError, suggestion
 from raise_env.foreign_files import read_json
+from raise_env.rewards import load_reward
 
 from .base import Agent
 from .rollout import agents_code
@@ -29,6 +31,7 @@ __all__ = [
     "learning_episodes",
     "load_selector",
     "make_agent",
+    "reward_digest",
     "selector_digest",
     "selector_folder",
     "source_digest",
@@ -194,21 +197,30 @@ def selector_folder(folder: str | Path) -> Path:
     return folder / "selector" if is_run else folder
 
 
-def selector_digest(name: str) -> str | None:
-    """Return a short digest of the files of an agent "selector:DIR", which tells it from others; None for all others.
+def selector_digest(name: str, arguments: Mapping[str, Any] | None = None) -> str | None:
+    """Return a short digest of the files that an agent has learned by, which tells it from others; else None.
+
+    These are those of "selector:DIR", and what an "sb3:CLASS" is to `load`.
+
+    Args:
+        name: As for `make_agent`.
+        arguments: As for `make_agent`.
 
     Raises:
         RecordError: A file cannot be read.
     """
-    kind, _, rest = name.partition(":")
-    if kind != "selector":
-        return None
-    folder = selector_folder(rest)
+    kind, _, rest = name.removeprefix("placebo:").partition(":")
+    load = (arguments or {}).get("load")
     try:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return files_digest((path.relative_to(folder).as_posix(), path) for path in files)
+        if kind == "selector":
+            folder = selector_folder(rest)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            return files_digest((path.relative_to(folder).as_posix(), path) for path in files)
+        if kind == "sb3" and load is not None:
+            return files_digest([(Path(load).name, Path(load))])
     except OSError as error:
-        raise RecordError(f"{folder}: cannot be read ({error}); expected a selector.") from error
+        raise RecordError(f"agent {name!r}: what it has learned cannot be read ({error}).") from error
+    return None
 
 
 def source_digest(name: str) -> str | None:
@@ -223,9 +235,24 @@ def source_digest(name: str) -> str | None:
     own = name.removeprefix("placebo:")
     module, _, entry = own.partition(":")
     is_ours = own in AGENTS or module in _KINDS or module.partition(".")[0] == __name__.partition(".")[0]
-    if is_ours or not (module and entry):
+    return None if is_ours or not (module and entry) else _code_digest(module, _imported(own))
+
+
+def reward_digest(reward: str) -> str | None:
+    """Return the same of the code of a reward of one's own, "my_module:function"; None for all others.
+
+    Raises:
+        RewardError: There is no such function.
+    """
+    if reward in REWARDS:
         return None
-    found = _imported(own)
+    load_reward(reward)
+    module, _, entry = reward.partition(":")
+    return _code_digest(module, getattr(sys.modules[module], entry))
+
+
+def _code_digest(module: str, found: Any) -> str | None:
+    """Return a digest of the files of a module and of what was found in it; None where there are none to read."""
     kind = found if isinstance(found, type) or inspect.isfunction(found) else type(found)
     files = dict.fromkeys(path for thing in (sys.modules[module], kind) if (path := _source_file(thing)) is not None)
     return files_digest((path.name, path) for path in files) if files else None

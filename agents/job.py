@@ -82,12 +82,12 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as run.json keeps it; of a learned selector, and of one's own code, also which it is.
+        """Return the entry as run.json keeps it; of what has learned, and of one's own code, also which it is.
 
         Raises:
             RaiseEnvError: The selector cannot be read, or there is no such agent.
         """
-        digests = {"selector": selector_digest(self.agent), "source": source_digest(self.agent)}
+        digests = {"selector": selector_digest(self.agent, self.arguments), "source": source_digest(self.agent)}
         return {**asdict(self), **{name: digest for name, digest in digests.items() if digest is not None}}
 
 

@@ -31,11 +31,13 @@ _ONE_RUN = ("train", "finetune", "demo")
 _OF_ONE = ("episodes.jsonl", "learning/steps.jsonl", "learning/episode-*")
 _OF_MANY = ("results.jsonl", "episodes.jsonl", "rewards.jsonl")
 
-#: What plans of old do not say, by the last part of its name.
+#: What plans of old do not say, by the first or last part of its name.
 _NOT_SAID_OF_OLD = ("selector", "selectors", "source", "sources")
 
 #: What is said where one of those differs that are digests of code.
-_CODE_HAS_CHANGED = " A source is a digest of an agent's code: put that back as it was, or start anew elsewhere."
+_CODE_HAS_CHANGED = (
+    " A source is a digest of an agent's code, or a reward's: put that back as it was, or start anew elsewhere."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +263,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -
     different = {
         name: f"{name}: then {then!r}, now {this!r}"
         for name, then, this in _differences(before, now)
-        if then is not None or name.rpartition(".")[2] not in _NOT_SAID_OF_OLD
+        if then is not None or {name.partition(".")[0], name.rpartition(".")[2]}.isdisjoint(_NOT_SAID_OF_OLD)
     }
     if different:
         is_of_code = any({"source", "sources"} & set(name.split(".")) for name in different)

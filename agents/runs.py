@@ -35,6 +35,7 @@ from .catalogue import (
     learning_episodes,
     load_selector,
     make_agent,
+    reward_digest,
     selector_digest,
     selector_folder,
     source_digest,
@@ -137,16 +138,19 @@ class Plan:
             object.__setattr__(self, "episodes", learning_episodes(self.agent, self.agent_settings))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as run.json keeps it; of learned selectors, and of one's own code, also which they are.
+        """Return the plan as run.json keeps it; of what has learned, and of one's own code, also which it is.
 
         Raises:
-            RaiseEnvError: A selector cannot be read, or there is no such agent.
+            RaiseEnvError: A selector cannot be read, or there is no such agent or reward.
         """
-        selectors = {name: digest for name in self.names if (digest := selector_digest(name)) is not None}
-        sources = {name: digest for name in self.names if (digest := source_digest(name)) is not None}
+        reward = str(self.settings.get("reward", "loss"))
+        digests: dict[str, dict[str, str | None]] = {
+            "selectors": {name: selector_digest(name, self.settings_of(name)) for name in self.names},
+            "sources": {**{name: source_digest(name) for name in self.names}, reward: reward_digest(reward)},
+        }
+        known = {kind: {name: own for name, own in named.items() if own is not None} for kind, named in digests.items()}
         return {
-            **({"selectors": selectors} if selectors else {}),
-            **({"sources": sources} if sources else {}),
+            **{kind: named for kind, named in known.items() if named},
             "settings": self.settings,
             "agent": self.agent,
             "agent_settings": self.agent_settings,
@@ -156,6 +160,10 @@ class Plan:
             "num_runs": self.num_runs,
             "merge": self.merge,
         }
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """Return an agent's own settings; those that are compared have none."""
+        return self.agent_settings if name == self.agent else {}
 
     @property
     def names(self) -> list[str]:
@@ -218,7 +226,7 @@ def agents_of(plan: Plan) -> dict[str, Agent]:
     Raises:
         RaiseEnvError: As `make_agent`.
     """
-    return {name: make_agent(name, plan.agent_settings if name == plan.agent else None) for name in plan.names}
+    return {name: make_agent(name, plan.settings_of(name)) for name in plan.names}
 
 
 @contextmanager

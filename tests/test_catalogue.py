@@ -12,9 +12,17 @@ from stable_baselines3 import PPO
 from raise_env import RaiseSelectEnv, TopKScores
 from raise_env.agents import RaiseFork, cli, load_selector, make_agent, run_episode
 from raise_env.agents.base import Agent
-from raise_env.agents.catalogue import AGENTS, FunctionAgent, agent_name, selector_digest, source_digest
+from raise_env.agents.catalogue import (
+    AGENTS,
+    FunctionAgent,
+    agent_name,
+    reward_digest,
+    selector_digest,
+    source_digest,
+)
+from raise_env.agents.job import Entry
 from raise_env.agents.sb3 import PRESETS
-from raise_env.errors import AgentError, RecordError, SettingError
+from raise_env.errors import AgentError, RecordError, RewardError, SettingError
 from raise_env.testing import toy_env
 
 
@@ -156,6 +164,20 @@ def test_selector_digest__another_selector_in_its_place__is_another(tmp_path):
     (tmp_path / "run" / "selector" / "auxiliary" / "adapter_config.json").write_text("{ }")
     assert selector_digest(f"selector:{tmp_path / 'run'}") != first
     assert selector_digest("random") is None
+
+
+@pytest.mark.parametrize("name", ["sb3:PPO", "placebo:sb3:PPO"])
+def test_selector_digest__model_of_sb3_to_load__is_that_of_its_file(tmp_path, name):
+    (tmp_path / "ppo.zip").write_bytes(b"one")
+    arguments = {"load": str(tmp_path / "ppo.zip"), "n_steps": 8}
+    first = selector_digest(name, arguments)
+    assert first == Entry(name, arguments).to_json()["selector"] is not None
+    (tmp_path / "ppo.zip").write_bytes(b"two")
+    assert selector_digest(name, arguments) != first
+    assert selector_digest(name, {"n_steps": 8}) is selector_digest(name) is None
+    (tmp_path / "ppo.zip").unlink()
+    with pytest.raises(RecordError, match=f"agent '{name}': what it has learned cannot be read"):
+        selector_digest(name, arguments)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +340,17 @@ def test_source_digest__code_of_ones_own__changes_with_its_file_alone(my_module,
 def test_source_digest__placebo_of_ones_own__is_that_of_its_agent(my_module):
     my_module(TAKES_FIRST)
     assert source_digest("placebo:mine:Mine") == source_digest("mine:Mine")
+
+
+def test_reward_digest__function_of_ones_own__changes_with_its_file(my_module):
+    assert reward_digest("loss") is None
+    my_module("def score(evaluation):\n    return -evaluation.loss\n")
+    before = reward_digest("mine:score")
+    assert before == reward_digest("mine:score") is not None
+    my_module("def score(evaluation):\n    return -2 * evaluation.loss\n")
+    assert reward_digest("mine:score") != before
+    with pytest.raises(RewardError, match="'mine:scores' cannot be loaded"):
+        reward_digest("mine:scores")
 
 
 def test_source_digest__class_that_another_file_defines__changes_with_that_too(my_module, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -571,6 +572,38 @@ def test_train__resume_with_changed_code_of_ones_own__refuses_and_names_it(own_a
     source.write_text(source.read_text() + "\n# changed\n")
     with pytest.raises(SettingError, match=r"\(sources\.own_agent:Prepares: then '[0-9a-f]+', now '[0-9a-f]+'\)"):
         train(tmp_path / "run", own, resume=True)
+
+
+def begun(folder, plan, *, resume=False, unsaid=()):
+    """Begin a run's folder, or go on with it; then take out of its plan what was not said of old."""
+    run = RunFolder.open(folder, "train", plan.to_json(), resume)
+    for kind, name in unsaid:
+        del run.state["plan"][kind][name]
+    run.note()
+
+
+def test_resume__another_model_to_load_or_other_code_of_the_reward__is_refused_and_named(tmp_path, monkeypatch):
+    source, model, selector = (tmp_path / name for name in ("my_reward.py", "ppo.zip", "selector"))
+    selector.mkdir()
+    for path in (source, model, selector / "config.json"):
+        path.write_text("def score(evaluation): return -evaluation.loss\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_reward", raising=False)
+    learned = f"selector:{selector}"
+    settings = {"reward": "my_reward:score"}
+    plan = Plan(settings, "sb3:PPO", {"load": str(model)}, episodes=0, compare=("random", learned))
+    (tmp_path / "run").mkdir()
+    begun(tmp_path / "run", plan, unsaid=[("selectors", "sb3:PPO"), ("sources", "my_reward:score")])
+    begun(tmp_path / "run", plan, resume=True)
+    told = read_json(tmp_path / "run" / "run.json")["plan"]
+    assert (set(told["selectors"]), set(told["sources"])) == ({"sb3:PPO", learned}, {"my_reward:score"})
+    for path, words in ((model, r"\(selectors\.sb3:PPO: then"), (source, r"\(sources\.my_reward:score: .* a reward's")):
+        before = path.read_text()
+        path.write_text(f"{before}# changed\n")
+        with pytest.raises(SettingError, match=words):
+            begun(tmp_path / "run", plan, resume=True)
+        path.write_text(before)
+    begun(tmp_path / "run", plan, resume=True)
 
 
 def test_train__resume_with_other_versions__refuses_and_names_them(finished, plan, tmp_path, monkeypatch):

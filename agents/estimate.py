@@ -187,7 +187,10 @@ def _first_step(env: RaiseSelectEnv, agent: Any, name: str, seed: int) -> np.nda
 
 
 def _learning(plan: Plan, env: RaiseSelectEnv, agent: Any, reporter: Reporter) -> np.ndarray:
-    """Return what `_spent` would count in all of the learning, from its first episode."""
+    """Return what `_spent` would count in all of the learning, from its first episode.
+
+    Algorithms that learn from whole rollouts take more than that episode, and say for how many it stands.
+    """
     if not plan.episodes or not _has(agent, "learn"):
         return np.zeros(3)
     env.reset(seed=0)
@@ -196,7 +199,8 @@ def _learning(plan: Plan, env: RaiseSelectEnv, agent: Any, reporter: Reporter) -
         agent.learn(env, 1, seed=plan.seed)
         found = _spent(env) - before
         show(1)
-    return np.asarray(found * plan.episodes)
+    taken = agent.episodes_taken(env.config) if _has(agent, "episodes_taken") else 1
+    return np.asarray(found * math.ceil(plan.episodes / taken))
 
 
 def _spent(env: RaiseSelectEnv) -> np.ndarray:

@@ -467,7 +467,7 @@ class Sb3Agent:
         before = self.model
         if before is not None:
             self._check_fit(env.observation_space.shape or (), before)
-        num_steps = episodes * config.horizon * (config.batch_size if self.action_form == "pick" else 1)
+        num_steps = episodes * self._episode_steps(config)
         self._subset_size = config.batch_size
         with _global_generators_kept():
             offers_all = getattr(config, "num_candidates", None) == "all"
@@ -482,6 +482,21 @@ class Sb3Agent:
         model.env = None  # so that the agent can be copied and stored without the language model
         self.model = model
         return self
+
+    def episodes_taken(self, config: EnvConfig) -> float:
+        """Return for as many steps as how many full episodes the last `learn` went on: with whole rollouts for more.
+
+        Args:
+            config: The settings of the environment that it learned in.
+
+        Raises:
+            SettingError: The agent has not learned yet.
+        """
+        return self._trained().num_timesteps / self._episode_steps(config)
+
+    def _episode_steps(self, config: EnvConfig) -> int:
+        """Return the steps of a full episode as SB3 counts them: where rows are picked, each pick is one."""
+        return config.horizon * (config.batch_size if self.action_form == "pick" else 1)
 
     def _to_learn_in(self, env: gym.Env[Any, Any], progress: Progress | None) -> gym.Env[Any, Any] | VecEnv:
         if self.num_envs == 1:

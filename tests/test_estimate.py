@@ -129,6 +129,21 @@ def test_estimate__agent_that_learns__counts_its_episodes(own_agent, small_setti
     assert estimate(dataclasses.replace(plan, episodes=0)).updates == 2 * 2 * 3
 
 
+@pytest.mark.parametrize(
+    ("agent", "settings", "episodes", "expected"),
+    [
+        ("sb3:PPO", {"n_steps": 12, "batch_size": 12, "n_epochs": 1}, 6, 24),  # two rollouts of 12 steps for 18
+        ("sb3:PPO", {"n_steps": 12, "batch_size": 12, "n_epochs": 1}, 1, 12),
+        ("sb3:A2C", {"n_steps": 3}, 4, 12),
+        ("sb3:A2C", {"n_steps": 8, "action_form": "pick"}, 4, 12),  # six rollouts, of two steps of four picks each
+        ("placebo:sb3:PPO", {"n_steps": 12, "batch_size": 12, "n_epochs": 1}, 6, 24),
+    ],
+)
+def test_estimate__rollouts_longer_than_an_episode__count_once(small_settings, agent, settings, episodes, expected):
+    plan = Plan(small_settings, agent, settings, episodes=episodes, compare=(), num_runs=1)
+    assert estimate(plan).updates == expected + 3  # and a final run
+
+
 def test_estimate__the_folder__is_not_touched(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     estimate(plan)

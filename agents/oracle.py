@@ -32,9 +32,15 @@ class OracleAgent(PoolScoreAgent):
     - `thrift`: clean rows of the target skills alone: fewer than `batch_size` or none where there are no more.
     - `shift`: as on most, where the target skills are those of the test set; dev asks two of them more than the others.
 
+    Args:
+        batch_size: Rows to take; None: what the environment is made for.
+
     Raises:
         SettingError: On `check` and `prepare`: the pool has no hidden labels.
     """
+
+    def __init__(self, batch_size: int | None = None) -> None:
+        super().__init__(batch_size)  # the task alone says which rows are not worth taking: there is no `least`
 
     def check(self, config: EnvConfig, pool: Pool, episodes: int) -> None:
         """Refuse a pool without hidden labels."""

@@ -427,6 +427,12 @@ def test_oracle__two_seeds__ties_are_broken_at_random():
     assert set(first) != set(second)
 
 
+def test_oracle__least__is_refused_as_the_task_says_what_is_worth_taking():
+    with pytest.raises(SettingError, match=r"'oracle' does not take these settings: .*'least'"):
+        make_agent("oracle", {"least": 1.0})
+    assert make_agent("oracle", {"batch_size": 3}).batch_size == 3
+
+
 def test_oracle__pool_without_labels__refuses():
     with pytest.raises(SettingError, match="hidden labels of embedded tasks; toy has none"):
         run_episode(toy_env(), OracleAgent(), seed=0, name="oracle")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -233,3 +234,23 @@ def test_choices__adapter__score_as_in_lm_eval(by_heart, base, tmp_path):
     assert ours.accuracy == pytest.approx(theirs["acc,none"], abs=1e-4)
     assert ours.accuracy_norm == pytest.approx(theirs["acc_norm,none"], abs=1e-4)
     assert ours.accuracy != ours.accuracy_norm
+
+
+def test_tokens__chat_template_without_a_start_token__are_lm_evals_if_it_adds_none(base):
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = copy.deepcopy(base.tokenizer)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id, "it puts one in front by itself"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    encoder, row = Encoder(tokenizer, 256), instruction("Where?", ["a bank", "a park"], 0)
+    text, choices = encoder.prompt_text(row), encoder.encode_choices([row])
+    for add_bos_token, is_equal in ((None, False), (False, True)):
+        theirs = HFLM(pretrained=str(TINY), device="cpu", batch_size=1, add_bos_token=add_bos_token)
+        (prompt,) = encoder.encode_prompts([row])
+        assert (theirs.tok_batch_encode([text])[0][0].tolist() == prompt.tolist()) == is_equal
+        for place, choice in enumerate(row.choices):
+            before, after = theirs._encode_pair(text, choice)
+            assert ([*before, *after] == choices.row(place)[0].tolist()) == is_equal

@@ -94,6 +94,10 @@ class TrainingState:
         first, second = self.first_moment.to(device), self.second_moment.to(device)
         return TrainingState(self.adapter.to(device), first, second, self.num_updates)
 
+    def __reduce__(self) -> tuple[type[TrainingState], tuple[Tensor, Tensor, Tensor, int]]:
+        # In a processor's memory: torch opens a tensor of a GPU only where there is one.
+        return TrainingState, (self.adapter.cpu(), self.first_moment.cpu(), self.second_moment.cpu(), self.num_updates)
+
 
 @dataclass(slots=True, eq=False)
 class LoraLearner:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,18 @@ def test_snapshot__of_the_processor__goes_on_on_the_gpu(embedded_env, env):
     env.reset(seed=6)
     env.restore(other.snapshot())
     np.testing.assert_allclose(env.step(action)[1], other.step(action)[1], rtol=1e-3, atol=1e-5)
+
+
+def test_snapshot__of_the_gpu__is_pickled_in_the_processors_memory_and_goes_on_to_the_bit(env):
+    env.reset(seed=6)
+    first, second = batches(env, 2)
+    env.step(first)
+    moment = env.snapshot()
+    sent = pickle.loads(pickle.dumps(moment))
+    assert (moment.learner_state.adapter.device.type, sent.learner_state.adapter.device.type) == ("cuda", "cpu")
+    wanted = env.step(second)[1]
+    env.restore(sent)
+    assert env.step(second)[1] == wanted
 
 
 def test_row_gradients__of_both_devices__are_the_same(embedded_env, env):

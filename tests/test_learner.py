@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pickle
 import random
 import shutil
 import threading
@@ -37,6 +38,28 @@ def test_training_state_to__another_device__takes_all_of_it_there():
     assert {part.device.type for part in (there.adapter, there.first_moment, there.second_moment)} == {"meta"}
     assert there.num_updates == 4
     assert state.to(torch.device("cpu")) is state
+
+
+class Elsewhere:
+    """A tensor in another device's memory, as far as pickling asks for it; itself it opens only there."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def cpu(self):
+        return self.tensor
+
+    def __reduce__(self):
+        pytest.fail("it was pickled where it is")
+
+
+def test_training_state__pickled_in_another_devices_memory__opens_in_the_processors():
+    parts = [torch.arange(3.0) + shift for shift in range(3)]
+    opened = pickle.loads(pickle.dumps(TrainingState(*map(Elsewhere, parts), num_updates=4)))
+    for part, own in zip((opened.adapter, opened.first_moment, opened.second_moment), parts, strict=True):
+        assert part.device.type == "cpu"
+        assert torch.equal(part, own)
+    assert opened.num_updates == 4
 
 
 # The same fine-tuning by plain PEFT and torch

@@ -279,19 +279,20 @@ class LoraLearner:
             num_updates: AdamW updates of the fork, with moments of its own; 0: minus the gradient on one dev batch.
             batch_size: Dev rows of an update, drawn without replacement; all where there are fewer.
             progress: As for `update`; the fork's rate does not fall.
-            seed: What the dev rows are drawn from.
+            seed: What the dev rows are drawn from, and LoRA's dropout, where there is any.
         """
         dev = self.splits["dev"].rows
         usable = np.flatnonzero(dev.has_labels)
         rng, size = np.random.default_rng(seed), min(batch_size, len(usable))
         batches = [usable[rng.choice(len(usable), size, replace=False)] for _ in range(max(1, num_updates))]
+        seeds = [seed, *rng.integers(2**31, size=len(batches) - 1).tolist()]  # for dropout: no two drop the same
         fork = LoraLearner(self.base, dev, {}, self.settings, TrainingState.start(self.state.adapter), self.ledger)
         if num_updates == 0:
             self.ledger.train_tokens += int(dev.lengths[batches[0]].sum())
-            gradients, _ = fork._gradients([fork.state], batches, [seed])
+            gradients, _ = fork._gradients([fork.state], batches, seeds)
             return np.asarray(-gradients[0].cpu().numpy())
-        for rows in batches:
-            fork.update(rows, progress, seed)
+        for rows, own in zip(batches, seeds, strict=True):
+            fork.update(rows, progress, own)
         return np.asarray((fork.state.adapter - self.state.adapter).cpu().numpy())
 
     def copy(self) -> LoraLearner:

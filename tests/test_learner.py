@@ -540,7 +540,9 @@ def test_evaluate__same_state_again__is_scored_once(learner):
 # Dropout, precision, tokenizers
 
 
-def test_update__lora_dropout_in_micro_batches__drops_something_else_in_each(embedded_env, monkeypatch):
+@pytest.fixture
+def dropping(embedded_env, monkeypatch):
+    """A learner with dropout whose rows go through one by one, and the seeds that each of its passes was given."""
     learner = embedded_env(lora={"lora_dropout": 0.5}, auxiliary_updates=0).assets.learner.copy()
     learner.settings = dataclasses.replace(learner.settings, micro_batch_tokens=1)
     seeds = []
@@ -551,9 +553,22 @@ def test_update__lora_dropout_in_micro_batches__drops_something_else_in_each(emb
         return token_losses(batch, adapters, dropout_seed=dropout_seed)
 
     monkeypatch.setattr(learner.base, "token_losses", noted)
+    return learner, seeds
+
+
+def test_update__lora_dropout_in_micro_batches__drops_something_else_in_each(dropping):
+    learner, seeds = dropping
     learner.update(BATCHES[0], 0.0, 5)
     assert len(seeds) == len(set(seeds)) == len(BATCHES[0])
     assert seeds[0] == 5, "an update in one piece stays as it was"
+
+
+@pytest.mark.parametrize("num_updates", [0, 1, 3])
+def test_dev_direction__lora_dropout__drops_something_else_in_each_update(dropping, num_updates):
+    learner, seeds = dropping
+    learner.dev_direction(num_updates, 4, progress=0.5, seed=5)
+    assert len(seeds) == len(set(seeds)) == 4 * max(1, num_updates)
+    assert seeds[0] == 5
 
 
 @pytest.mark.parametrize(("limit", "num_threads"), [(0, 1), (10**9, 2)])

@@ -102,9 +102,10 @@ class RaiseSelectVectorEnv(_SyncVectorEnv):
         """
         rewards = np.zeros(self.num_envs)
         terminated, truncated = np.zeros((2, self.num_envs), dtype=bool)
-        # One that was put back to an earlier moment goes on from there.
-        ended = [ended and _world(env).is_over for env, ended in zip(self.envs, self._autoreset_envs, strict=True)]
-        running = np.flatnonzero(~np.array(ended, dtype=bool)).tolist()
+        worlds = [_world(env) for env in self.envs]
+        # By where they are now: some may have been put back to an earlier moment, or to an end. Where no episode has
+        # begun, none has ended either.
+        running = [place for place, world in enumerate(worlds) if not world.is_over or world.num_steps == 0]
         all_actions = self._one_each(actions)
         results = _steps([self.envs[place] for place in running], [all_actions[place] for place in running])
         answers = dict(zip(running, results, strict=True))

@@ -367,6 +367,23 @@ def test_step__environments_put_back_after_their_end__go_on_from_there(wrapper):
     assert vector.step(action)[1].tolist() == [0.0, 0.0], "now they are reset"
 
 
+def test_step__environments_put_to_their_end__are_reset_and_the_others_go_on():
+    world = toy_env(horizon=1)
+    world.reset(seed=0)
+    begun = world.snapshot()
+    world.step(np.ones(32))
+    ended = world.snapshot()
+    vector = RaiseSelectVectorEnv.over(world.fork(2))  # of an environment whose episode has ended
+    _, rewards, terminated, *_ = vector.step(np.ones((2, 32)))
+    assert rewards.tolist() == [0.0, 0.0]
+    assert not terminated.any()
+    for single, moment in zip(vector.envs, (begun, ended), strict=True):
+        single.restore(moment)
+    _, rewards, terminated, *_ = vector.step(np.ones((2, 32)))
+    assert (rewards != 0).tolist() == terminated.tolist() == [True, False]
+    assert vector.get_attr("num_steps") == (1, 0)
+
+
 @pytest.mark.parametrize("error", [RewardError, KeyboardInterrupt])
 def test_step__error_in_one_environment__leaves_the_picks_of_all(monkeypatch, error):
     def fails(evaluation):

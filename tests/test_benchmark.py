@@ -314,6 +314,12 @@ def test_files_md__fields__are_those_that_are_written(finished):
     assert set(read_json(finished / "summary.json")) == documented("summary.json")
 
 
+def test_files_md__run_json__has_the_fields_that_a_benchmark_writes(finished):
+    text = (Path(__file__).parents[1] / "docs" / "files.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| `run.json` \| .*`reference`.*$", text, re.MULTILINE).group()
+    assert set(re.findall(r"`(\w+)`", row)) & documented("run.json") == set(read_json(finished / "run.json"))
+
+
 # Any order, any number of workers, any interruption
 
 

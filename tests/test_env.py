@@ -878,14 +878,14 @@ def test_restore__other_rows_as_many__is_refused(embedded_env):
     ids=str,
 )
 def test_restore__adapter_of_another_form__is_refused(embedded_env, lora, words):
-    env = embedded_env()
+    env = embedded_env(auxiliary_updates=0)
     env.reset(seed=0)
     with pytest.raises(SettingError, match=words):
-        embedded_env(lora=lora).restore(env.snapshot())
+        embedded_env(lora=lora, auxiliary_updates=0).restore(env.snapshot())
 
 
 def test_restore__adapter_of_the_same_form_however_it_came_by_it__is_gone_on_with(embedded_env, tmp_path):
-    env = embedded_env(lora={"r": 4})
+    env = embedded_env(lora={"r": 4}, auxiliary_updates=0)
     env.reset(seed=0)
     env.save_adapter(tmp_path)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -894,7 +894,7 @@ def test_restore__adapter_of_the_same_form_however_it_came_by_it__is_gone_on_wit
     moment = env.snapshot()
     wanted = trace(env, [action])
     for settings in others:
-        other = embedded_env(**settings, seed_model=5)
+        other = embedded_env(**settings, seed_model=5, auxiliary_updates=0)
         other.restore(moment)
         assert trace(other, [action]) == wanted
 

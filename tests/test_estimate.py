@@ -133,8 +133,6 @@ def test_estimate__agent_that_learns__counts_its_episodes(own_agent, small_setti
     ("agent", "settings", "episodes", "expected"),
     [
         ("sb3:PPO", {"n_steps": 12, "batch_size": 12, "n_epochs": 1}, 6, 24),  # two rollouts of 12 steps for 18
-        ("sb3:PPO", {"n_steps": 12, "batch_size": 12, "n_epochs": 1}, 1, 12),
-        ("sb3:A2C", {"n_steps": 3}, 4, 12),
         ("sb3:A2C", {"n_steps": 8, "action_form": "pick"}, 4, 12),  # six rollouts, of two steps of four picks each
         ("placebo:sb3:PPO", {"n_steps": 12, "batch_size": 12, "n_epochs": 1}, 6, 24),
     ],

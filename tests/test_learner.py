@@ -563,7 +563,7 @@ def test_update__lora_dropout_in_micro_batches__drops_something_else_in_each(dro
     assert seeds[0] == 5, "an update in one piece stays as it was"
 
 
-@pytest.mark.parametrize("num_updates", [0, 1, 3])
+@pytest.mark.parametrize("num_updates", [0, 2])
 def test_dev_direction__lora_dropout__drops_something_else_in_each_update(dropping, num_updates):
     learner, seeds = dropping
     learner.dev_direction(num_updates, 4, progress=0.5, seed=5)

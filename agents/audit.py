@@ -233,6 +233,10 @@ class NoisePlan(BenchPlan):
         """Return the plan as run.json keeps it; who learns is said in that of the audit."""
         return {name: value for name, value in BenchPlan.to_json(self).items() if name != "learners"}
 
+    def _check_entry(self, task: str, label: str, entry: Entry) -> None:
+        if label not in map(draws_of, self.learners):  # those act with what others learn, who are asked elsewhere
+            BenchPlan._check_entry(self, task, label, entry)
+
     def jobs(self, folder: Path) -> list[Job]:
         """Return all runs; only their candidates, rows or order differ, or only their adapter."""
         named = {name: self.entries[draws_of(name)] for name in self.learners}

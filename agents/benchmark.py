@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raise_env import EnvConfig, RaiseSelectEnv
+from raise_env.assets import load_data
 from raise_env.config import OBSERVATION_BLOCKS, TASK_SETTINGS
 from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
 from raise_env.files import append_line, held, replaced_folder, write_json, write_text
@@ -26,10 +27,10 @@ from raise_env.side_by_side import one_thread
 from raise_env.tiny.task import TASKS
 
 from .bench_report import write_bench_report
-from .catalogue import make_agent
+from .catalogue import make_agent, reward_digest
 from .job import OWN_TASK, Entry, Job, Outcome, check_line, failed, run_job
 from .run_folder import RunFolder, whole_lines, whole_records
-from .runs import Reporter, Silent, as_learned, check_inputs, check_selectors
+from .runs import Reporter, Silent, as_learned, check_agent, check_inputs, check_selectors
 from .spread import check_cluster, spread
 from .summary import RANDOM, summarise
 from .validation import Recorded
@@ -70,9 +71,16 @@ class BenchPlan:
     reference: str = RANDOM
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as run.json keeps it."""
+        """Return the plan as run.json keeps it; of a reward of one's own, also which code it is.
+
+        Raises:
+            RaiseEnvError: A selector cannot be read, or there is no such agent or reward.
+        """
         entries = {label: entry.to_json() for label, entry in self.entries.items()}
         plain = {**asdict(self), "entries": entries, "tasks": list(self.tasks)}
+        reward = str(self.settings.get("reward", "loss"))
+        if (digest := reward_digest(reward)) is not None:
+            plain["sources"] = {reward: digest}
         return dict(json.loads(json.dumps(plain)))  # tuples become lists, as they will be when it is read again
 
     def with_additions(self, before: dict[str, Any], done: Collection[str]) -> dict[str, Any]:
@@ -137,12 +145,15 @@ class BenchPlan:
         for task in self.tasks:
             check_inputs(EnvConfig.from_kwargs(self.task_settings(task)))
             for label, entry in self.entries.items():
-                self._check_selector(task, label, entry)
+                self._check_entry(task, label, entry)
 
-    def _check_selector(self, task: str, label: str, entry: Entry) -> None:
+    def _check_entry(self, task: str, label: str, entry: Entry) -> None:
         config = EnvConfig.from_kwargs(self._entry_settings(task, entry))
+        agent = make_agent(entry.agent, entry.arguments)
         try:
-            check_selectors(config, [make_agent(entry.agent, entry.arguments)])
+            check_selectors(config, [agent])
+            episodes = entry.episodes if hasattr(agent, "learn") else 0
+            check_agent(label, agent, config, load_data(config).pool, episodes)
         except SettingError as error:
             raise SettingError(f"agent {label!r} on task {task!r}: {error}") from error
 

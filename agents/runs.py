@@ -59,6 +59,7 @@ __all__ = [
     "Silent",
     "agents_of",
     "as_learned",
+    "check_agent",
     "check_agents",
     "check_inputs",
     "check_selectors",
@@ -334,18 +335,31 @@ def check_agents(config: EnvConfig, plan: Plan, agents: Mapping[str, Agent]) -> 
     for name, agent in agents.items():
         episodes = (plan.episodes or 0) if name == plan.agent else 0
         try:
-            with agents_code(f"agent {name!r}, check"):
-                _check_use(agent, config, pool, episodes)
+            check_agent(name, agent, config, pool, episodes)
         except SettingError as error:
             raise SettingError(f"agent {name!r}: {error}") from error
 
 
-def _check_use(agent: Any, config: EnvConfig, pool: Pool, episodes: int) -> None:
-    if hasattr(agent, "check"):
-        agent.check(config, pool, episodes)
-    if hasattr(agent, "run_settings"):
-        require_all_features(config)  # else it cannot be told how many rows can be offered
-        EnvConfig.from_kwargs({**config.to_kwargs(), **agent.run_settings(config, len(pool))})
+def check_agent(name: str, agent: Any, config: EnvConfig, pool: Pool, episodes: int) -> None:
+    """Refuse an agent that cannot be used so, as it says itself.
+
+    Args:
+        name: What it is called, should its own code fail.
+        agent: The agent.
+        config: The environment's settings.
+        pool: The pool that it is to choose from.
+        episodes: How many it is to learn for; 0 for one that does not learn.
+
+    Raises:
+        SettingError: It cannot.
+        RaiseEnvError: The pool lacks what it needs, or its own code failed.
+    """
+    with agents_code(f"agent {name!r}, check"):
+        if hasattr(agent, "check"):
+            agent.check(config, pool, episodes)
+        if hasattr(agent, "run_settings"):
+            require_all_features(config)  # else it cannot be told how many rows can be offered
+            EnvConfig.from_kwargs({**config.to_kwargs(), **agent.run_settings(config, len(pool))})
 
 
 def check_selectors(config: EnvConfig, agents: Iterable[Agent]) -> None:

@@ -526,6 +526,22 @@ def test_bench__resumed_with_changed_code_of_ones_own__is_refused_by_name(tmp_pa
     assert bytes_of(tmp_path / "bench") == before
 
 
+def test_bench__resumed_with_other_code_of_the_reward__is_refused(tmp_path, small_settings, monkeypatch):
+    source = tmp_path / "bench_reward.py"
+    source.write_text("def score(evaluation): return -evaluation.loss\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bench_reward", raising=False)
+    settings = {**small_settings, "reward": "bench_reward:score"}
+    plan = BenchPlan(settings, {"random": Entry("random")}, num_seeds=1)
+    bench(tmp_path / "bench", plan)
+    more = dataclasses.replace(plan, num_seeds=2)
+    source.write_text("def score(evaluation): return -2 * evaluation.loss\n")
+    with pytest.raises(SettingError, match=r"\(sources\.bench_reward:score: then '[0-9a-f]+', now .* a reward's"):
+        bench(tmp_path / "bench", more, resume=True)
+    source.write_text("def score(evaluation): return -evaluation.loss\n")
+    assert bench(tmp_path / "bench", more, resume=True)["missing"] == []
+
+
 def test_bench__code_of_an_agent_that_always_failed__may_be_mended(tmp_path, small_settings, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "coded_agents", raising=False)
@@ -631,13 +647,33 @@ def own_settings(folder, small_settings):
 
 def test_bench__a_pool_of_ones_own__is_a_task_too(tmp_path, small_settings):
     settings = own_settings(tmp_path, small_settings)
-    entries = {"random": Entry("random"), "oracle": Entry("oracle")}
-    summary = bench(tmp_path / "bench", BenchPlan(settings, entries, (OWN_TASK,), num_seeds=1))
-    random, oracle = read_lines(tmp_path / "bench" / "results.jsonl")
+    summary = bench(tmp_path / "bench", BenchPlan(settings, {"random": Entry("random")}, (OWN_TASK,), num_seeds=1))
+    (random,) = read_lines(tmp_path / "bench" / "results.jsonl")
     assert random["task"] == "own"
     assert random["test_accuracy"] is None, "of a free answer none is expected"
-    assert "hidden labels" in oracle["error"]
     assert summary["normalised"] == {}
+
+
+def test_bench__an_agent_that_says_no__told_by_name_before_anything_is_begun(own, tmp_path, small_settings):
+    asked = []
+
+    class Picky(own.Learns):
+        def check(self, config, pool, episodes):
+            asked.append((config.horizon, len(pool), episodes))
+            raise SettingError("not with me.")
+
+    own.Picky = Picky
+    plan = of_own(small_settings, "Picky")
+    entries = {"random": Entry("random"), "fussy": dataclasses.replace(plan.entries["Picky"], episodes=4)}
+    plan = dataclasses.replace(plan, entries=entries)
+    with pytest.raises(SettingError, match=r"^agent 'fussy' on task 'default': not with me\.$"):
+        bench(tmp_path / "bench", plan)
+    assert asked == [(small_settings["horizon"], small_settings["pool_size"], 4)]
+    assert not (tmp_path / "bench").exists()
+    entries = {"random": Entry("random"), "oracle": Entry("oracle")}
+    plan = BenchPlan(own_settings(tmp_path, small_settings), entries, (OWN_TASK,), num_seeds=1)
+    with pytest.raises(SettingError, match=r"agent 'oracle' on task 'own': .* hidden labels .*pool\.jsonl has none"):
+        bench(tmp_path / "bench", plan)
 
 
 def test_bench__an_agents_numbers_that_nobody_can_write__are_that_runs_failure(own, tmp_path, small_settings):

@@ -23,6 +23,7 @@ from raise_env.agents.catalogue import AGENTS
 from raise_env.agents.job import Entry
 from raise_env.agents.summary import summarise
 from raise_env.config import EnvConfig
+from raise_env.errors import SettingError
 from raise_env.files import held
 
 FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
@@ -466,11 +467,14 @@ def test_audit__names_that_are_none_or_given_twice__are_refused(tmp_path, argume
     assert not (tmp_path / "out").exists()
 
 
-def test_bench__every_run_fails__one_and_why(own_files, tmp_path):
-    settings = own_files[own_files.index("--pool") :]
-    outcome = run("bench", "--out", tmp_path / "out", *settings, "--agents", "oracle", "--seeds", "1")
+def test_bench__every_run_fails__one_and_why(own_agent, small, tmp_path):
+    def begin(self, env, seed):
+        raise SettingError("not today.")
+
+    own_agent.Tired = type("Tired", (own_agent.RandomAgent,), {"begin": begin})
+    outcome = run("bench", "--out", tmp_path / "out", *small, "--agents", "own_agent:Tired", "--seeds", "1")
     assert outcome.code == 1
-    assert "missing: own, oracle, seed 0: the oracle reads the hidden labels" in outcome.out
+    assert "missing: default, own_agent:Tired, seed 0: not today." in outcome.out
     assert "Traceback" not in outcome.err
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -59,6 +59,9 @@ _CONTEXTS = {
     **dict.fromkeys(("options", "choice", "endings"), "choices"),
     "system_prompt": "system",
 }
+
+#: Columns that hold one choice each, as Global-MMLU's `option_a`.
+_ONE_CHOICE = re.compile(r"(?:(?:option|opt|choice|distractor)[ _]?(?:[a-z]|[0-9]{1,2})|[a-z])", re.IGNORECASE)
 
 #: How the instructions of LLM-Adapters' multiple-choice data end (Hu et al. 2023, "LLM-Adapters").
 _ANSWER_FORMAT = re.compile(r"Answer format: *([^\s/]+(?:/[^\s/]+)+)\s*\Z")
@@ -195,6 +198,7 @@ class RowReader:
         # A conversation that is null decides on the form only where nothing else does.
         found = [form for form in found if not form.is_chat or row[form.columns[0]] is not None] or found
         if len(found) == 1:
+            _check_one_choices(found[0], row, where)
             return found[0]
         seen = excerpt(", ".join(repr(column) for column in row) or "none", 300)
         advice = "Say which hold what: columns (--columns prompt=NAME,response=NAME), or rename them."
@@ -373,23 +377,49 @@ def _matching(forms: Sequence[RowForm], row: Row) -> list[RowForm]:
     return [form for form in found if form.name not in covered]
 
 
+def _check_one_choices(form: RowForm, row: Row, where: str) -> None:
+    """Check that beside a question there are no columns of single choices, of which its answer names one.
+
+    They are columns of the whole source, and seen in its first row.
+    """
+    names = [name for name, value in row.items() if _ONE_CHOICE.fullmatch(name) and is_text(value) and value.strip()]
+    if len(names) < 2 or form.settings is None or form.is_chat or row.get("choices"):
+        return
+    raise DataError(
+        f"{where}: found the columns {excerpt(', '.join(map(repr, names)), 200)}, each with a text, that the form "
+        f"{form.name} does not read; expected none, for they may be what is chosen among. Rename question, choices "
+        f"and answer to question, A, B and so on, and answer, or leave the columns out: columns (--columns "
+        f"{_option(_names_as_now(form, row))})."
+    )
+
+
+def _names_as_now(form: RowForm, row: Row) -> dict[str, str]:
+    """Return what `columns` has to name to read a row as its form does; nothing where no names do."""
+    if form.settings is None:
+        return {}
+    named = {key: place for key, place in form.settings.named().items() if place in row}
+    return {**named, "system": "system"} if "system" in row else named
+
+
+def _option(named: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={place}" for key, place in named.items())
+
+
 def _context_advice(form: RowForm, row: Row, unread: Sequence[str]) -> str:
     """Return what to do about columns that a form does not read: what reads them, and what reads the rest as now."""
     key = _CONTEXTS[unread[0]]
-    named = {} if form.settings is None else form.settings.named()
-    named = {name: place for name, place in named.items() if place in row}
-    if "system" in row:
-        named["system"] = "system"
+    named = _names_as_now(form, row)
     if form.settings is None or key in named or ("history" in row and not form.is_chat):
         place = named.get(key, "system" if key == "system" else form.columns[0])
         return f"Write it into {place!r}, or remove or rename the column if it is not meant to be read."
-    others = ",".join(f"{name}={place}" for name, place in named.items())
-    missed: dict[str, str] = {}
+    whole = dict(named)
     for column in unread:  # each key reads one column
-        missed.setdefault(_CONTEXTS[column], column)
-    added = ",".join(f"{name}={place}" for name, place in missed.items() if name not in named)
-    left_out = "it" if len(missed) == 1 else "them"
-    return f"Say what to read: columns (--columns {others},{added}), or to leave {left_out} out --columns {others}."
+        whole.setdefault(_CONTEXTS[column], column)
+    left_out = "it" if len(whole) == len(named) + 1 else "them"
+    return (
+        f"Say what to read: columns (--columns {_option(whole)}), or to leave {left_out} out "
+        f"--columns {_option(named)}."
+    )
 
 
 # Texts and choices

@@ -261,6 +261,23 @@ def test_read__columns_of_choices__are_missed_only_where_there_are_some_and_no_o
     assert "Write it into 'choices'" in fault({**row, "choices": None, column: ["a"]})
 
 
+@pytest.mark.parametrize(
+    "names", [("option_a", "option_b"), ("option1", "option2"), ("Choice A", "Choice B"), ("a", "b"), ("A", "C")]
+)
+def test_read__choices_in_columns_of_other_names__are_refused_instead_of_lost(names: tuple[str, str]) -> None:
+    row = {"question": "q", **dict.fromkeys(names, "text"), "answer": "B"}
+    for answer in ("B", 1):
+        message = fault({**row, "answer": answer})
+        assert message.startswith(f": found the columns {names[0]!r}, {names[1]!r}, each with a text, that the form")
+    others = message.partition("--columns ")[2].removesuffix(").")
+    assert read(row, **dict(pair.split("=") for pair in others.split(","))).response == "B"
+    renamed = dict(zip(("question", "A", "B", "answer"), row.values(), strict=True))
+    assert read(renamed).choices == ("text", "text")
+    for harmless in ({names[1]: None}, {names[1]: 3}, {"choices": ["x", "y"]}):
+        assert read({**row, **harmless}).prompt == "q"
+    assert read({"messages": turns("q", "a"), **dict.fromkeys(names, "text")}).response == "a"
+
+
 def test_read__passage_that_is_a_list_of_texts__is_refused_and_is_to_be_joined() -> None:
     row = {"question": "q", "answer": "a", "dialogue": ["W: Was it?", "M: It was."]}
     assert ", field 'dialogue': found a list that the form question and answer does not read" in fault(row)

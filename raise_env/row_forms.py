@@ -243,6 +243,8 @@ class RowReader:
         if "system" in row and not instruction.system:
             instruction = replace(instruction, system=_system(row["system"], f"{where}, field 'system'"))
         self._check_contexts(instruction, row, where)
+        if not instruction.choices:
+            _check_label(self._form, row, where)
         if self._form.is_chat:
             _check_tools(row, where)
         if "history" not in row or self._form.is_chat:
@@ -390,6 +392,18 @@ def _check_one_choices(form: RowForm, row: Row, where: str) -> None:
         f"{form.name} does not read; expected none, for they may be what is chosen among. Rename question, choices "
         f"and answer to question, A, B and so on, and answer, or leave the columns out: columns (--columns "
         f"{_option(_names_as_now(form, row))})."
+    )
+
+
+def _check_label(form: RowForm, row: Row, where: str) -> None:
+    """Check that a row's answer is not marked as one that is not wanted, as in KTO's data."""
+    if row.get("label") is not False:  # 0 is a class of something as often
+        return
+    named = _option(_names_as_now(form, row))
+    leave = f"leave the column out: columns (--columns {named})" if named else "rename the column"
+    raise DataError(
+        f"{where}, field 'label': found false; expected true or none, for in KTO's form a false one marks an answer "
+        f"that is not wanted. Remove such rows, or, where the label says something else, {leave}."
     )
 
 

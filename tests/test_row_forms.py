@@ -674,6 +674,32 @@ def test_read__answer_that_is_not_to_be_learned__is_refused(mark: str, value: ob
     assert read({"messages": chat}).response == "d", "a question is never learned"
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "q", "completion": "a"}, "prompt=prompt,response=completion"),
+        ({"instruction": "q", "output": "a", "system": "s"}, "prompt=instruction,response=output,system=system"),
+        ({"messages": turns("q", "a")}, "messages=messages"),
+        ({"prompt": turns("q"), "completion": turns("a", first="assistant")}, None),
+    ],
+)
+def test_read__row_whose_label_is_false__is_refused(row: dict[str, Any], columns: str | None) -> None:
+    for other in (True, None, 0, 1, "false"):
+        assert read({**row, "label": other}).response == "a"
+    message = fault(row, {**row, "label": False})
+    assert message.startswith(", field 'label': found false; expected true or none, for in KTO's form")
+    if columns is None:
+        assert message.endswith("says something else, rename the column.")
+        return
+    assert message.endswith(f"leave the column out: columns (--columns {columns}).")
+    named = dict(pair.split("=") for pair in columns.split(","))
+    assert read({**row, "label": False}, **named) == replace(read(row), fields={**row, "label": False})
+
+
+def test_read__label_that_is_false_beside_choices__is_no_fault() -> None:
+    assert read({"question": "q", "choices": ["no", "yes"], "answer": 0, "label": False}).response == "no"
+
+
 @pytest.mark.parametrize("column", ["tools", "functions"])
 def test_read__tools_beside_turns__are_refused_instead_of_lost(column: str) -> None:
     for value, found in (([{"name": "look_up"}], "a list"), ('[{"name": "look_up"}]', "text")):

@@ -277,8 +277,8 @@ class RowReader:
             return False
         if key == "choices":
             return bool(value) and isinstance(value, (list, dict)) and not instruction.choices
-        if key == "input" and isinstance(value, list):
-            return any(is_text(text) and text.strip() for text in value)
+        if key == "input" and isinstance(value, (list, dict)):
+            return _has_text(value)
         return is_text(value) and value.strip() not in ("", instruction.system.strip() if key == "system" else "")
 
     # The forms' readers
@@ -447,6 +447,13 @@ def _text(row: Row, column: str | None, where: str) -> str:
         return ""
     _check_text(value, f"{where}, field {column!r}")
     return str(value)
+
+
+def _has_text(value: object) -> bool:
+    """Return whether a value is a text that is not blank, or holds one."""
+    if isinstance(value, (list, dict)):
+        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
+    return is_text(value) and bool(value.strip())
 
 
 def _check_text(value: object, where: str) -> None:

@@ -190,7 +190,7 @@ def test_read__text_beside_the_form__is_refused_with_the_columns_that_read_it(
     row: dict[str, Any], column: str, columns: str
 ) -> None:
     plain = read(row)
-    for blank in ("", " \n", None, {"title": "not text"}, 3, Rendered("2026-01-02")):
+    for blank in ("", " \n", None, {"title": [""]}, 3, Rendered("2026-01-02")):
         assert read({**row, column: blank}) == replace(plain, fields={**row, column: blank})
     with_text = {**row, column: "It matters."}
     message = fault(row, with_text)
@@ -278,11 +278,20 @@ def test_read__choices_in_columns_of_other_names__are_refused_instead_of_lost(na
     assert read({"messages": turns("q", "a"), **dict.fromkeys(names, "text")}).response == "a"
 
 
-def test_read__passage_that_is_a_list_of_texts__is_refused_and_is_to_be_joined() -> None:
-    row = {"question": "q", "answer": "a", "dialogue": ["W: Was it?", "M: It was."]}
-    assert ", field 'dialogue': found a list that the form question and answer does not read" in fault(row)
-    assert "Join what it holds" in fault(row, prompt="question", response="answer", input="dialogue")
-    assert read({**row, "dialogue": ["", {"title": "not text"}]}).response == "a"
+@pytest.mark.parametrize(
+    ("column", "value", "found"),
+    [
+        ("dialogue", ["W: Was it?", "M: It was."], "a list"),
+        ("context", {"title": ["HotpotQA"], "sentences": [["It was.", "So."]]}, "an object"),
+        ("context", [["2WikiMultihopQA", ["It was.", "So."]]], "a list"),
+    ],
+)
+def test_read__passage_that_holds_texts__is_refused_and_is_to_be_joined(column: str, value: object, found: str) -> None:
+    row = {"question": "q", "answer": "a", column: value}
+    assert f", field {column!r}: found {found} that the form question and answer does not read" in fault(row)
+    assert "Join what it holds" in fault(row, prompt="question", response="answer", input=column)
+    assert read({**row, column: ["", {"title": [], "id": 3}]}).response == "a"
+    assert read({"prompt": "q", "response": "a", "system_prompt": value}).response == "a"
 
 
 def test_read__text_that_a_conversation_holds__is_not_missed() -> None:

@@ -8,8 +8,8 @@ Decisions:
     `RowForm.instead_of`. A column that belongs to no whole form, such as `answer` beside `instruction` and `output`,
     is one of the extra columns that every row may have.
 
-    A choice is looked for by its label where it has one, then by its text, then by its letter, then by its number.
-    Where choices stand in columns A, B, C, D the letter comes first, for there it names a column.
+    A choice is looked for by its label where it has one, and else by its text, its letter and its number; where these
+    mean several choices the row is an error. In columns A, B, C, D a letter is no text, for there it names a column.
 
     No part of a conversation is dropped without a word: what was said before, and the text that heads it, are read
     from columns of their own too. A turn with a part that is not trained on is an error, and so is a text, or are
@@ -538,7 +538,11 @@ def _labels(labels: list[Any], where: str) -> list[str]:
                 f"{where}, item {index}: found the label {_shown(label)}; expected text or a number, for the others "
                 "have labels. Give all choices a label, or none."
             )
-    return [str(label) for label in labels]
+    names = [str(label) for label in labels]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{where}: found the label {excerpt(repr(twice))} twice; expected each once. Mend the row.")
+    return names
 
 
 def _right(texts: list[str], labels: list[str], answer: Any, column: str, where: str) -> int:
@@ -551,9 +555,15 @@ def _right(texts: list[str], labels: list[str], answer: Any, column: str, where:
             f"{where}: found the row's {column!r} to be {_shown(answer)}; expected text or a whole number. "
             "Write it as one of them."
         )
-    for names in _names(texts, labels, is_number):
-        if str(answer) in names:
-            return names.index(str(answer))
+    places = [names.index(str(answer)) for names in _names(texts, labels, is_number) if str(answer) in names]
+    if places and (str(answer) in labels or len(set(places)) == 1):
+        return places[0]
+    if places:
+        meant = " or ".join(excerpt(repr(texts[place])) for place in sorted(set(places)))
+        raise DataError(
+            f"{where}: found the row's {column!r} to be {answer!r}, which may mean {meant}; expected one choice alone. "
+            f"Write the choice's {'label' if labels else 'number there, counted from 0 and without quotes'}."
+        )
     among = labels or texts
     advice = "Write both alike, letter for letter."
     if not labels and str(answer).strip().isdecimal():
@@ -568,13 +578,14 @@ def _right(texts: list[str], labels: list[str], answer: Any, column: str, where:
 
 
 def _names(texts: list[str], labels: list[str], is_number: bool) -> list[list[str]]:
-    """Return by what an answer may name the choices, what goes first before the rest."""
+    """Return by what an answer may name the choices; a label goes before the rest."""
     from_0, from_1 = ([str(number + first) for number in range(len(texts))] for first in (0, 1))
-    # Where labels are numbers, a number is one of them, and no place in the list.
+    # Where labels are numbers, a number is one of them, and no place in the list; and so with letters.
     has_numbers = any(label.isdecimal() for label in labels)
     if is_number:
         return [labels if has_numbers else from_0]
-    letters = list(string.ascii_uppercase[: len(texts)])
+    has_letters = any(len(label) == 1 and label in string.ascii_uppercase for label in labels)
+    letters = [] if has_letters else list(string.ascii_uppercase[: len(texts)])
     # In quotes a number counts as labels do, from 1; without labels nothing says where it counts from.
     return [labels, texts, letters, from_1 if labels and not has_numbers else []]
 

@@ -343,8 +343,33 @@ def test_read__more_choices_than_letters__are_refused_where_they_get_letters() -
     assert message.startswith(", field 'choices': found 27 choices; expected at most 26, for each gets a letter.")
 
 
-def test_read__choices_that_are_letters_themselves__text_first_but_in_columns() -> None:
-    assert read({"question": "q", "choices": ["B", "A"], "answer": "A"}).response == "A"
+def test_read__answer_that_means_two_choices__is_refused_where_it_is_no_label() -> None:
+    row = {"question": "Which group?", "choices": ["O", "B", "A", "AB"]}
+    message = fault(row | {"answer": "A"})
+    assert (
+        "'answer' to be 'A', which may mean 'O' or 'A'; expected one choice alone. Write the choice's number" in message
+    )
+    assert read(row | {"answer": "B"}).response == "B", "its text and its letter"
+    assert read(row | {"answer": "AB"}).response == "AB"
+    assert read(row | {"answer": "D"}).response == "AB"
+    assert read(row | {"answer": 2}).response == "A"
+    for labels, answer in (("1234", "A"), ("ABCD", "1")):
+        texts = ["2", "A", "1", "B"]
+        labelled = {"question": "q", "choices": {"label": list(labels), "text": texts}}
+        assert "which may mean '2' or " in fault(labelled | {"answer": answer})
+        assert "expected one choice alone. Write the choice's label." in fault(labelled | {"answer": answer})
+        assert [read(labelled | {"answer": label}).right_choice for label in labels] == [0, 1, 2, 3]
+
+
+def test_read__letter_beside_labels_that_are_letters__is_no_place() -> None:
+    row = {"question": "q", "choices": {"label": list("BCD"), "text": ["x", "y", "z"]}}
+    assert read(row | {"answerKey": "B"}).response == "x"
+    assert "found 'B', 'C', 'D'; expected the row's 'answerKey' among them" in fault(row | {"answerKey": "A"})
+    row["choices"]["label"] = ["a)", "b)", "c)"]
+    assert read(row | {"answerKey": "A"}).response == "x"
+
+
+def test_read__choices_that_are_letters_themselves__letter_first_in_columns() -> None:
     row = {"question": "q", "A": "B", "B": "A", "C": "x", "D": "y", "answer": "A"}
     assert read(row).response == "B"
 
@@ -394,6 +419,7 @@ def test_read__number_beside_labels__is_a_label_before_a_place(labels: Any, answ
             ": found '0', '1', '2', '3'; expected the row's 'answerKey' among them, which is '4'",
         ),
         (list("ABCD"), 4, ": found 'A', 'B', 'C', 'D'; expected the row's 'answerKey' among them, which is 4"),
+        (list("ABCC"), "C", ": found the label 'C' twice; expected each once."),
         (["A", None, "C", "D"], "A", ", item 2: found the label null; expected text or a number, for the others have"),
         (["A", "B", "C", 4.0], "A", ", item 4: found the label 4.0; expected text or a number"),
     ],

@@ -501,19 +501,31 @@ def _choices(value: Any, where: str) -> tuple[list[str], list[str]] | None:
     labels: Any = []
     texts = value
     if isinstance(value, dict):
-        texts, labels = value.get("text"), value.get("label")
+        is_lettered = list(value) == list(string.ascii_uppercase[: len(value)])  # as in MedQA
+        texts, labels = (list(value.values()), list(value)) if is_lettered else (value.get("text"), value.get("label"))
     elif isinstance(value, list) and all(isinstance(choice, dict) for choice in value):
-        texts, labels = [c.get("text") for c in value], [c.get("label") for c in value]
+        texts = [choice["text"] for choice in value] if all("text" in choice for choice in value) else None
+        labels = [choice.get("label") for choice in value]
     if not isinstance(texts, list) or not isinstance(labels, list) or len(labels) not in (0, len(texts)):
         raise DataError(
-            f"{where}: found {describe(value)}; expected a list of texts, or the lists label and text of one length. "
-            "Store such rows as .jsonl, or rename the column if it is not meant to be read."
+            f"{where}: found {_shown_choices(value)}; expected a list of texts, a list of objects with label and text, "
+            "the lists label and text of one length, or a text for each of A, B and so on. Store such rows as .jsonl, "
+            "or rename the column if it is not meant to be read."
         )
     for index, choice in enumerate(texts, start=1):
         if choice is not None:
             _check_text(choice, f"{where}, item {index}")
     texts = _ended([choice or "" for choice in texts])
     return texts, _labels(labels[: len(texts)], where)
+
+
+def _shown_choices(value: Any) -> str:
+    """Return in words what stands where choices are expected, with the names that its objects have."""
+    item = value[0] if isinstance(value, list) else value
+    if not isinstance(item, dict):
+        return describe(value)
+    kind = "a list of objects" if isinstance(value, list) else "an object"
+    return f"{kind} with {excerpt(', '.join(map(repr, item)))}"
 
 
 def _is_without_choices(value: Any) -> bool:

@@ -431,7 +431,7 @@ def test_read_pool__parquet_text_that_is_not_utf8__data_error(tmp_path: Path) ->
     [
         (["one", "Two"], "field 'choices': found 'one', 'Two'; expected the row's 'answer' among them, which is 'two'"),
         ("one|two", "field 'choices': found text; expected a list of texts"),
-        ({"text": ["one", "two"]}, "field 'choices': found an object; expected a list of texts"),
+        ({"text": ["one", "two"]}, "field 'choices': found an object with 'text'; expected a list of texts"),
         (["two", 2], "field 'choices', item 2: found 2; expected text"),
     ],
 )

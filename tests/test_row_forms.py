@@ -258,6 +258,8 @@ def test_read__columns_of_choices__are_missed_only_where_there_are_some_and_no_o
         assert read({**row, **more, column: ["x"]}).choices == ("a", "b")
     assert read({"messages": turns("q", "a"), column: ["x"]}).response == "a"
     assert "found an object that the form" in fault({**row, column: {"A": "a", "B": "b"}})
+    named = {"prompt": "question", "response": "answer", "choices": column}
+    assert read({**row, column: {"A": "b", "B": "a"}}, **named).right_choice == 1, "as the message says"
     assert "Write it into 'choices'" in fault({**row, "choices": None, column: ["a"]})
 
 
@@ -319,6 +321,8 @@ TEXTS = ["bank", "library", "mall"]
             "choices": [{"label": label, "text": text} for label, text in zip("ABC", TEXTS, strict=True)],
             "answerKey": "B",
         },
+        {"choices": {"A": "bank", "B": "library", "C": "mall", "D": None}, "answer": "library"},
+        {"choices": {"A": "bank", "B": "library", "C": "mall"}, "answerKey": "B"},
         {"choices": TEXTS, "answer": "library"},
         {"choices": TEXTS, "answer": "B"},
         {"choices": TEXTS, "answer": 1, "subject": "places"},
@@ -521,8 +525,15 @@ def test_read__key_without_choices__is_a_blank_field_and_no_answer() -> None:
             {"choices": [Rendered("1"), "b"], "answer": "b"},
             "item 1: found 1, which is not stored as text; expected text",
         ),
-        ({"choices": {"A": "x", "B": "y"}, "answer": "A"}, "found an object; expected a list of texts"),
-        ({"choices": {"label": ["A"], "text": TEXTS}, "answerKey": "A"}, "found an object; expected a list of texts"),
+        (
+            {"choices": {"B": "x", "A": "y"}, "answer": "A"},
+            "found an object with 'B', 'A'; expected a list of texts, a list of objects with label and text, the lists",
+        ),
+        ({"choices": {"label": ["A"], "text": TEXTS}, "answerKey": "A"}, "found an object with 'label', 'text'; exp"),
+        (
+            {"choices": [{"key": "A", "value": "x"}, {"key": "B", "value": "y"}], "answer": "x"},
+            "found a list of objects with 'key', 'value'; expected a list of texts, a list of objects with label and",
+        ),
         ({"choices": {"label": list("ABC"), "text": TEXTS}, "answerKey": "D"}, "found 'A', 'B', 'C'; expected"),
         ({"A": "a", "B": "b", "answer": "C"}, "field 'answer': found 'C'; expected one of the letters A, B"),
     ],

@@ -317,19 +317,22 @@ class RowReader:
 
     def _read_lettered(self, row: Row, where: str) -> Reading:
         """Read a question whose choices stand in columns A, B, C, ..."""
-        prompt, answer = _text(row, "question", where), _text(row, "answer", where).strip()
-        for column, text in (("question", prompt), ("answer", answer)):
-            if not text.strip():
-                return column
+        prompt, answer = _text(row, "question", where), row["answer"]
+        answer = answer.strip() if is_text(answer) else answer
+        if not prompt.strip():
+            return "question"
+        if answer is None or answer == "":
+            return "answer"
         texts = _ended([_text(row, letter, where) if letter in row else "" for letter in string.ascii_uppercase])
         letters = list(string.ascii_uppercase[: len(texts)])
         blank = next((letter for letter, text in zip(letters, texts, strict=True) if not text.strip()), None)
         if blank is not None or not texts:
             return blank or "A"
-        if answer not in [*letters, *texts]:
+        if not is_text(answer) or answer not in [*letters, *texts]:
+            shown = excerpt(repr(answer)) if is_text(answer) else _shown(answer)
             raise DataError(
-                f"{where}, field 'answer': found {excerpt(repr(answer))}; expected one of the letters "
-                f"{', '.join(letters)}, or the text of that choice."
+                f"{where}, field 'answer': found {shown}; expected one of the letters {', '.join(letters)}, or the "
+                "text of that choice. Write one of them."
             )
         right = letters.index(answer) if answer in letters else texts.index(answer)
         return self._choice(prompt, texts, right, row)
@@ -578,7 +581,11 @@ def _right(texts: list[str], labels: list[str], answer: Any, column: str, where:
         )
     among = labels or texts
     advice = "Write both alike, letter for letter."
-    if not labels and str(answer).strip().isdecimal():
+    if is_number and not any(label.isdecimal() for label in labels):
+        advice = (
+            "A number without quotes counts from 0: write it so, or the choice's letter, and null where none is known."
+        )
+    elif not labels and str(answer).strip().isdecimal():
         advice = (
             "In quotes a number may count from 0 or from 1: write it without quotes, where it counts from 0, or write "
             "the choice's letter."

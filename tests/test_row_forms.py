@@ -517,6 +517,11 @@ def test_read__key_without_choices__is_a_blank_field_and_no_answer() -> None:
         ),
         ({"choices": TEXTS, "answer": "D"}, "among them, which is 'D'"),
         ({"choices": TEXTS, "answer": "2"}, "among them, which is '2'"),
+        ({"choices": TEXTS, "answer": -1}, "among them, which is -1. A number without quotes counts from 0: write"),
+        (
+            {"choices": {"label": list("ABC"), "text": TEXTS}, "answer": 3},
+            "which is 3. A number without quotes counts from 0: write it so, or the choice's letter, and null where",
+        ),
         ({"choices": TEXTS, "answer": True}, "found the row's 'answer' to be true; expected text or a whole number"),
         ({"choices": TEXTS, "answer": 1.5}, "found the row's 'answer' to be 1.5; expected text or a whole number"),
         ({"choices": TEXTS, "answer": 3.0}, "among them, which is 3"),
@@ -536,6 +541,15 @@ def test_read__key_without_choices__is_a_blank_field_and_no_answer() -> None:
         ),
         ({"choices": {"label": list("ABC"), "text": TEXTS}, "answerKey": "D"}, "found 'A', 'B', 'C'; expected"),
         ({"A": "a", "B": "b", "answer": "C"}, "field 'answer': found 'C'; expected one of the letters A, B"),
+        (
+            {"A": "a", "B": "b", "answer": 1},
+            "field 'answer': found 1; expected one of the letters A, B, or the text of",
+        ),
+        (
+            {"A": "1", "B": "2", "answer": Rendered("1")},
+            "found 1, which is not stored as text; expected one of the letters A, B, or the text",
+        ),
+        ({"A": "a", "B": "b", "answer": ["A"]}, "field 'answer': found a list; expected one of the letters A, B"),
     ],
 )
 def test_read__bad_choices__are_named(row: dict[str, Any], expected: str) -> None:

@@ -201,14 +201,18 @@ class RowReader:
             _check_one_choices(found[0], row, where)
             return found[0]
         seen = excerpt(", ".join(repr(column) for column in row) or "none", 300)
-        advice = "Say which hold what: columns (--columns prompt=NAME,response=NAME), or rename them."
         if found:
             several = "; ".join(form.name for form in found)
-            raise DataError(f"{where}: found the columns {seen}, which are of several forms: {several}. {advice}")
+            ways = [names for form in found if (names := _names_as_now(form, row))]
+            raise DataError(
+                f"{where}: found the columns {seen}, which are of several forms: {several}. "
+                f"{_naming_advice(ways or _ways_to_name(row))}"
+            )
         chats = [form.columns[0] for form in self._forms if form.is_chat and all(name in row for name in form.columns)]
         if chats:
             raise _no_turns(row[chats[0]], f"{where}, field {chats[0]!r}")
         forms = "; ".join(form.name for form in self._forms)
+        advice = _naming_advice(_ways_to_name(row))
         raise DataError(f"{where}: found the columns {seen}; expected one of these forms: {forms}. {advice}")
 
     def _other_form(self, row: Row, where: str) -> DataError:
@@ -420,6 +424,24 @@ def _names_as_now(form: RowForm, row: Row) -> dict[str, str]:
 
 def _option(named: Mapping[str, str]) -> str:
     return ",".join(f"{key}={place}" for key, place in named.items())
+
+
+def _ways_to_name(row: Row) -> list[dict[str, str]]:
+    """Return what `columns` may name in a row of no known form: NAME where nothing about a column tells it."""
+    keys = {"choices": "choices", "system": "system", **_CONTEXTS}
+    # The first of a key's columns. `input` is a prompt as often as what follows one.
+    told = {key: column for column, key in reversed(keys.items()) if row.get(column) and column != "input"}
+    more = {key: told[key] for key in ("input", "system") if key in told}
+    chats = [column for column, value in row.items() if value and _is_chat(value)]
+    chat = {"messages": chats[0] if len(chats) == 1 else "NAME", **{key: more[key] for key in more if key == "system"}}
+    choice = {"prompt": "NAME", "choices": told.get("choices", "NAME"), "answer": "NAME", **more}
+    if len(chats) == 1:
+        return [chat]
+    return [choice] if "choices" in told else [{"prompt": "NAME", "response": "NAME", **more}, choice, chat]
+
+
+def _naming_advice(ways: Sequence[Mapping[str, str]]) -> str:
+    return f"Say which hold what: columns (--columns {'; or '.join(map(_option, ways))}), or rename them."
 
 
 def _context_advice(form: RowForm, row: Row, unread: Sequence[str]) -> str:

@@ -200,7 +200,7 @@ def test_read_pool__wrong_columns__lists_seen_and_accepted(tmp_path: Path, endin
         "expected one of these forms: instruction and output; instruction and response; question and answer" in message
     )
     assert "messages; conversations" in message
-    assert "columns (--columns prompt=NAME,response=NAME)" in message
+    assert "columns (--columns prompt=NAME,response=NAME; or " in message
 
 
 @pytest.mark.parametrize(

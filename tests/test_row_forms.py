@@ -56,19 +56,72 @@ def test_read__pair_of_columns__prompt_and_response(row: dict[str, Any], prompt:
 
 
 @pytest.mark.parametrize(
-    ("row", "forms"),
+    ("row", "forms", "columns"),
     [
-        ({"instruction": "i", "output": "o", "response": "r"}, "instruction and output; instruction and response"),
-        ({"question": "q", "answer": "a", "prompt": "p", "response": "r"}, "question and answer; prompt and response"),
-        ({"messages": turns("a", "b"), "prompt": "p", "completion": "c"}, "prompt and completion; messages"),
-        ({"messages": turns("a", "b"), "conversations": turns("a", "b")}, "messages; conversations"),
+        (
+            {"instruction": "i", "input": "", "output": "o", "response": "r"},
+            "instruction and output; instruction and response",
+            "prompt=instruction,response=output,input=input; or prompt=instruction,response=response",
+        ),
+        (
+            {"question": "q", "answer": "a", "prompt": "p", "response": "r"},
+            "question and answer; prompt and response",
+            "prompt=question,response=answer; or prompt=prompt,response=response",
+        ),
+        (
+            {"messages": turns("a", "b"), "prompt": "p", "completion": "c"},
+            "prompt and completion; messages",
+            "prompt=prompt,response=completion; or messages=messages",
+        ),
+        (
+            {"instruction": "i", "response": "r", "conversations": turns("a", "b"), "system": "s"},
+            "instruction and response; conversations",
+            "prompt=instruction,response=response,system=system; or messages=conversations,system=system",
+        ),
     ],
 )
-def test_read__several_forms__are_named_with_how_to_choose(row: dict[str, Any], forms: str) -> None:
+def test_read__several_forms__are_named_with_how_to_choose(row: dict[str, Any], forms: str, columns: str) -> None:
     message = fault(row)
-    assert f"which are of several forms: {forms}." in message
-    assert "--columns prompt=NAME,response=NAME" in message
+    assert message.endswith(
+        f"which are of several forms: {forms}. Say which hold what: columns (--columns {columns}), or rename them."
+    )
     assert all(repr(column) in message for column in row)
+    for way in columns.split("; or "):
+        assert read(row, **dict(pair.split("=") for pair in way.split(","))).fields == row
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (
+            {"query": "q", "solution": "s", "input": "i"},
+            "prompt=NAME,response=NAME; or prompt=NAME,choices=NAME,answer=NAME; or messages=NAME",
+        ),
+        (
+            {"system_prompt": "s", "question": "q", "response": "r"},
+            "prompt=NAME,response=NAME,system=system_prompt; or prompt=NAME,choices=NAME,answer=NAME,"
+            "system=system_prompt; or messages=NAME,system=system_prompt",
+        ),
+        (
+            {"question_stem": "q", "choices": {"label": ["A"], "text": ["a"]}, "answerKey": "A"},
+            "prompt=NAME,choices=choices,answer=NAME",
+        ),
+        (
+            {"context": "c", "query": "q", "options": ["a", "b"], "correct_option": 1},
+            "prompt=NAME,choices=options,answer=NAME,input=context",
+        ),
+        ({"conversation": turns("q", "a"), "system": "s"}, "messages=conversation,system=system"),
+        (
+            {"prompt": "q", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
+            "prompt=NAME,response=NAME; or prompt=NAME,choices=NAME,answer=NAME; or messages=NAME",
+        ),
+    ],
+)
+def test_read__unknown_form__is_told_with_the_columns_that_may_read_it(row: dict[str, Any], columns: str) -> None:
+    message = fault(row)
+    assert message.endswith(f". Say which hold what: columns (--columns {columns}), or rename them.")
+    keys = [dict(pair.split("=") for pair in way.split(",")) for way in columns.split("; or ")]
+    assert all(ColumnSettings(**named) for named in keys)
 
 
 def test_read__later_row_of_another_form__names_both() -> None:

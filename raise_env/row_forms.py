@@ -49,8 +49,8 @@ _TURN_EXTRAS = ("tool_calls", "function_call", "refusal", "reasoning_content", "
 #: How an answer is marked as one to be learned, or not: by OpenAI's fine-tuning form, Axolotl's, and ms-swift's.
 _TURN_MARKS = {"weight": "1", "train": "true", "loss": "true"}
 
-#: What a conversation's row may say of the tools that its assistant has.
-_TOOLS = ("tools", "functions")
+#: What a conversation's row may say of the tools that its assistant has, and else to the template, as SmolTalk2's do.
+_TOOLS = ("tools", "functions", "chat_template_kwargs")
 
 #: Columns that say what a question is about, among what it chooses or who answers it, and by which key of `columns`
 #: they are read.
@@ -250,7 +250,7 @@ class RowReader:
         if not instruction.choices:
             _check_label(self._form, row, where)
         if self._form.is_chat:
-            _check_tools(row, where)
+            _check_tools(self._form, row, where)
         if "history" not in row or self._form.is_chat:
             return instruction
         earlier = _history(row["history"], f"{where}, field 'history'")
@@ -406,12 +406,16 @@ def _check_label(form: RowForm, row: Row, where: str) -> None:
     """Check that a row's answer is not marked as one that is not wanted, as in KTO's data."""
     if row.get("label") is not False:  # 0 is a class of something as often
         return
-    named = _option(_names_as_now(form, row))
-    leave = f"leave the column out: columns (--columns {named})" if named else "rename the column"
     raise DataError(
         f"{where}, field 'label': found false; expected true or none, for in KTO's form a false one marks an answer "
-        f"that is not wanted. Remove such rows, or, where the label says something else, {leave}."
+        f"that is not wanted. Remove such rows, or, if it says something else, {_how_to_leave_out(form, row)}."
     )
+
+
+def _how_to_leave_out(form: RowForm, row: Row) -> str:
+    """Return what is to be done where a column is not meant to be read."""
+    named = _option(_names_as_now(form, row))
+    return f"leave the column out: columns (--columns {named})" if named else "rename the column"
 
 
 def _names_as_now(form: RowForm, row: Row) -> dict[str, str]:
@@ -699,14 +703,14 @@ def _read_turns(
     return Instruction(*exchanges[-1], (), row, head if head.strip() else "", tuple(exchanges[:-1]))
 
 
-def _check_tools(row: Row, where: str) -> None:
+def _check_tools(form: RowForm, row: Row, where: str) -> None:
     """Check that a conversation's row names no tools: they would head the conversation, and are not in its text."""
     for column in _TOOLS:
         value = row.get(column)
         if value.strip() not in ("", "[]") if isinstance(value, str) else value:
             raise DataError(
                 f"{where}, field {column!r}: found {describe(value)}; expected none, for what the turns say alone is "
-                "learned. Write them into the system text as the model is to see them, or remove or rename the column."
+                f"learned. Write it into the system text as the model is to see it, or {_how_to_leave_out(form, row)}."
             )
 
 

@@ -802,7 +802,7 @@ def test_read__row_whose_label_is_false__is_refused(row: dict[str, Any], columns
     message = fault(row, {**row, "label": False})
     assert message.startswith(", field 'label': found false; expected true or none, for in KTO's form")
     if columns is None:
-        assert message.endswith("says something else, rename the column.")
+        assert message.endswith("if it says something else, rename the column.")
         return
     assert message.endswith(f"leave the column out: columns (--columns {columns}).")
     named = dict(pair.split("=") for pair in columns.split(","))
@@ -813,11 +813,14 @@ def test_read__label_that_is_false_beside_choices__is_no_fault() -> None:
     assert read({"question": "q", "choices": ["no", "yes"], "answer": 0, "label": False}).response == "no"
 
 
-@pytest.mark.parametrize("column", ["tools", "functions"])
+@pytest.mark.parametrize("column", ["tools", "functions", "chat_template_kwargs"])
 def test_read__tools_beside_turns__are_refused_instead_of_lost(column: str) -> None:
-    for value, found in (([{"name": "look_up"}], "a list"), ('[{"name": "look_up"}]', "text")):
-        message = fault({"messages": turns("a", "b"), column: value})
+    for value, found in (([{"name": "look_up"}], "a list"), ('[{"name": "look_up"}]', "text"), ({"x": 1}, "an object")):
+        row = {"messages": turns("a", "b"), "system": "s", column: value}
+        message = fault(row)
         assert message.startswith(f", field {column!r}: found {found}; expected none, for what the turns say alone is")
+        assert message.endswith("leave the column out: columns (--columns messages=messages,system=system).")
+        assert read(row, messages="messages", system="system") == Instruction("a", "b", (), row, "s")
     for empty in (None, [], "", "[]", {}):
         assert read({"messages": turns("a", "b"), column: empty}).response == "b"
     row = {"talk": turns("a", "b"), column: ["look_up"]}

@@ -503,11 +503,11 @@ def _text_advice(value: object) -> str:
         return "Store the column as text."
     if value and _is_chat(value):
         return (
-            "If the column holds whole conversations, name it as messages (--columns messages=NAME); "
-            "else join its turns into one text."
+            "If the column holds whole conversations, their last answers included, name it as messages "
+            "(--columns messages=NAME); else join its turns into one text."
         )
     if isinstance(value, (list, dict)):
-        return "Join what it holds into one text."
+        return "Join what it holds into one text, or keep one of several answers."
     return "Write the value in quotes; in a table, store the column as text."
 
 

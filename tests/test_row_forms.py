@@ -913,9 +913,9 @@ def test_read__turn_whose_content_is_null__is_a_blank_field_or_no_system_text() 
     ("value", "expected"),
     [
         (3, "found 3; expected text. Write the value in quotes; in a table, store the column as text."),
-        (["a", "b"], "found a list; expected text. Join what it holds into one text."),
-        ({"a": "b"}, "found an object; expected text. Join what it holds into one text."),
-        (turns("a", "b"), "expected text. If the column holds whole conversations, name it as messages (--columns mes"),
+        (["a", "b"], "found a list; expected text. Join what it holds into one text, or keep one of several answers."),
+        ({"a": "b"}, "found an object; expected text. Join what it holds into one text, or keep one"),
+        (turns("a", "b"), "expected text. If the column holds whole conversations, their last answers included, name"),
         (Rendered("2.50"), "found 2.50, which is not stored as text; expected text. Store the column as text."),
     ],
 )

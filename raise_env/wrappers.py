@@ -38,9 +38,13 @@ class ActionForm(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], RecordConstructo
 
     Args:
         env: A `RaiseSelectEnv`, wrapped or not.
+
+    Raises:
+        SettingError: Its action has another form already: that would take this one's 0/1 choices for its own actions.
     """
 
     def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:
+        require_no_form(env, f"{type(self).__name__} makes 0/1 choices")
         RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
         self._size = _offered(env)
@@ -136,7 +140,7 @@ class PickOne(ActionForm):
         env: A `RaiseSelectEnv`, wrapped or not; wrappers that change the observation belong around this one.
 
     Raises:
-        SettingError: There is one within.
+        SettingError: There is one within, or another form of the action.
     """
 
     def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:

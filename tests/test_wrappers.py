@@ -95,6 +95,17 @@ def test_wrapper__in_the_spec__is_made_again(wrapper):
     assert again.unwrapped.config == env.unwrapped.config
 
 
+@pytest.mark.parametrize("outer", [TopKScores, PickOne])
+@pytest.mark.parametrize("inner", [TopKScores, PickOne])
+def test_wrapper__over_another_form_of_the_action__is_refused(outer, inner):
+    within = gym.wrappers.OrderEnforcing(inner(toy_env()))
+    expected = (
+        f"in {inner.__name__} already, and {outer.__name__} makes 0/1 choices: hand over .* without {inner.__name__}"
+    )
+    with pytest.raises(SettingError, match=expected):
+        outer(within)
+
+
 # One candidate at a time
 
 

@@ -203,7 +203,7 @@ class RowReader:
         seen = excerpt(", ".join(repr(column) for column in row) or "none", 300)
         if found:
             several = "; ".join(form.name for form in found)
-            ways = [names for form in found if (names := _names_as_now(form, row))]
+            ways = [named for form in found if (named := _names_as_now(form, row))]
             raise DataError(
                 f"{where}: found the columns {seen}, which are of several forms: {several}. "
                 f"{_naming_advice(ways or _ways_to_name(row))}"
@@ -435,13 +435,15 @@ def _ways_to_name(row: Row) -> list[dict[str, str]]:
     keys = {"choices": "choices", "system": "system", **_CONTEXTS}
     # The first of a key's columns. `input` is a prompt as often as what follows one.
     told = {key: column for column, key in reversed(keys.items()) if row.get(column) and column != "input"}
-    more = {key: told[key] for key in ("input", "system") if key in told}
     chats = [column for column, value in row.items() if value and _is_chat(value)]
-    chat = {"messages": chats[0] if len(chats) == 1 else "NAME", **{key: more[key] for key in more if key == "system"}}
-    choice = {"prompt": "NAME", "choices": told.get("choices", "NAME"), "answer": "NAME", **more}
+    pair = {"prompt": "NAME", "response": "NAME"}
+    choice = {"prompt": "NAME", "choices": told.get("choices", "NAME"), "answer": "NAME"}
+    chat = {"messages": chats[0] if len(chats) == 1 else "NAME"}
+    for way in (pair, choice, chat):
+        way.update({key: told[key] for key in ("input", "system") if key in told and (key == "system" or way is not chat)})
     if len(chats) == 1:
         return [chat]
-    return [choice] if "choices" in told else [{"prompt": "NAME", "response": "NAME", **more}, choice, chat]
+    return [choice] if "choices" in told else [pair, choice, chat]
 
 
 def _naming_advice(ways: Sequence[Mapping[str, str]]) -> str:

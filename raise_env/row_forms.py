@@ -439,8 +439,8 @@ def _ways_to_name(row: Row) -> list[dict[str, str]]:
     pair = {"prompt": "NAME", "response": "NAME"}
     choice = {"prompt": "NAME", "choices": told.get("choices", "NAME"), "answer": "NAME"}
     chat = {"messages": chats[0] if len(chats) == 1 else "NAME"}
-    for way in (pair, choice, chat):
-        way.update({key: told[key] for key in ("input", "system") if key in told and (key == "system" or way is not chat)})
+    for way, more in ((pair, ("input", "system")), (choice, ("input", "system")), (chat, ("system",))):
+        way.update({key: told[key] for key in more if key in told})
     if len(chats) == 1:
         return [chat]
     return [choice] if "choices" in told else [pair, choice, chat]

@@ -110,7 +110,7 @@ def test_read__several_forms__are_named_with_how_to_choose(row: dict[str, Any], 
             {"context": "c", "query": "q", "options": ["a", "b"], "correct_option": 1},
             "prompt=NAME,choices=options,answer=NAME,input=context",
         ),
-        ({"conversation": turns("q", "a"), "system": "s"}, "messages=conversation,system=system"),
+        ({"conversation": turns("q", "a"), "context": "c", "system": "s"}, "messages=conversation,system=system"),
         (
             {"prompt": "q", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
             "prompt=NAME,response=NAME; or prompt=NAME,choices=NAME,answer=NAME; or messages=NAME",

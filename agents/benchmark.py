@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from raise_env import EnvConfig, RaiseSelectEnv
-from raise_env.assets import load_data
 from raise_env.config import OBSERVATION_BLOCKS, TASK_SETTINGS
 from raise_env.errors import RaiseEnvError, RecordError, SettingError, suggestion
 from raise_env.files import append_line, held, replaced_folder, write_json, write_text
@@ -148,6 +147,8 @@ class BenchPlan:
                 self._check_entry(task, label, entry)
 
     def _check_entry(self, task: str, label: str, entry: Entry) -> None:
+        from raise_env.assets import load_data
+
         config = EnvConfig.from_kwargs(self._entry_settings(task, entry))
         agent = make_agent(entry.agent, entry.arguments)
         try:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from .errors import SettingError, suggestion
+from .errors import SettingError, excerpt, suggestion
 
 __all__ = [
     "AUXILIARY_UPDATES",
@@ -91,6 +91,14 @@ MAX_FOREIGN_RANK = 4096
 #: A regular expression that is matched in a moment: names, at most two gaps, and one choice among names.
 _GAP, _NAME = r"(\.\*)?", r"[\w-]*(\\?\.[\w-]+)*(\\?\.)?"
 _PLAIN_PATTERN = re.compile(rf"\^?{_GAP}{_NAME}{_GAP}{_NAME}(\((\?:)?[\w.-]+(\|[\w.-]+)*\))?\$?")
+
+#: What is meant where the settings' names do not say that it is a text, and live objects come to mind.
+_FILES = "the name of a file, a folder or a data set of the hub, as a text"
+_TEXTS = {
+    "model": "the name of a folder or of a model of the hub, as a text",
+    **dict.fromkeys(("pool", "dev", "test"), _FILES),
+    "reward": 'a name, or "module:function" for a function of your own, as a text',
+}
 
 #: Updates on random rows that make the base model an auxiliary one, where no other model was named.
 AUXILIARY_UPDATES = 60
@@ -324,7 +332,7 @@ class EnvConfig:
                 object.__setattr__(self, entry.name, value)
             if entry.type in ("str", "str | None"):
                 good = isinstance(value, str) or (value is None and entry.type != "str")
-                _require(good, entry.name, value, "a text")
+                _require(good, entry.name, value, _TEXTS.get(entry.name, "a text"))
             elif entry.type == "bool":
                 _require(isinstance(value, bool), entry.name, value, "True or False")
 
@@ -454,7 +462,8 @@ def _hidden_blocks(value: Any) -> tuple[str, ...]:
 
 def _require(good: bool, name: str, value: Any, expected: str) -> None:
     if not good:
-        raise SettingError(f"{name} is {value!r}; expected {expected}.")
+        # A whole data set may stand where its file's name belongs.
+        raise SettingError(f"{name} is {excerpt(repr(value), 200)}; expected {expected}.")
 
 
 def _is_int(value: Any) -> bool:

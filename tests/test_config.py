@@ -84,6 +84,24 @@ def test_from_kwargs__bad_value__is_named_with_what_is_expected(name, value):
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"reward": len}, r'reward is <built-in .*>; expected a name, or "module:function"'),
+        (
+            {"pool": [{"prompt": "a"}] * 5000, "dev": "d.jsonl"},
+            "pool is .*; expected the name of a file, a folder or a",
+        ),
+        ({"model": object()}, "model is <object .*>; expected the name of a folder or of a model"),
+    ],
+    ids=["function", "rows", "model"],
+)
+def test_from_kwargs__live_object_in_place_of_a_name__says_in_short_what_is_named(settings, expected):
+    with pytest.raises(SettingError, match=expected) as caught:
+        EnvConfig.from_kwargs(settings)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
     "columns",
     [
         {"prompt": "q"},

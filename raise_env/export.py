@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .adapter_files import adapter_settings
-from .base_model import BaseModel, own_modes
+from .base_model import BaseModel, own_modes, quiet
 from .config import EnvConfig
 
 __all__ = ["save_merged"]
@@ -44,8 +44,9 @@ def save_merged(config: EnvConfig, adapter: str | Path, folder: str | Path) -> N
     set_peft_model_state_dict(base.peft_model, load_file(Path(adapter) / "adapter_model.safetensors"))
     _untie_adapted(base.peft_model.get_base_model())
     merged = base.peft_model.merge_and_unload()
-    merged.save_pretrained(str(folder))
-    base.tokenizer.save_pretrained(str(folder))
+    with quiet():
+        merged.save_pretrained(str(folder))
+        base.tokenizer.save_pretrained(str(folder))
 
 
 def _untie_adapted(model: Any) -> None:

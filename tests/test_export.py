@@ -23,8 +23,9 @@ def adapter(embedded_env, tmp_path):
     return tmp_path / "adapter"
 
 
-def test_save_merged__plain_transformers__says_what_model_and_adapter_say(adapter, tmp_path):
+def test_save_merged__plain_transformers__says_what_model_and_adapter_say(adapter, tmp_path, capfd):
     save_merged(EnvConfig(), adapter, tmp_path / "merged")
+    assert capfd.readouterr().err == ""  # no bars of transformers' own
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(model_folder("tiny"))
     tokens = tokenizer("Task: Write ant in the plural.\nAnswer: ants", return_tensors="pt")

@@ -617,9 +617,9 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0].removesuffix(".")  # torch goes on for a page
         raise SettingError(
-            f"device {device!r} cannot be used here: {reason} Expected 'auto', 'cpu' or 'cuda'."
+            f"device {device!r} cannot be used here: {reason}. Expected 'auto', 'cpu' or 'cuda'."
         ) from error
     return resolved
 

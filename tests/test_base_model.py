@@ -115,6 +115,15 @@ def test_resolve_device__not_here__is_said(device):
         resolve_device(device)
 
 
+def test_resolve_device__torch_says_why_at_length__is_one_sentence_of_it(monkeypatch):
+    def absent(*_args, **_kwargs):
+        raise RuntimeError("Could not run it on 'MPS'. This could be because. If you are.\nMore")
+
+    monkeypatch.setattr(torch, "empty", absent)
+    with pytest.raises(SettingError, match=r"cannot be used here: Could not run it on 'MPS'\. Expected 'auto'"):
+        resolve_device("mps")
+
+
 def test_resolve_device__auto__is_one_that_works():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_device("cpu") == torch.device("cpu")

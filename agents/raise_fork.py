@@ -98,6 +98,8 @@ class ForkSettings:
     least: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.hidden_dims, (list, tuple)):
+            raise SettingError(f"hidden_dims is {self.hidden_dims!r}; expected a list of widths, such as [256,256].")
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
         counts = {name: getattr(self, name) for name in _COUNTS}
         counts |= {} if self.num_dev is None else {"num_dev": self.num_dev}
@@ -151,12 +153,11 @@ class RaiseFork(Selector):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        try:
-            self.settings = ForkSettings(**settings)
-        except TypeError as error:
-            raise SettingError(
-                f"raise_fork: {error}. Known: {', '.join(ForkSettings.__dataclass_fields__)}."
-            ) from error
+        known = ForkSettings.__dataclass_fields__
+        for name in settings:
+            if name not in known:
+                raise SettingError(f"raise_fork has no setting {name!r}: {suggestion(name, known)}")
+        self.settings = ForkSettings(**settings)
         self.networks: list[AcquisitionFunction] = []
         self.groups: list[Group] = []
         self._sample: np.ndarray | None = None  # (rows, 39), of the pool of `_sampled`

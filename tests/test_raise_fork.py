@@ -233,8 +233,15 @@ def test_fork_settings__nothing_to_compare__says_what_is_expected(settings, mess
 
 
 def test_raise_fork__unknown_setting__lists_the_known():
-    with pytest.raises(SettingError, match=r"num_frocks.*num_forks"):
+    with pytest.raises(
+        SettingError, match=r"raise_fork has no setting 'num_frocks': did you mean 'num_forks'\? Known: "
+    ):
         RaiseFork(num_frocks=3)
+
+
+def test_raise_fork__one_width_in_place_of_a_list__is_named():
+    with pytest.raises(SettingError, match=r"hidden_dims is 64; expected a list of widths, such as \[256,256\]"):
+        RaiseFork(hidden_dims=64)
 
 
 def test_fit_ensemble__sums_of_a_known_score__it_is_found():

@@ -356,10 +356,14 @@ def _source_file(thing: Any) -> Path | None:
 
 def _build(factory: Callable[..., object], name: str, arguments: Mapping[str, Any]) -> Agent:
     """Return what the factory makes of the arguments, if it takes them and makes an agent."""
+    known: list[str] = []
     try:
-        inspect.signature(factory).bind(**arguments)
+        signature = inspect.signature(factory)
+        known = list(signature.parameters)
+        signature.bind(**arguments)
     except (TypeError, ValueError) as error:  # a ValueError: some builtins do not tell what they take
-        raise SettingError(f"agent {name!r} does not take these settings: {error}.") from error
+        hint = f" Known: {', '.join(known)}." if known else ""
+        raise SettingError(f"agent {name!r} does not take these settings: {error}.{hint}") from error
     with agents_code(f"agent {name!r}, building it"):
         agent = factory(**arguments)
     if not isinstance(agent, Agent):

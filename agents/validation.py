@@ -175,6 +175,10 @@ def read_bench(folder: Path) -> tuple[list[dict[str, Any]], list[Recorded]]:
         RecordError: One of the two files cannot be read, or is a link to elsewhere.
     """
     results, episodes = folder / "results.jsonl", folder / "episodes.jsonl"
+    if not results.exists():
+        within = [path for path in (episodes, folder / "runs", folder / "noise") if path.exists()]  # of other commands
+        hint = f" There is {' and '.join(map(str, within))}, which `validate` takes by name." if within else ""
+        raise RecordError(f"{results} is not there; expected the folder of a benchmark.{hint}")
     for path in (results, episodes):
         try:
             check_inside(path, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -209,7 +210,16 @@ def test_read_bench__no_results__are_named(theirs, text):
 
 
 def test_read_bench__another_folder__is_refused(tmp_path):
-    with pytest.raises(RecordError, match="results of a benchmark"):
+    with pytest.raises(RecordError, match=r"results\.jsonl is not there; expected the folder of a benchmark\.$"):
+        read_bench(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["episodes.jsonl"], ["runs", "noise"]], ids=["of train", "of audit"])
+def test_read_bench__folder_of_another_command__says_what_can_be_validated_there(names, tmp_path):
+    for name in names:
+        (tmp_path / name).mkdir()
+    listed = " and ".join(str(tmp_path / name) for name in names)
+    with pytest.raises(RecordError, match=f"There is {re.escape(listed)}, which `validate` takes by name"):
         read_bench(tmp_path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,15 @@ import numpy as np
 from gymnasium import spaces
 
 from raise_env import PickOne, TopKScores
-from raise_env.errors import ActionError, AgentError, MemoryShortageError, RaiseEnvError, SettingError, lacks_memory
+from raise_env.errors import (
+    ActionError,
+    AgentError,
+    MemoryShortageError,
+    RaiseEnvError,
+    SettingError,
+    failing_lines,
+    lacks_memory,
+)
 from raise_env.record import EpisodeRecord
 from raise_env.wrappers import require_no_form
 
@@ -127,14 +134,8 @@ def agents_code(where: str) -> Iterator[None]:
             raise
         if lacks_memory(error):
             raise MemoryShortageError(f"{where}: {_TOO_LARGE.format(error=error)}") from error
-        raise AgentError(f"{where}: the agent's own code failed.\n{_own_lines(error)}") from error
-
-
-def _own_lines(error: Exception) -> str:
-    """Return the traceback below the block that ran the agent's code, without Python's own import machinery."""
-    frames = traceback.extract_tb(error.__traceback__)[2:]  # before: agents_code, and the block
-    own = [frame for frame in frames if "importlib" not in frame.filename]
-    return "".join([*traceback.format_list(own), *traceback.format_exception_only(error)]).rstrip()
+        lines = failing_lines(error, 2)  # ours: agents_code, and the block
+        raise AgentError(f"{where}: the agent's own code failed.\n{lines}") from error
 
 
 def _checked(answer: Any, space: spaces.Space[Any], where: str) -> tuple[Any, Any]:

@@ -356,8 +356,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             MemoryShortageError: The memory does not suffice for the model or for features.
             ModelError: A model cannot be loaded.
             OutputError: As `load`.
-            RewardError: Dev or test rows lack what the reward needs, or the reward function returned something other
-                than a finite number.
+            RewardError: Dev or test rows lack what the reward needs, or the reward function failed or returned no finite
+                number.
         """
         super().reset(seed=seed, options=options)
         assets = self.assets
@@ -387,7 +387,7 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             ActionError: It has another shape, or holds something other than 0 and 1.
             MemoryShortageError: The memory does not suffice for the update or a score; the step was not taken.
             ResetNeeded: There was no reset since the start or since the last episode's end.
-            RewardError: The reward function returned something other than a finite number; the step was not taken.
+            RewardError: The reward function failed or returned no finite number; the step was not taken.
         """
         choice = self._choose(action)
         with _undone_by_errors([self]):

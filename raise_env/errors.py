@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "SettingError",
     "describe",
     "excerpt",
+    "failing_lines",
     "lacks_memory",
     "memory_explained",
     "printable",
@@ -57,7 +59,7 @@ class ModelError(RaiseEnvError, ValueError):
 
 
 class RewardError(RaiseEnvError, ValueError):
-    """A reward function cannot be found, or returned something other than a finite number."""
+    """A reward function cannot be found, failed, or returned something other than a finite number."""
 
 
 class ActionError(RaiseEnvError, ValueError):
@@ -105,6 +107,13 @@ def memory_explained(advice: str) -> Iterator[None]:
             raise
         told = excerpt(str(error) or type(error).__name__, 160)
         raise MemoryShortageError(f"there is too little memory ({told}). {advice}") from error
+
+
+def failing_lines(error: BaseException, num_ours: int) -> str:
+    """Return the traceback of code of the user's own: without its first frames, ours, and Python's import machinery."""
+    frames = traceback.extract_tb(error.__traceback__)[num_ours:]
+    own = [frame for frame in frames if "importlib" not in frame.filename]
+    return "".join([*traceback.format_list(own), *traceback.format_exception_only(error)]).rstrip()
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import RewardError
+from .errors import RaiseEnvError, RewardError, failing_lines, lacks_memory
 from .final_number import has_final_number
 from .pool import Instruction
 
@@ -168,7 +168,7 @@ def load_reward(reward: str) -> RewardFunction:
         reward: One of `config.REWARDS`, or "module:function", a function of an `Evaluation`.
 
     Raises:
-        RewardError: The module or the function cannot be found.
+        RewardError: The module or the function cannot be found, or the module's own code failed.
     """
     if reward in _MEASURES:
         return functools.partial(_measured, reward)  # which can be pickled, where a function in a function cannot
@@ -176,9 +176,13 @@ def load_reward(reward: str) -> RewardFunction:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
+        hint = f" Leave out the ending: {module.removesuffix('.py')}:{name}." if module.endswith(".py") else ""
         raise RewardError(
-            f"reward {reward!r} cannot be loaded: {error}. Expected an importable module:function."
+            f"reward {reward!r} cannot be loaded: {error}. Expected an importable module:function.{hint}"
         ) from error
+    except Exception as error:  # whatever the module's own code raises
+        lines = failing_lines(error, 1)
+        raise RewardError(f"reward {reward!r}, importing {module!r}: its own code failed.\n{lines}") from error
     if not callable(function):
         raise RewardError(f"reward {reward!r} is a {type(function).__name__}; expected a function of an Evaluation.")
     return functools.partial(_checked, reward, function)
@@ -305,7 +309,12 @@ def _lacking(reward: str, what: str, lacking: str = "has none") -> RewardError:
 
 
 def _checked(reward: str, function: Callable[[Evaluation], object], evaluation: Evaluation) -> float:
-    value = function(evaluation)
+    try:
+        value = function(evaluation)
+    except Exception as error:
+        if isinstance(error, RaiseEnvError) or lacks_memory(error):
+            raise
+        raise RewardError(f"reward {reward!r}: its own code failed.\n{failing_lines(error, 1)}") from error
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise RewardError(f"reward {reward!r} returned {value!r}; expected one number, higher is better.")
     if not math.isfinite(value):

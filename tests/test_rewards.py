@@ -172,6 +172,32 @@ def test_load_reward__returns_no_finite_number__is_an_error(name, said):
     assert said in str(caught.value)
 
 
+def looks_for_a_column(evaluation):
+    return evaluation.rows[0].fields["no_such_column"]
+
+
+def test_load_reward__function_that_fails__is_an_error_that_ends_with_its_lines():
+    env = toy_env(reward=f"{__name__}:looks_for_a_column")
+    with pytest.raises(RewardError, match=r"looks_for_a_column': its own code failed") as caught:
+        env.reset(seed=0)
+    _, place, *_, last = str(caught.value).splitlines()
+    assert place.endswith("in looks_for_a_column")  # nothing of the package before it
+    assert last == "KeyError: 'no_such_column'"
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_load_reward__module_that_does_not_parse__is_an_error_that_shows_where(tmp_path, monkeypatch):
+    (tmp_path / "torn_reward.py").write_text("def score(evaluation:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=r"(?s)importing 'torn_reward': its own code failed\.\n  File .*SyntaxError"):
+        toy_env(reward="torn_reward:score")
+
+
+def test_load_reward__name_of_a_file__says_to_leave_out_the_ending():
+    with pytest.raises(RewardError, match=r"Leave out the ending: no_such_reward:score\.$"):
+        load_reward("no_such_reward.py:score")
+
+
 def test_step_reward__two_scores__is_their_difference():
     assert step_reward(-2.5, -2.0) == 0.5
 

@@ -37,7 +37,7 @@ class LinearPolicy:
         self.weights = weights
 
     def predict(self, observation, state=None, deterministic=True, **_):
-        """Choose, in the form of Stable-Baselines3, so that the command line could use this class too."""
+        """Choose, in the form of Stable-Baselines3: `raise_env.agents.run_episode` takes such a policy too."""
         scores = observation[:, COLUMNS] @ self.weights - 1e6 * observation[:, -1]
         if not deterministic:
             scores = scores + scores.std() * rng.gumbel(size=len(scores))

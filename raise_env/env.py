@@ -356,8 +356,8 @@ class RaiseSelectEnv(gym.Env[Observation, Action]):
             MemoryShortageError: The memory does not suffice for the model or for features.
             ModelError: A model cannot be loaded.
             OutputError: As `load`.
-            RewardError: Dev or test rows lack what the reward needs, or the reward function failed or returned no finite
-                number.
+            RewardError: Dev or test rows lack what the reward needs, or the reward function failed or returned no
+                finite number.
         """
         super().reset(seed=seed, options=options)
         assets = self.assets

@@ -716,7 +716,7 @@ def evaluate(
     model: Annotated[
         str, typer.Option("--model", help='What is scored: a folder, a hub id, or "tiny".', metavar="MODEL")
     ],
-    data: Annotated[str, typer.Option("--data", help="File of rows (.jsonl .json .csv .parquet).", metavar="FILE")],
+    data: Annotated[str, typer.Option("--data", help="File or folder of rows, or a hub id.", metavar="FILE")],
     adapter: Annotated[
         str | None, typer.Option(help="Folder of a PEFT LoRA adapter on the model.", metavar="DIR", show_default=False)
     ] = None,
@@ -800,7 +800,11 @@ def validate(
     ],
     tolerance: Annotated[
         float | None,
-        typer.Option(help="How far a number may be from the recorded one, as a share of the score.", min=0),
+        typer.Option(
+            help="How far a number may be from the recorded one, as a share of the score, instead of 0.002.",
+            min=0,
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to replay.")] = "auto",
     reward: Annotated[
@@ -927,6 +931,11 @@ def info() -> None:
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
+    """Print what came of a run.
+
+    Raises:
+        Exit: Every final run diverged.
+    """
     from .report import format_table, results_table
 
     _echo("")
@@ -934,3 +943,5 @@ def _show(report: dict[str, Any], out: Path) -> None:
     _echo("")
     _echo(report["headline"])
     _echo(f"Report: {out / 'report.html'}")
+    if not any(report["curves"].values()):  # which are of the runs that did not diverge
+        raise typer.Exit(EXIT_NO)

@@ -25,6 +25,7 @@ from raise_env.agents.summary import summarise
 from raise_env.config import EnvConfig
 from raise_env.errors import SettingError
 from raise_env.files import held
+from raise_env.record import TOLERANCE
 
 FORK_SETTINGS = {"num_states": 2, "num_rows": 16, "num_lookahead": 1, "num_networks": 2, "num_passes": 3}
 FORK_ARGUMENTS = ",".join(f"{name}={value}" for name, value in FORK_SETTINGS.items())
@@ -142,6 +143,11 @@ def test_help__settings__say_their_defaults_and_how_they_are_written_here():
     assert "{" not in text
 
 
+def test_help__validate__says_the_tolerance():
+    text = " ".join(run("validate", "--help").out.split())
+    assert f"as a share of the score, instead of {TOLERANCE:g}." in text
+
+
 def test_help__lora__says_how_modules_are_named():
     text = " ".join(run("train", "--help").out.split())
     assert """r=8,target_modules=q_proj or 'target_modules=["q_proj","v_proj"]'""" in text
@@ -231,6 +237,13 @@ def test_train__resume_of_a_finished_run__the_same_result(trained, small):
 
 
 # finetune
+
+
+def test_train__every_run_diverges__one_and_the_table_says_so(tmp_path, small):
+    outcome = run("train", "--out", tmp_path / "run", *small, "--agent", "random", "--runs", 1, "--learning-rate", 1e30)
+    assert outcome.code == 1, outcome.err
+    assert "1 diverged" in outcome.out
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_finetune__selector_of_a_run__on_a_pool_of_ones_own(trained, tmp_path, own_files):

@@ -8,13 +8,11 @@ Decisions:
     `RowForm.instead_of`. A column that belongs to no whole form, such as `answer` beside `instruction` and `output`,
     is one of the extra columns that every row may have.
 
-    A choice is looked for by its label where it has one, and else by its text, its letter and its number; where these
-    mean several choices the row is an error. In columns A, B, C, D a letter is no text, for there it names a column.
+    In columns A, B, C, D a letter is no text, for there it names a column.
 
-    No part of a conversation is dropped without a word: what was said before, and the text that heads it, are read
-    from columns of their own too. A turn with a part that is not trained on is an error, and so is a text, or are
-    choices, beside a question that its form does not read, in a column that by its name says what is asked, among what
-    is chosen or who answers.
+    What was said before a conversation, and the text that heads it, are read from columns of their own too. Where a
+    column that by its name says what is asked, among what is chosen or who answers holds something that the form does
+    not read, the row is an error.
 """
 
 from __future__ import annotations
@@ -24,30 +22,16 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from .config import ColumnSettings
 from .errors import DataError, describe, excerpt
 from .pool import Instruction
-from .row_files import Rendered, Row, check_halves, is_text
+from .row_choices import choices_of, right_choice, up_to_the_last
+from .row_files import Row, is_text
+from .row_texts import described, has_text, is_chat, text_in
+from .row_turns import history_of, no_turns, system_text, turns_of
 
 __all__ = ["RowForm", "RowReader", "required_columns"]
-
-#: Who speaks, by the names of ShareGPT, OpenAI and those who came after them.
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
-}
-
-#: By which names a turn says who speaks, and what.
-_TURN_FIELDS = (("role", "content"), ("from", "value"))
-
-#: What a turn may say besides its text, as OpenAI, DeepSeek, vLLM and gpt-oss name it.
-_TURN_EXTRAS = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking")
-
-#: How an answer is marked as one to be learned, or not: by OpenAI's fine-tuning form, Axolotl's, and ms-swift's.
-_TURN_MARKS = {"weight": "1", "train": "true", "loss": "true"}
 
 #: What a conversation's row may say of the tools that its assistant has, and else to the template, as SmolTalk2's do.
 _TOOLS = ("tools", "functions", "chat_template_kwargs")
@@ -154,7 +138,7 @@ class RowReader:
                 "prompt and completion, both lists of turns",
                 ("prompt", "completion"),
                 partial(_read_turns, self, ("prompt", "completion")),
-                lambda row: all(_is_chat(row[column]) for column in ("prompt", "completion")),
+                lambda row: all(is_chat(row[column]) for column in ("prompt", "completion")),
                 instead_of=("prompt and completion",),
                 is_chat=True,
             ),
@@ -210,7 +194,7 @@ class RowReader:
             )
         chats = [form.columns[0] for form in self._forms if form.is_chat and all(name in row for name in form.columns)]
         if chats:
-            raise _no_turns(row[chats[0]], f"{where}, field {chats[0]!r}")
+            raise no_turns(row[chats[0]], f"{where}, field {chats[0]!r}")
         forms = "; ".join(form.name for form in self._forms)
         advice = _naming_advice(_ways_to_name(row))
         raise DataError(f"{where}: found the columns {seen}; expected one of these forms: {forms}. {advice}")
@@ -227,7 +211,7 @@ class RowReader:
             )
         missing = next((column for column in form.columns if column not in row), None)
         if missing is None and form.is_chat:
-            return _no_turns(row[form.columns[0]], f"{where}, field {form.columns[0]!r}")
+            return no_turns(row[form.columns[0]], f"{where}, field {form.columns[0]!r}")
         if missing is None:
             return DataError(f"{where}: found something other than {form.name}; expected it, as in the first row.")
         seen = ", ".join(repr(name) for name in row) or "none"
@@ -245,7 +229,7 @@ class RowReader:
         if self.columns_found:
             return instruction
         if "system" in row and not instruction.system:
-            instruction = replace(instruction, system=_system(row["system"], f"{where}, field 'system'"))
+            instruction = replace(instruction, system=system_text(row["system"], f"{where}, field 'system'"))
         self._check_contexts(instruction, row, where)
         if not instruction.choices:
             _check_label(self._form, row, where)
@@ -253,7 +237,7 @@ class RowReader:
             _check_tools(self._form, row, where)
         if "history" not in row or self._form.is_chat:
             return instruction
-        earlier = _history(row["history"], f"{where}, field 'history'")
+        earlier = history_of(row["history"], f"{where}, field 'history'")
         if not all(text.strip() for exchange in earlier for text in exchange):
             return "history"
         return replace(instruction, earlier=earlier)
@@ -282,7 +266,7 @@ class RowReader:
         if key == "choices":
             return bool(value) and isinstance(value, (list, dict)) and not instruction.choices
         if key == "input" and isinstance(value, (list, dict)):
-            return _has_text(value)
+            return has_text(value)
         return is_text(value) and value.strip() not in ("", instruction.system.strip() if key == "system" else "")
 
     # The forms' readers
@@ -292,14 +276,14 @@ class RowReader:
         response_column = columns.response or columns.answer
         assert columns.prompt is not None
         assert response_column is not None
-        prompt = _text(row, columns.prompt, where)
+        prompt = text_in(row, columns.prompt, where)
         if not prompt.strip():
             return columns.prompt
-        extra = _text(row, columns.input, where) if columns.input in row else ""
+        extra = text_in(row, columns.input, where) if columns.input in row else ""
         prompt += f"\n\n{extra}" if extra.strip() else ""
-        system = _text(row, columns.system, where) if columns.system in row else ""
+        system = text_in(row, columns.system, where) if columns.system in row else ""
         choices_where = f"{where}, field {columns.choices!r}"
-        choices = _choices(row.get(columns.choices) if columns.choices else None, choices_where)
+        choices = choices_of(row.get(columns.choices) if columns.choices else None, choices_where)
         answer = row[response_column]
         if choices is None and columns.answer is not None:
             return str(columns.choices)
@@ -307,33 +291,35 @@ class RowReader:
             texts, labels = choices
             if not texts or not all(text.strip() for text in texts):
                 return str(columns.choices)
-            right = _right(texts, labels, answer, response_column, choices_where)
+            right = right_choice(texts, labels, answer, response_column, choices_where)
             if self._with_letters and len(texts) > len(string.ascii_uppercase):
                 raise DataError(
                     f"{choices_where}: found {len(texts)} choices; expected at most {len(string.ascii_uppercase)}, for "
                     "each gets a letter. Ask for their texts instead: choice_form='text' (--choice-form text)."
                 )
             return self._choice(prompt, texts, right, row, system)
-        response = _text(row, response_column, where)
+        response = text_in(row, response_column, where)
         if not response.strip():
             return response_column
         return Instruction(prompt, response, (), row, "" if not system.strip() else system)
 
     def _read_lettered(self, row: Row, where: str) -> Reading:
         """Read a question whose choices stand in columns A, B, C, ..."""
-        prompt, answer = _text(row, "question", where), row["answer"]
+        prompt, answer = text_in(row, "question", where), row["answer"]
         answer = answer.strip() if is_text(answer) else answer
         if not prompt.strip():
             return "question"
         if answer is None or answer == "":
             return "answer"
-        texts = _ended([_text(row, letter, where) if letter in row else "" for letter in string.ascii_uppercase])
+        texts = up_to_the_last(
+            [text_in(row, letter, where) if letter in row else "" for letter in string.ascii_uppercase]
+        )
         letters = list(string.ascii_uppercase[: len(texts)])
         blank = next((letter for letter, text in zip(letters, texts, strict=True) if not text.strip()), None)
         if blank is not None or not texts:
             return blank or "A"
         if not is_text(answer) or answer not in [*letters, *texts]:
-            shown = excerpt(repr(answer)) if is_text(answer) else _shown(answer)
+            shown = excerpt(repr(answer)) if is_text(answer) else described(answer)
             raise DataError(
                 f"{where}, field 'answer': found {shown}; expected one of the letters {', '.join(letters)}, or the "
                 "text of that choice. Write one of them."
@@ -343,7 +329,7 @@ class RowReader:
 
     def _read_alternatives(self, row: Row, where: str) -> Reading:
         """Read an instruction that lists its alternatives, one of which stands in the output."""
-        prompt, output, answer = (_text(row, column, where) for column in ("instruction", "output", "answer"))
+        prompt, output, answer = (text_in(row, column, where) for column in ("instruction", "output", "answer"))
         for column, text in (("output", output), ("answer", answer)):
             if not text.strip():
                 return column
@@ -356,7 +342,7 @@ class RowReader:
                 f"{where}, field 'answer': found {excerpt(repr(answer))}; expected one of "
                 f"{', '.join(alternatives)}, which is also in the output {excerpt(repr(output))}."
             )
-        extra = _text(row, "input", where) if "input" in row else ""
+        extra = text_in(row, "input", where) if "input" in row else ""
         prompt += f"\n\n{extra}" if extra.strip() else ""
         # The prompt lists them already: `choice_form` has nothing to add.
         return Instruction(prompt, output, tuple(before + other + after for other in alternatives), row)
@@ -435,7 +421,7 @@ def _ways_to_name(row: Row) -> list[dict[str, str]]:
     keys = {"choices": "choices", "system": "system", **_CONTEXTS}
     # The first of a key's columns. `input` is a prompt as often as what follows one.
     told = {key: column for column, key in reversed(keys.items()) if row.get(column) and column != "input"}
-    chats = [column for column, value in row.items() if value and _is_chat(value)]
+    chats = [column for column, value in row.items() if value and is_chat(value)]
     pair = {"prompt": "NAME", "response": "NAME"}
     choice = {"prompt": "NAME", "choices": told.get("choices", "NAME"), "answer": "NAME"}
     chat = {"messages": chats[0] if len(chats) == 1 else "NAME"}
@@ -467,213 +453,6 @@ def _context_advice(form: RowForm, row: Row, unread: Sequence[str]) -> str:
     )
 
 
-# Texts and choices
-
-
-def _text(row: Row, column: str | None, where: str) -> str:
-    """Return the text in a column; a null, which is how tables say that there is none, is an empty one."""
-    assert column is not None
-    value = row[column]
-    if value is None:
-        return ""
-    _check_text(value, f"{where}, field {column!r}")
-    return str(value)
-
-
-def _has_text(value: object) -> bool:
-    """Return whether a value is a text that is not blank, or holds one."""
-    if isinstance(value, (list, dict)):
-        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
-    return is_text(value) and bool(value.strip())
-
-
-def _check_text(value: object, where: str) -> None:
-    if not is_text(value):
-        raise DataError(f"{where}: found {_shown(value)}; expected text. {_text_advice(value)}")
-    check_halves(value, where)
-
-
-def _shown(value: object) -> str:
-    return f"{excerpt(value)}, which is not stored as text" if isinstance(value, Rendered) else describe(value)
-
-
-def _text_advice(value: object) -> str:
-    """Return how to make a text of a value that is none."""
-    if value is None:
-        return "Write one there, or remove the row."
-    if isinstance(value, Rendered):
-        return "Store the column as text."
-    if value and _is_chat(value):
-        return (
-            "If the column holds whole conversations, their last answers included, name it as messages "
-            "(--columns messages=NAME); else join its turns into one text."
-        )
-    if isinstance(value, (list, dict)):
-        return "Join what it holds into one text, or keep one of several answers."
-    return "Write the value in quotes; in a table, store the column as text."
-
-
-def _is_chat(value: object) -> bool:
-    """Return whether a value is a list of turns, be it an empty one."""
-    return isinstance(value, list) and all(map(_is_turn, value))
-
-
-def _is_turn(value: object) -> bool:
-    return isinstance(value, dict) and any(fields[0] in value for fields in _TURN_FIELDS)
-
-
-def _choices(value: Any, where: str) -> tuple[list[str], list[str]] | None:
-    """Return the texts to choose among, and their labels where they have any; None where there are no choices.
-
-    Where there are some but none has text, there are no texts.
-    """
-    if value is None or value == [] or _is_without_choices(value):
-        return None
-    labels: Any = []
-    texts = value
-    if isinstance(value, dict):
-        is_lettered = list(value) == list(string.ascii_uppercase[: len(value)])  # as in MedQA
-        texts, labels = (list(value.values()), list(value)) if is_lettered else (value.get("text"), value.get("label"))
-    elif isinstance(value, list) and all(isinstance(choice, dict) for choice in value):
-        texts = [choice["text"] for choice in value] if all("text" in choice for choice in value) else None
-        labels = [choice.get("label") for choice in value]
-    if not isinstance(texts, list) or not isinstance(labels, list) or len(labels) not in (0, len(texts)):
-        raise DataError(
-            f"{where}: found {_shown_choices(value)}; expected a list of texts, a list of objects with label and text, "
-            "the lists label and text of one length, or a text for each of A, B and so on. Store such rows as .jsonl, "
-            "or rename the column if it is not meant to be read."
-        )
-    for index, choice in enumerate(texts, start=1):
-        if choice is not None:
-            _check_text(choice, f"{where}, item {index}")
-    texts = _ended([choice or "" for choice in texts])
-    return texts, _labels(labels[: len(texts)], where)
-
-
-def _shown_choices(value: Any) -> str:
-    """Return in words what stands where choices are expected, with the names that its objects have."""
-    item = value[0] if isinstance(value, list) else value
-    if not isinstance(item, dict):
-        return describe(value)
-    kind = "a list of objects" if isinstance(value, list) else "an object"
-    return f"{kind} with {excerpt(', '.join(map(repr, item)))}"
-
-
-def _is_without_choices(value: Any) -> bool:
-    """Return whether a value is what nested tables have where there are no choices: lists that are null or empty."""
-    is_form = isinstance(value, dict) and value.keys() <= {"text", "label"}
-    return is_form and all(entries in (None, []) for entries in value.values())
-
-
-def _ended(texts: list[str]) -> list[str]:
-    """Return the choices up to the last with text: a table has as many for each row as for the one that has most."""
-    last = max((place for place, text in enumerate(texts, start=1) if text.strip()), default=0)
-    return texts[:last]
-
-
-def _labels(labels: list[Any], where: str) -> list[str]:
-    """Return the labels of choices as texts; none where no choice has one."""
-    if all(label is None or label == "" for label in labels):
-        return []
-    for index, label in enumerate(labels, start=1):
-        if isinstance(label, bool) or not (is_text(label) or isinstance(label, int)):
-            raise DataError(
-                f"{where}, item {index}: found the label {_shown(label)}; expected text or a number, for the others "
-                "have labels. Give all choices a label, or none."
-            )
-    names = [str(label) for label in labels]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{where}: found the label {excerpt(repr(twice))} twice; expected each once. Mend the row.")
-    return names
-
-
-def _right(texts: list[str], labels: list[str], answer: Any, column: str, where: str) -> int:
-    """Return which of the choices an answer means: a label, a text, a letter, or a number."""
-    # A table whose column has gaps keeps whole numbers so.
-    answer = int(answer) if isinstance(answer, float) and answer.is_integer() else answer
-    is_number = isinstance(answer, int) and not isinstance(answer, bool)
-    if not is_text(answer) and not is_number:
-        raise DataError(
-            f"{where}: found the row's {column!r} to be {_shown(answer)}; expected text or a whole number. "
-            "Write it as one of them."
-        )
-    places = [names.index(str(answer)) for names in _names(texts, labels, is_number) if str(answer) in names]
-    if places and (str(answer) in labels or len(set(places)) == 1):
-        return places[0]
-    if places:
-        meant = " or ".join(excerpt(repr(texts[place])) for place in sorted(set(places)))
-        raise DataError(
-            f"{where}: found the row's {column!r} to be {answer!r}, which may mean {meant}; expected one choice alone. "
-            f"Write the choice's {'label' if labels else 'number there, counted from 0 and without quotes'}."
-        )
-    among = labels or texts
-    advice = "Write both alike, letter for letter."
-    if is_number and not any(label.isdecimal() for label in labels):
-        advice = (
-            "A number without quotes counts from 0: write it so, or the choice's letter, and null where none is known."
-        )
-    elif not labels and str(answer).strip().isdecimal():
-        advice = (
-            "In quotes a number may count from 0 or from 1: write it without quotes, where it counts from 0, or write "
-            "the choice's letter."
-        )
-    raise DataError(
-        f"{where}: found {excerpt(', '.join(map(repr, among)), 200)}; expected the row's {column!r} "
-        f"among them, which is {excerpt(repr(answer))}. {advice}"
-    )
-
-
-def _names(texts: list[str], labels: list[str], is_number: bool) -> list[list[str]]:
-    """Return by what an answer may name the choices; a label goes before the rest."""
-    from_0, from_1 = ([str(number + first) for number in range(len(texts))] for first in (0, 1))
-    # Where labels are numbers, a number is one of them, and no place in the list; and so with letters.
-    has_numbers = any(label.isdecimal() for label in labels)
-    if is_number:
-        return [labels if has_numbers else from_0]
-    has_letters = any(len(label) == 1 and label in string.ascii_uppercase for label in labels)
-    letters = [] if has_letters else list(string.ascii_uppercase[: len(texts)])
-    # In quotes a number counts as labels do, from 1; without labels nothing says where it counts from.
-    return [labels, texts, letters, from_1 if labels and not has_numbers else []]
-
-
-# Conversations
-
-
-def _system(value: Any, where: str) -> str:
-    """Return the text that a conversation is headed by; an empty one where there is none."""
-    if not is_text(value):
-        if value is None:
-            return ""
-        raise DataError(
-            f"{where}: found {_shown(value)}; expected the text that a conversation is headed by. "
-            "Rename the column if it is not meant to be read."
-        )
-    check_halves(value, where)
-    return value if value.strip() else ""
-
-
-def _history(value: Any, where: str) -> tuple[tuple[str, str], ...]:
-    """Return the exchanges before the last one, as LLaMA-Factory's Alpaca rows have them."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return ()
-    if not isinstance(value, list):
-        raise _no_history(value, where)
-    for number, pair in enumerate(value, start=1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise _no_history(pair, f"{where}, item {number}")
-        for text in pair:
-            _check_text(text, f"{where}, item {number}")
-    return tuple((said, answered) for said, answered in value)
-
-
-def _no_history(value: Any, where: str) -> DataError:
-    return DataError(
-        f"{where}: found {describe(value)}; expected what was said before: a list of pairs, each what the user said "
-        "and what was answered. Store such rows as .jsonl, or rename the column if it is not meant to be read."
-    )
-
-
 def _chat(reader: RowReader, column: str, system: str | None = None, name: str | None = None) -> RowForm:
     def fits(row: Row) -> bool:
         return name is not None or row[column] is None or isinstance(row[column], list)
@@ -690,8 +469,8 @@ def _read_turns(
     if blank is not None:
         return blank
     value = row[columns[0]] if len(columns) == 1 else [turn for column in columns for turn in row[column]]
-    turns = _turns(value, f"{where}, field {' and '.join(map(repr, columns))}")
-    head = _text(row, system, where) if system in row else ""
+    turns = turns_of(value, f"{where}, field {' and '.join(map(repr, columns))}")
+    head = text_in(row, system, where) if system in row else ""
     if turns[0][0] == "system":
         head = turns[0][1] if turns[0][1].strip() else head
         turns = turns[1:]
@@ -714,96 +493,3 @@ def _check_tools(form: RowForm, row: Row, where: str) -> None:
                 f"{where}, field {column!r}: found {describe(value)}; expected none, for what the turns say alone is "
                 f"learned. Write it into the system text as the model is to see it, or {_how_to_leave_out(form, row)}."
             )
-
-
-def _turns(value: Any, where: str) -> list[tuple[str, str]]:
-    """Return who says what, in an order that a conversation can have."""
-    if not isinstance(value, list):
-        raise _no_turns(value, where)
-    turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value, start=1)]
-    expected = "user"
-    for number, (role, _) in enumerate(turns, start=1):
-        if role == "system" and number == 1:
-            continue
-        if role != expected:
-            raise DataError(f"{where}, turn {number}: {_disorder(turns, number)} Mend the row, or remove it.")
-        expected = "assistant" if role == "user" else "user"
-    if not any(role == "assistant" for role, _ in turns):
-        raise DataError(f"{where}: found no turn of the assistant; expected one to learn from. Remove the row.")
-    return turns
-
-
-def _no_turns(value: Any, where: str) -> DataError:
-    return DataError(
-        f"{where}: found {describe(value)}; expected the turns of a conversation, each with role and content. "
-        "Store such rows as .jsonl."
-    )
-
-
-def _disorder(turns: list[tuple[str, str]], number: int) -> str:
-    role = turns[number - 1][0]
-    if role == "system":
-        return "found a system text; expected it in the first turn alone."
-    if number > 1 and turns[number - 2][0] == role:
-        return f"found a second turn of the {role} in a row; expected user and assistant in turns."
-    return f"found that the {role} begins; expected the user."
-
-
-def _turn(turn: Any, where: str) -> tuple[str, str]:
-    """Return the role and the text of a turn."""
-    fields = next((pair for pair in _TURN_FIELDS if isinstance(turn, dict) and pair[0] in turn), None)
-    if fields is None:
-        raise DataError(
-            f"{where}: found {describe(turn)}; expected an object with role and content, or from and value."
-        )
-    name, content = turn[fields[0]], turn.get(fields[1])
-    role = ROLES.get(name.lower()) if isinstance(name, str) else None
-    if role is None:
-        shown = repr(name) if isinstance(name, str) else describe(name)
-        raise DataError(
-            f"{where}: found the {fields[0]} {excerpt(shown)}; expected one of {', '.join(ROLES)}. "
-            "Such turns cannot be learned from: remove them, or rename who speaks."
-        )
-    _check_extras(turn, where, fields[1])
-    if role == "assistant":
-        _check_marks(turn, where)
-    if fields[1] not in turn:
-        raise DataError(f"{where}: found no {fields[1]!r}; expected the turn's text in it. Mend the row, or remove it.")
-    where = f"{where}, {fields[1]}"
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{where}, part {number}") for number, part in enumerate(content, start=1))
-    if content is None:
-        return role, ""
-    _check_text(content, where)
-    return role, content
-
-
-def _check_extras(turn: dict[str, Any], where: str, field: str) -> None:
-    """Check that a turn says nothing besides its text."""
-    for extra in _TURN_EXTRAS:
-        value = turn.get(extra)
-        if value.strip() if isinstance(value, str) else value:
-            raise DataError(
-                f"{where}, {extra}: found {describe(value)}; expected none, for a turn's text alone is learned. "
-                f"Write it into the {field} as it is to be learned, or remove it, or remove the row."
-            )
-
-
-def _check_marks(turn: dict[str, Any], where: str) -> None:
-    """Check that an answer is not marked as one that is not to be learned."""
-    for mark, expected in _TURN_MARKS.items():
-        value = turn.get(mark)
-        if value is not None and value != 1:  # true is 1
-            raise DataError(
-                f"{where}, {mark}: found {describe(value)}; expected {expected} or none, for every answer of a "
-                "conversation is learned. Remove the turn with the question before it, or remove the row."
-            )
-
-
-def _part(part: Any, where: str) -> str:
-    """Return the text of a part of a turn; pictures and the like cannot be learned from."""
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = repr(part.get("type")) if isinstance(part, dict) else describe(part)
-        raise DataError(f"{where}: found {excerpt(kind)}; expected parts of the type 'text' alone. Remove the row.")
-    _check_text(part.get("text"), where)
-    return str(part["text"])

@@ -21,6 +21,7 @@ from raise_env.files import scratch_folder
 from raise_env.learner import GPU_SCORED_TOKENS
 from raise_env.model_size import ModelSize, has_weights, matrix_rate, save_stand_in, size_of
 from raise_env.pool import sample_rows
+from raise_env.rewards import needs_generation
 
 from .base import Agent
 from .baselines import RandomAgent
@@ -50,6 +51,12 @@ CHARACTERS_PER_TOKEN = 4
 #: Steps of a kind that are made with each agent; the first warms up, and does not count.
 _STEPS = 3
 
+#: Test rows that stand for all of them where the time of scoring is measured.
+_SCORED_ROWS = 32
+
+#: Where `_spent` has the tokens of the test set.
+_TEST = 2
+
 #: Bytes that a layer of Llama's form with LoRA keeps of a token for the backward pass, per unit of the hidden width, by
 #: the bytes of a number; measured at widths of 128 and 256 and an inner width of 3.5 times as much.
 _LAYER_BYTES = {2: 77, 4: 114}
@@ -66,9 +73,12 @@ class Estimate:
 
     Attributes:
         updates: Optimiser steps, the forks' included.
-        tokens: Token forwards, forward and backward counted as 3.
+        tokens: Token forwards, forward and backward counted as 3; the test set's are no part of what selection costs.
         phi: The same in Phi.
-        seconds: As measured on this machine, or the least that its matrix products would take.
+        test_tokens: Tokens of the test set, which is scored before, at the end of every run, and of every learning
+            episode. Choices count with their prompt, each of them.
+        seconds: As measured on this machine, or the least that its matrix products would take; of all tokens.
+        test_seconds: Of these, the test set's.
         memory_gb: The most that this process has used so far, or what model and activations would take; 10^9 bytes.
         notes: What it rests on, where it was not measured, and what it leaves out.
     """
@@ -76,7 +86,9 @@ class Estimate:
     updates: int
     tokens: int
     phi: float
+    test_tokens: int
     seconds: float
+    test_seconds: float
     memory_gb: float
     notes: tuple[str, ...] = ()
 
@@ -114,16 +126,41 @@ def _measured(
         pool = env.load(progress).pool
         show(1)
     share = (num_rows or len(pool)) / len(pool)
-    total = np.zeros(3)
+    scoring = _scoring(env, reporter)
+    total = scoring.copy()  # of the model as it is before
     for name, agent in agents.items():
         final = final_environment(env, agent, share)
-        total += _run(final, agent, agent_name(name), reporter) * plan.num_runs
+        total += _run(final, agent, agent_name(name), scoring, reporter) * plan.num_runs
     total += _learning(plan, env, agents[plan.agent], reporter)
-    updates, tokens, seconds = total
+    updates, tokens, test_tokens, seconds = total
     tokens += env.assets.features.num_tokens
     return Estimate(
-        round(updates), round(tokens), tokens / phi_tokens(env), seconds, _used(env) / 1e9, _left_out(agents)
+        updates=round(updates),
+        tokens=round(tokens),
+        phi=tokens / phi_tokens(env),
+        test_tokens=round(test_tokens),
+        seconds=seconds,
+        test_seconds=scoring[-1] * test_tokens / scoring[_TEST] if test_tokens else 0.0,
+        memory_gb=_used(env) / 1e9,
+        notes=_left_out(agents),
     )
+
+
+def _scoring(env: RaiseSelectEnv, reporter: Reporter) -> np.ndarray:
+    """Return what `_spent` counts where the test set is scored once, from some of its rows."""
+    if not env.assets.has_test:
+        return np.zeros(4)
+    env.reset(seed=0)
+    learner = env.assets.learner.copy()
+    learner.generates = needs_generation(env.config.reward)
+    rows = learner.splits["test"]  # type: ignore[attr-defined]
+    some = np.random.default_rng(0).permutation(len(rows))[:_SCORED_ROWS]
+    with reporter.task("measuring scores of test rows", 1) as show:
+        before = _spent(env)
+        learner.evaluate("test", np.sort(some))
+        found = _spent(env) - before
+        show(1)
+    return np.asarray(found * rows.num_tokens() / rows.num_tokens(some))
 
 
 def _used(env: RaiseSelectEnv) -> float:
@@ -138,8 +175,16 @@ def _used(env: RaiseSelectEnv) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _run(env: RaiseSelectEnv, agent: Any, name: str, reporter: Reporter) -> np.ndarray:
-    """Return what `_spent` counts in one of an agent's final runs, from first steps with and without a dev score."""
+def _run(env: RaiseSelectEnv, agent: Any, name: str, scoring: np.ndarray, reporter: Reporter) -> np.ndarray:
+    """Return what `_spent` counts in one of an agent's final runs, from first steps with and without a dev score.
+
+    Args:
+        env: The environment of these runs.
+        agent: Who acts.
+        name: Its name.
+        scoring: What a score of the test set costs.
+        reporter: Where progress is shown.
+    """
     horizon = env.config.horizon
     size = getattr(agent, "batch_size", None) or env.config.batch_size
     num_steps = min(horizon, math.ceil(env.config.total_budget / size))  # of whole batches
@@ -148,7 +193,7 @@ def _run(env: RaiseSelectEnv, agent: Any, name: str, reporter: Reporter) -> np.n
     worlds = [(env.variant(score_every=every), count) for every, count in kinds if count]
     # One that has to learn or to prepare first takes as many rows, with next to no work in a step.
     actor = RandomAgent(batch_size=size) if _has(agent, "learn") or _has(agent, "prepare") else agent
-    total, begun = np.zeros(3), np.zeros(3)
+    total, begun = np.zeros(4), np.zeros(4)
     with reporter.task(f"measuring steps with {name}", _STEPS * len(worlds)) as show:
         for place, (world, count) in enumerate(worlds):
             found = []
@@ -157,7 +202,8 @@ def _run(env: RaiseSelectEnv, agent: Any, name: str, reporter: Reporter) -> np.n
                 show(place * _STEPS + seed + 1)
             begun, step = np.mean(found[1:], axis=0)
             total += count * step
-    return np.asarray(total + begun)
+    # Where the first step is the last one too, it has been scored on the test set with it.
+    return np.asarray(total + begun + (0 if total[_TEST] else scoring))
 
 
 class _Enough(Exception):
@@ -165,7 +211,7 @@ class _Enough(Exception):
 
 
 def _first_step(env: RaiseSelectEnv, agent: Any, name: str, seed: int) -> np.ndarray:
-    """Return what `_spent` counts in an agent's `begin`, which a run has once, and in its first step, shape (2, 3)."""
+    """Return what `_spent` counts in an agent's `begin`, which a run has once, and in its first step, shape (2, 4)."""
     seen = []
 
     def begin(world: Any, seed: int) -> None:
@@ -192,7 +238,7 @@ def _learning(plan: Plan, env: RaiseSelectEnv, agent: Any, reporter: Reporter) -
     Algorithms that learn from whole rollouts take more than that episode, and say for how many it stands.
     """
     if not plan.episodes or not _has(agent, "learn"):
-        return np.zeros(3)
+        return np.zeros(4)
     env.reset(seed=0)
     with reporter.task(f"measuring an episode of learning ({plan.agent})", 1) as show:
         before = _spent(env)
@@ -204,9 +250,9 @@ def _learning(plan: Plan, env: RaiseSelectEnv, agent: Any, reporter: Reporter) -
 
 
 def _spent(env: RaiseSelectEnv) -> np.ndarray:
-    """Return updates, token forwards and seconds until now, shape (3,)."""
+    """Return updates, token forwards, tokens of the test set and seconds until now, shape (4,)."""
     ledger = env.ledger
-    return np.array([ledger.updates, ledger.token_forwards, time.perf_counter()])
+    return np.array([ledger.updates, ledger.token_forwards, ledger.test_tokens, time.perf_counter()])
 
 
 def _has(agent: Any, hook: str) -> bool:
@@ -232,18 +278,27 @@ def _reckoned(plan: Plan, agents: Mapping[str, Agent], config: EnvConfig, report
         share = num_rows / len(env.assets.pool)
         phi = share * phi_tokens(env) / scale
     features_tokens = share * features / scale
-    run_tokens = (counted.tokens - features) / scale
+    run_tokens, test_tokens = (counted.tokens - features) / scale, counted.test_tokens / scale
     size, auxiliary = size_of(config, config.model), size_of(config, config.auxiliary_model or config.model)
     rate = matrix_rate(config, size)
-    seconds = 2 * (run_tokens * size.num_matrix + features_tokens * auxiliary.num_matrix) / rate
+    test_seconds = 2 * test_tokens * size.num_matrix / rate
+    seconds = 2 * (run_tokens * size.num_matrix + features_tokens * auxiliary.num_matrix) / rate + test_seconds
     tokens = run_tokens + features_tokens
     on_gpu = resolve_device(config.device).type == "cuda"
     notes.append(
         f"time is that of the matrix products alone, at the {rate / 1e9:,.0f} billion operations a second that this "
         f"machine reached in a product of the model's shapes: reckon with {_REST['cuda' if on_gpu else 'cpu']}"
     )
-    memory = _memory(config, size, auxiliary)
-    return Estimate(counted.updates, round(tokens), tokens / phi, seconds, memory / 1e9, (*notes, *counted.notes))
+    return Estimate(
+        updates=counted.updates,
+        tokens=round(tokens),
+        phi=tokens / phi,
+        test_tokens=round(test_tokens),
+        seconds=seconds,
+        test_seconds=test_seconds,
+        memory_gb=_memory(config, size, auxiliary) / 1e9,
+        notes=(*notes, *counted.notes),
+    )
 
 
 def _stood_in(config: EnvConfig, folder: Path) -> tuple[int, dict[str, Any], list[str]]:

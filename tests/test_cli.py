@@ -20,6 +20,7 @@ import torch
 from raise_env import __version__
 from raise_env.agents import cli
 from raise_env.agents.catalogue import AGENTS
+from raise_env.agents.estimate import Estimate
 from raise_env.agents.job import Entry
 from raise_env.agents.summary import summarise
 from raise_env.config import EnvConfig
@@ -213,7 +214,21 @@ def test_train__dry_run__prints_the_cost_and_writes_nothing(tmp_path, small):
     assert outcome.code == 0
     pattern = r"^[\d,]+ updates, [\d,]+ token forwards \(\d+\.\d\d Phi\), about [\d.]+ minutes .*, [\d.]+ GB of memory"
     assert re.match(pattern, outcome.out)
+    test_set = r"^  of that time [\d.]+ minutes go to scores of the test set, [\d,]+ token forwards more\.$"
+    assert re.search(test_set, outcome.out, re.MULTILINE)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(90, "1.5 minutes"), (7140, "119.0 minutes"), (7200, "2 hours"), (4_434_132, "1,232 hours")],
+)
+def test_train__dry_run__tells_long_times_in_hours(monkeypatch, seconds, expected):
+    cost = Estimate(1, 2, 0.5, 3, seconds, seconds, 1.0)
+    monkeypatch.setattr("raise_env.agents.estimate.estimate", lambda plan, reporter: cost)
+    outcome = run("train", "--out", "run", "--dry-run")
+    assert f"about {expected} on this machine" in outcome.out
+    assert f"of that time {expected} go to scores of the test set, 3 token forwards more." in outcome.out
 
 
 def test_train__dry_run__shows_how_far_it_is(tmp_path, small):

@@ -48,6 +48,56 @@ def test_estimate__tokens__as_counted_afterwards(plan, tmp_path):
     assert cost.notes == ()
 
 
+def test_estimate__test_set__is_counted_as_it_is_scored_afterwards(plan, tmp_path):
+    env = RaiseSelectEnv(**plan.settings)
+    cost, before = estimate(plan), env.assets.learner.ledger.test_tokens
+    train(tmp_path / "run", plan)
+    assert cost.test_tokens == env.assets.learner.ledger.test_tokens - before
+    assert 0 < cost.test_seconds < cost.seconds
+
+
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_estimate__scores_of_the_test_set__are_one_before_and_one_a_run(small_settings, monkeypatch, horizon):
+    plan = Plan({**small_settings, "horizon": horizon}, agent="random", num_runs=3, compare=("full",))
+    once = RaiseSelectEnv(**plan.settings).assets.learner.splits["test"].num_tokens()
+    assert estimate(plan).test_tokens == 7 * once
+    monkeypatch.setattr(estimate_module, "_SCORED_ROWS", 4)
+    assert estimate(plan).test_tokens == pytest.approx(7 * once, abs=7)
+
+
+@pytest.fixture
+def own_files(small_settings, tmp_path):
+    """Settings with files of one's own, whose dev and test rows end in a number; no test file among them."""
+    sets = {"pool": "abcdefgh" * 4, "dev": "xyz", "test": "uvwxy"}
+    for name, words in sets.items():
+        rows = [{"instruction": f"{name} {word} {i}", "output": f"{word} #### {i}"} for i, word in enumerate(words)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("pool", "dev")}
+    rest = {name: value for name, value in small_settings.items() if name not in ("pool_size", "num_dev", "num_test")}
+    return {**rest, **files, "model": "tiny"}
+
+
+def test_estimate__no_test_set__takes_no_time(own_files, shapes_alone):
+    plan = Plan(own_files, agent="random", num_runs=1, compare=())
+    for own in (plan, with_model(plan, shapes_alone)):
+        cost = estimate(own)
+        assert (cost.test_tokens, cost.test_seconds) == (0, 0.0)
+
+
+def test_estimate__answers_that_are_generated__count_too(own_files, tmp_path):
+    settings = {**own_files, "test": str(tmp_path / "test.jsonl"), "reward": "exact_match"}
+    plan = Plan(settings, agent="random", num_runs=1, compare=())
+    env = RaiseSelectEnv(**settings)
+    env.reset(seed=0)
+    ledger, learner = env.ledger, env.assets.learner.copy()
+    learner.generates = True
+    before = ledger.test_tokens
+    learner.evaluate("test")
+    once = ledger.test_tokens - before
+    assert once > learner.splits["test"].num_tokens()
+    assert estimate(plan).test_tokens == 2 * once
+
+
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def trained(request, small_settings, tmp_path_factory):
     """Settings with a dev score after so many steps and the last, and the tokens booked: by agent, and of features."""
@@ -164,6 +214,7 @@ def test_estimate__what_takes_time__is_told_task_by_task(plan, shapes_alone, tmp
     assert tasks == {
         "loading model, data and features": (1, 1),
         "computing features": (64, 64),
+        "measuring scores of test rows": (1, 1),
         "measuring steps with raise_fork": (6, 6),
         "measuring steps with random": (6, 6),
         "measuring an episode of learning (raise_fork)": (1, 1),
@@ -186,6 +237,7 @@ def test_estimate__tokenizer_and_no_weights__counts_the_same_tokens(plan, shapes
     assert reckoned.updates == measured.updates
     assert reckoned.tokens == pytest.approx(measured.tokens, rel=0.02)
     assert reckoned.phi == pytest.approx(measured.phi, rel=0.02)
+    assert reckoned.test_tokens == measured.test_tokens
     assert "small model in the place" in reckoned.notes[0]
 
 
@@ -194,6 +246,7 @@ def test_estimate__neither_tokenizer_nor_weights__characters_stand_for_tokens(pl
         path.unlink()
     reckoned, measured = estimate(with_model(plan, shapes_alone)), estimate(plan)
     assert reckoned.tokens == pytest.approx(measured.tokens / CHARACTERS_PER_TOKEN, rel=0.1)
+    assert reckoned.test_tokens == pytest.approx(measured.test_tokens / CHARACTERS_PER_TOKEN, rel=0.1)
     assert any("no tokenizer" in note for note in reckoned.notes)
 
 
@@ -228,6 +281,7 @@ def test_estimate__larger_model__takes_longer_and_more_memory(plan, shapes_alone
     large = estimate(with_model(plan, shapes_alone))
     assert large.tokens == small.tokens
     assert 2.5 < large.seconds / small.seconds < 3.0  # the head is no layer
+    assert large.test_seconds / large.seconds == pytest.approx(small.test_seconds / small.seconds)
     assert large.memory_gb > 1.5 * small.memory_gb
     checkpointed = estimate(with_model(plan, shapes_alone, activation_checkpointing=True))
     assert checkpointed.memory_gb < large.memory_gb

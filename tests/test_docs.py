@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import api_page
@@ -16,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = [
     *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("docs/tasks/*.md")),
+    *sorted(ROOT.glob("docs/results/*.md")),
     ROOT / "README.md",
     ROOT / "SECURITY.md",
 ]
@@ -38,6 +41,17 @@ def test_map__of_each_wing__names_every_file_and_no_other(heading, folder):
     named = rows_of(heading)
     assert {name for name in named if name.endswith(".py")} == files
     assert all((ROOT / folder / name).is_dir() for name in named if name.endswith("/"))
+
+
+def test_targets__tables_of_the_page__come_out_of_the_data_beside_it():
+    data = ROOT / "docs" / "results" / "targets"
+    command = [ROOT / "benchmarks" / "targets_table.py", "--runs", data, "--full", data / "full.json"]
+    printed = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
+    page, readme = (ROOT / "docs/results/targets.md").read_text("utf-8"), (ROOT / "README.md").read_text("utf-8")
+    assert printed.count("###") == 3
+    assert printed in page
+    for loss in re.findall(r"^\| (?:random|raise_fork|full.*?) \| (\S+ ± \S+)", printed, re.MULTILINE):
+        assert loss in readme
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

@@ -36,6 +36,7 @@ from .runs import (
     check_inputs,
     check_selectors,
     final_environment,
+    learning_environment,
     parts_shown,
     phi_tokens,
 )
@@ -75,8 +76,8 @@ class Estimate:
         updates: Optimiser steps, the forks' included.
         tokens: Token forwards, forward and backward counted as 3; the test set's are no part of what selection costs.
         phi: The same in Phi.
-        test_tokens: Tokens of the test set, which is scored before, at the end of every run, and of every learning
-            episode. Choices count with their prompt, each of them.
+        test_tokens: Tokens of the test set, which is scored before and after each final run. A choice counts with its
+            prompt.
         seconds: As measured on this machine, or the least that its matrix products would take; of all tokens.
         test_seconds: Of these, the test set's.
         memory_gb: The most that this process has used so far, or what model and activations would take; 10^9 bytes.
@@ -239,6 +240,7 @@ def _learning(plan: Plan, env: RaiseSelectEnv, agent: Any, reporter: Reporter) -
     """
     if not plan.episodes or not _has(agent, "learn"):
         return np.zeros(4)
+    env = learning_environment(env)
     env.reset(seed=0)
     with reporter.task(f"measuring an episode of learning ({plan.agent})", 1) as show:
         before = _spent(env)

@@ -67,6 +67,7 @@ __all__ = [
     "final_scores",
     "finetune",
     "hardware_name",
+    "learning_environment",
     "parts_shown",
     "phi_tokens",
     "processor_name",
@@ -271,6 +272,14 @@ def phi_tokens(env: RaiseSelectEnv) -> int:
     return PHI_EPOCHS * 3 * env.assets.pool_tokens
 
 
+def learning_environment(env: RaiseSelectEnv) -> RaiseSelectEnv:
+    """Return the environment that agents learn in: like the one given, which shares all with it, but for the test set.
+
+    Nothing is to be learned from that, and to score it after each episode may cost more than learning does.
+    """
+    return RaiseSelectEnv(env.render_mode, env.assets.without_test(), **env.config.to_kwargs())
+
+
 def final_environment(env: RaiseSelectEnv, agent: Agent, share: float = 1.0) -> RaiseSelectEnv:
     """Return the environment of an agent's final runs: the one given, unless the agent's `run_settings` ask for others.
 
@@ -408,6 +417,7 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, use: F
     learn, episodes = getattr(agent, "learn", None), plan.episodes or 0
     if learn is None or episodes == 0:
         return agent
+    env = learning_environment(env)
     checkpoints, done = Checkpoints(run.folder / "learning"), 0
     # A selector that learned before counts on from there.
     before = len(agent.episode_returns) if isinstance(agent, Selector) else 0
@@ -419,7 +429,7 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, use: F
             done = number - before
     else:
         env = JournaledEnv(env, Journal(run.folder / "learning" / "steps.jsonl"))
-        env.reset(seed=plan.seed)
+    env.reset(seed=plan.seed)
     with reporter.task(f"learning to select ({plan.agent})", episodes) as show:
         show(done)
         clock, last = Clock(env), (1, (0.0, 0, 0))

@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -181,6 +181,15 @@ class Assets:
     def has_test(self) -> bool:
         """Whether there is a test set."""
         return "test" in self.learner.splits
+
+    def without_test(self) -> Assets:
+        """Return the same without a test set: environments over it never score one, and share all else with others."""
+        learner = self.learner.copy()
+        learner.splits = {"dev": learner.splits["dev"]}
+        other = replace(self, learner=learner)
+        # What was worked out holds there too, and answers of the dev rows are dear.
+        other.__dict__.update({**self.__dict__, "learner": learner})
+        return other
 
 
 def load_data(config: EnvConfig) -> Data:

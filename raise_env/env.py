@@ -180,6 +180,7 @@ class EnvAssets(Protocol):
     def save_auxiliary(self) -> Callable[[Path], None]: ...  # noqa: D102
     def draw(self, num_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...  # noqa: D102
     def check_reward(self, reward: str) -> None: ...  # noqa: D102
+    def without_test(self) -> EnvAssets: ...  # noqa: D102
 
 
 class RaiseSelectEnv(gym.Env[Observation, Action]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,10 @@ class ToyAssets:
 
     def save_auxiliary(self, folder: Path) -> None:
         """Write nothing: no model computed the features."""
+
+    def without_test(self) -> ToyAssets:
+        """Return the same without a test set."""
+        return replace(self, has_test=False)
 
     @classmethod
     def build(

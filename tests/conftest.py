@@ -115,6 +115,16 @@ class Learns(RandomAgent):
             env.probe(np.eye(16)[:4])
             env.step(np.eye(16)[0])
         return self
+
+
+class Watches(RandomAgent):
+    infos = []
+
+    def learn(self, env, episodes, seed=0, progress=None):
+        env.reset(seed=seed)
+        for _ in range(env.unwrapped.config.horizon):
+            self.infos.append(env.step(np.eye(16)[0])[4])
+        return self
 """
 
 

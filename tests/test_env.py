@@ -525,6 +525,35 @@ def test_test_score__only_on_the_last_step__is_the_score_of_the_test_set():
         without.evaluate("test")
 
 
+@pytest.mark.parametrize("make", [toy_env, RaiseSelectEnv])
+def test_assets_without_test__all_but_the_test_score__is_the_same(make, small_settings):
+    settings = {"horizon": 2, "num_candidates": 16} if make is toy_env else small_settings
+    env = make(**settings)
+    env.reset(seed=3)
+    other = RaiseSelectEnv(assets=env.assets.without_test(), **settings)
+    other.reset(seed=3)
+    before = env.ledger.test_tokens
+    for step in range(1, settings["horizon"] + 1):
+        (observation, *scored), (same, *unscored) = other.step(first_rows(other, 2)), env.step(first_rows(env, 2))
+        np.testing.assert_array_equal(observation, same)
+        assert scored[:2] == unscored[:2]
+        assert ("test_score" in scored[-1], "test_score" in unscored[-1]) == (False, step == settings["horizon"])
+    if make is RaiseSelectEnv:
+        assert other.ledger is env.ledger
+        assert env.ledger.test_tokens - before == env.assets.learner.splits["test"].num_tokens()
+    with pytest.raises(ValueError, match="'test'"):
+        other.evaluate("test")
+
+
+def test_assets_without_test__what_was_worked_out__is_shared(small_settings):
+    assets = RaiseSelectEnv(**small_settings).assets
+    members, answers = assets.members, assets.base_answers
+    other = assets.without_test()
+    assert other.members is members
+    assert other.base_answers is answers
+    assert (assets.has_test, other.has_test) == (True, False)
+
+
 def test_step__before_reset_or_after_the_end__asks_for_a_reset():
     env = toy_env(horizon=1)
     for call in (lambda: env.step(np.zeros(32)), env.snapshot, env.observation, env.action_masks, lambda: env.fork(1)):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from raise_env import RaiseSelectEnv
 from raise_env.agents import RaisePpo, RandomAgent, Sb3Agent, load_selector
 from raise_env.agents.estimate import estimate
+from raise_env.agents.job import Entry, Job, run_job
 from raise_env.agents.run_folder import RunFolder
 from raise_env.agents.runs import Plan, Silent, _budget_told, _learn, finetune, train
 from raise_env.assets import _cached_assets, load_data
@@ -52,6 +53,25 @@ FILES = {
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 }
+
+
+@pytest.mark.parametrize("how", ["train", "bench", "estimate"])
+def test_learning__test_set__is_neither_scored_nor_told(small_settings, own_agent, tmp_path, how):
+    plan = Plan(small_settings, "own_agent:Watches", episodes=1, compare=(), num_runs=1)
+    env = RaiseSelectEnv(**small_settings)
+    before = env.assets.learner.ledger.test_tokens
+    if how == "train":
+        train(tmp_path / "run", plan)
+    elif how == "bench":
+        run_job(Job("own", "Watches", 0, Entry(plan.agent, episodes=1), small_settings))
+    else:
+        estimate(plan)
+    infos = own_agent.Watches.infos
+    assert len(infos) == small_settings["horizon"]
+    assert all("dev_score" in info and "test_score" not in info for info in infos)
+    # The model as it is before, and as it is at the end; a benchmark tells of the latter alone.
+    num_scored = env.assets.learner.ledger.test_tokens - before
+    assert num_scored == {"train": 2, "bench": 1, "estimate": 1}[how] * env.assets.learner.splits["test"].num_tokens()
 
 
 class Interrupts:

@@ -186,9 +186,9 @@ class Assets:
         """Return the same without a test set: environments over it never score one, and share all else with others."""
         learner = self.learner.copy()
         learner.splits = {"dev": learner.splits["dev"]}
-        other = replace(self, learner=learner)
+        other = replace(self, learner=learner, data=replace(self.data, test=None))
         # What was worked out holds there too, and answers of the dev rows are dear.
-        other.__dict__.update({**self.__dict__, "learner": learner})
+        other.__dict__.update({**self.__dict__, **other.__dict__})
         return other
 
 

@@ -552,6 +552,7 @@ def test_assets_without_test__what_was_worked_out__is_shared(small_settings):
     assert other.members is members
     assert other.base_answers is answers
     assert (assets.has_test, other.has_test) == (True, False)
+    assert (assets.data.test is None, other.data.test is None) == (False, True)
 
 
 def test_step__before_reset_or_after_the_end__asks_for_a_reset():

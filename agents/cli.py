@@ -443,26 +443,21 @@ def train(
     plan = runs_module.Plan(settings, agent, arguments, episodes, seed, _names(compare), runs, merge)
     if dry_run:
         from .estimate import estimate
+        from .report import duration
 
         cost = estimate(plan, reporter=TerminalReporter())
         _echo(
             f"{cost.updates:,} updates, {cost.tokens:,} token forwards ({cost.phi:.2f} Phi), "
-            f"about {_duration(cost.seconds)} on this machine, {cost.memory_gb:.1f} GB of memory."
+            f"about {duration(cost.seconds)} on this machine, {cost.memory_gb:.1f} GB of memory."
         )
         if cost.test_tokens:
-            spent = f"{_duration(cost.test_seconds)} go to scores of the test set, {cost.test_tokens:,} token forwards"
+            spent = f"{duration(cost.test_seconds)} go to scores of the test set, {cost.test_tokens:,} token forwards"
             _echo(f"  of that time {spent} more.")
         for note in cost.notes:
             _echo(f"  {note}.")
         return
     report = runs_module.train(out, plan, resume=resume, reporter=TerminalReporter())
     _show(report, out)
-
-
-def _duration(seconds: float) -> str:
-    """Return a time as one reads it: minutes, and hours where it is more than two."""
-    minutes = seconds / 60
-    return f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
 
 
 @app.command()

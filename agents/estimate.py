@@ -36,9 +36,9 @@ from .runs import (
     check_inputs,
     check_selectors,
     final_environment,
-    learning_environment,
     parts_shown,
     phi_tokens,
+    without_test,
 )
 
 __all__ = ["CHARACTERS_PER_TOKEN", "Estimate", "estimate"]
@@ -54,9 +54,6 @@ _STEPS = 3
 
 #: Test rows that stand for all of them where the time of scoring is measured.
 _SCORED_ROWS = 32
-
-#: Where `_spent` has the tokens of the test set.
-_TEST = 2
 
 #: Bytes that a layer of Llama's form with LoRA keeps of a token for the backward pass, per unit of the hidden width, by
 #: the bytes of a number; measured at widths of 128 and 256 and an inner width of 3.5 times as much.
@@ -127,39 +124,39 @@ def _measured(
         pool = env.load(progress).pool
         show(1)
     share = (num_rows or len(pool)) / len(pool)
-    scoring = _scoring(env, reporter)
-    total = scoring.copy()  # of the model as it is before
+    num_scores = 1 + plan.num_runs * len(agents)  # before, and after each run
+    test_tokens, test_seconds = num_scores * _scoring(env, reporter)
+    total = np.zeros(3)
     for name, agent in agents.items():
-        final = final_environment(env, agent, share)
-        total += _run(final, agent, agent_name(name), scoring, reporter) * plan.num_runs
-    total += _learning(plan, env, agents[plan.agent], reporter)
-    updates, tokens, test_tokens, seconds = total
+        final = without_test(final_environment(env, agent, share))
+        total += _run(final, agent, agent_name(name), reporter) * plan.num_runs
+    total += _learning(plan, without_test(env), agents[plan.agent], reporter)
+    updates, tokens, seconds = total
     tokens += env.assets.features.num_tokens
     return Estimate(
         updates=round(updates),
         tokens=round(tokens),
         phi=tokens / phi_tokens(env),
         test_tokens=round(test_tokens),
-        seconds=seconds,
-        test_seconds=scoring[-1] * test_tokens / scoring[_TEST] if test_tokens else 0.0,
+        seconds=seconds + test_seconds,
+        test_seconds=test_seconds,
         memory_gb=_used(env) / 1e9,
         notes=_left_out(agents),
     )
 
 
 def _scoring(env: RaiseSelectEnv, reporter: Reporter) -> np.ndarray:
-    """Return what `_spent` counts where the test set is scored once, from some of its rows."""
+    """Return the tokens and seconds of a score of the test set, shape (2,), from some of its rows."""
     if not env.assets.has_test:
-        return np.zeros(4)
-    env.reset(seed=0)
+        return np.zeros(2)
     learner = env.assets.learner.copy()
     learner.generates = needs_generation(env.config.reward)
     rows = learner.splits["test"]  # type: ignore[attr-defined]
     some = np.random.default_rng(0).permutation(len(rows))[:_SCORED_ROWS]
     with reporter.task("measuring scores of test rows", 1) as show:
-        before = _spent(env)
+        before, start = learner.ledger.test_tokens, time.perf_counter()
         learner.evaluate("test", np.sort(some))
-        found = _spent(env) - before
+        found = np.array([learner.ledger.test_tokens - before, time.perf_counter() - start])
         show(1)
     return np.asarray(found * rows.num_tokens() / rows.num_tokens(some))
 
@@ -176,16 +173,8 @@ def _used(env: RaiseSelectEnv) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _run(env: RaiseSelectEnv, agent: Any, name: str, scoring: np.ndarray, reporter: Reporter) -> np.ndarray:
-    """Return what `_spent` counts in one of an agent's final runs, from first steps with and without a dev score.
-
-    Args:
-        env: The environment of these runs.
-        agent: Who acts.
-        name: Its name.
-        scoring: What a score of the test set costs.
-        reporter: Where progress is shown.
-    """
+def _run(env: RaiseSelectEnv, agent: Any, name: str, reporter: Reporter) -> np.ndarray:
+    """Return what `_spent` counts in one of an agent's final runs, from first steps with and without a dev score."""
     horizon = env.config.horizon
     size = getattr(agent, "batch_size", None) or env.config.batch_size
     num_steps = min(horizon, math.ceil(env.config.total_budget / size))  # of whole batches
@@ -194,7 +183,7 @@ def _run(env: RaiseSelectEnv, agent: Any, name: str, scoring: np.ndarray, report
     worlds = [(env.variant(score_every=every), count) for every, count in kinds if count]
     # One that has to learn or to prepare first takes as many rows, with next to no work in a step.
     actor = RandomAgent(batch_size=size) if _has(agent, "learn") or _has(agent, "prepare") else agent
-    total, begun = np.zeros(4), np.zeros(4)
+    total, begun = np.zeros(3), np.zeros(3)
     with reporter.task(f"measuring steps with {name}", _STEPS * len(worlds)) as show:
         for place, (world, count) in enumerate(worlds):
             found = []
@@ -203,8 +192,7 @@ def _run(env: RaiseSelectEnv, agent: Any, name: str, scoring: np.ndarray, report
                 show(place * _STEPS + seed + 1)
             begun, step = np.mean(found[1:], axis=0)
             total += count * step
-    # Where the first step is the last one too, it has been scored on the test set with it.
-    return np.asarray(total + begun + (0 if total[_TEST] else scoring))
+    return np.asarray(total + begun)
 
 
 class _Enough(Exception):
@@ -212,7 +200,7 @@ class _Enough(Exception):
 
 
 def _first_step(env: RaiseSelectEnv, agent: Any, name: str, seed: int) -> np.ndarray:
-    """Return what `_spent` counts in an agent's `begin`, which a run has once, and in its first step, shape (2, 4)."""
+    """Return what `_spent` counts in an agent's `begin`, which a run has once, and in its first step, shape (2, 3)."""
     seen = []
 
     def begin(world: Any, seed: int) -> None:
@@ -239,8 +227,7 @@ def _learning(plan: Plan, env: RaiseSelectEnv, agent: Any, reporter: Reporter) -
     Algorithms that learn from whole rollouts take more than that episode, and say for how many it stands.
     """
     if not plan.episodes or not _has(agent, "learn"):
-        return np.zeros(4)
-    env = learning_environment(env)
+        return np.zeros(3)
     env.reset(seed=0)
     with reporter.task(f"measuring an episode of learning ({plan.agent})", 1) as show:
         before = _spent(env)
@@ -252,9 +239,9 @@ def _learning(plan: Plan, env: RaiseSelectEnv, agent: Any, reporter: Reporter) -
 
 
 def _spent(env: RaiseSelectEnv) -> np.ndarray:
-    """Return updates, token forwards, tokens of the test set and seconds until now, shape (4,)."""
+    """Return updates, token forwards and seconds until now, shape (3,)."""
     ledger = env.ledger
-    return np.array([ledger.updates, ledger.token_forwards, ledger.test_tokens, time.perf_counter()])
+    return np.array([ledger.updates, ledger.token_forwards, time.perf_counter()])
 
 
 def _has(agent: Any, hook: str) -> bool:

@@ -23,15 +23,7 @@ from raise_env.side_by_side import one_thread
 
 from .catalogue import make_agent, selector_digest, source_digest
 from .rollout import run_episode
-from .runs import (
-    FINAL_SEED,
-    Clock,
-    final_environment,
-    final_scores,
-    hardware_name,
-    learning_environment,
-    phi_tokens,
-)
+from .runs import FINAL_SEED, Clock, final_environment, final_scores, hardware_name, phi_tokens, without_test
 from .summary import PARTS, SHARES
 
 __all__ = ["OWN_TASK", "Entry", "Job", "Outcome", "check_line", "failed", "run_job"]
@@ -171,7 +163,7 @@ def _run(job: Job) -> Outcome:
     env.reset(seed=job.seed)
     clock = Clock(env)
     if job.entry.episodes and hasattr(agent, "learn"):
-        world = learning_environment(env)
+        world = without_test(env)
         world.reset(seed=job.seed)
         agent.learn(world, job.entry.episodes, seed=job.seed)
         selector = _saved(agent)

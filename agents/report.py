@@ -445,7 +445,7 @@ def _shorten(text: str) -> dict[str, str]:
 
 def _costs(cost: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """Return the cost table's rows: the part, then Phi, tokens and seconds, empty where not measured."""
-    kinds = {"phi": lambda value: f"{value:.3g}", "tokens": lambda value: f"{value:,.0f}", "seconds": _duration}
+    kinds = {"phi": lambda value: f"{value:.3g}", "tokens": lambda value: f"{value:,.0f}", "seconds": duration}
     parts = list(dict.fromkeys(part for kind in kinds for part in cost.get(kind, {})))
     parts.sort(key=lambda part: part == "total")
     rows = []
@@ -455,7 +455,8 @@ def _costs(cost: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     return rows
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as one reads it."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

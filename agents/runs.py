@@ -67,11 +67,11 @@ __all__ = [
     "final_scores",
     "finetune",
     "hardware_name",
-    "learning_environment",
     "parts_shown",
     "phi_tokens",
     "processor_name",
     "train",
+    "without_test",
 ]
 
 REPORT_VERSION = 1
@@ -272,10 +272,10 @@ def phi_tokens(env: RaiseSelectEnv) -> int:
     return PHI_EPOCHS * 3 * env.assets.pool_tokens
 
 
-def learning_environment(env: RaiseSelectEnv) -> RaiseSelectEnv:
-    """Return the environment that agents learn in: like the one given, which shares all with it, but for the test set.
+def without_test(env: RaiseSelectEnv) -> RaiseSelectEnv:
+    """Return an environment that shares all with the one given but for the test set: it is what agents learn in.
 
-    Nothing is to be learned from that, and to score it after each episode may cost more than learning does.
+    Nothing is to be learned from that set, and to score it after each episode may cost more than learning does.
     """
     return RaiseSelectEnv(env.render_mode, env.assets.without_test(), **env.config.to_kwargs())
 
@@ -417,7 +417,7 @@ def _learn(run: RunFolder, plan: Plan, env: RaiseSelectEnv, agent: Agent, use: F
     learn, episodes = getattr(agent, "learn", None), plan.episodes or 0
     if learn is None or episodes == 0:
         return agent
-    env = learning_environment(env)
+    env = without_test(env)
     checkpoints, done = Checkpoints(run.folder / "learning"), 0
     # A selector that learned before counts on from there.
     before = len(agent.episode_returns) if isinstance(agent, Selector) else 0

@@ -212,18 +212,19 @@ def test_train__lora_and_switches__are_read_as_such(tmp_path, small):
 def test_train__dry_run__prints_the_cost_and_writes_nothing(tmp_path, small):
     outcome = run("train", "--out", tmp_path / "run", *small, *SMALL_RUN, "--dry-run")
     assert outcome.code == 0
-    pattern = r"^[\d,]+ updates, [\d,]+ token forwards \(\d+\.\d\d Phi\), about [\d.]+ minutes .*, [\d.]+ GB of memory"
-    assert re.match(pattern, outcome.out)
-    test_set = r"^  of that time [\d.]+ minutes go to scores of the test set, [\d,]+ token forwards more\.$"
+    spent = r"(?:\d+ min )?[\d.]+ s"
+    counts = r"^[\d,]+ updates, [\d,]+ token forwards \(\d+\.\d\d Phi\)"
+    assert re.match(rf"{counts}, about {spent} on this machine, [\d.]+ GB of memory\.", outcome.out)
+    test_set = rf"^  of that time {spent} go to scores of the test set, [\d,]+ token forwards more\.$"
     assert re.search(test_set, outcome.out, re.MULTILINE)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [(90, "1.5 minutes"), (7140, "119.0 minutes"), (7200, "2 hours"), (4_434_132, "1,232 hours")],
+    [(90, "1 min 30 s"), (7140, "1 h 59 min"), (2_732_520, "759 h 2 min")],
 )
-def test_train__dry_run__tells_long_times_in_hours(monkeypatch, seconds, expected):
+def test_train__dry_run__tells_long_times_as_one_reads_them(monkeypatch, seconds, expected):
     cost = Estimate(1, 2, 0.5, 3, seconds, seconds, 1.0)
     monkeypatch.setattr("raise_env.agents.estimate.estimate", lambda plan, reporter: cost)
     outcome = run("train", "--out", "run", "--dry-run")
